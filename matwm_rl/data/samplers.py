@@ -1,0 +1,203 @@
+"""Samplers of time slices: recency-weighted for the world model, uniform for the starts of imagination.
+
+Legend: L stored time steps, E environments, W steps of a slice, V = L - W + 1 starts per environment.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from matwm_rl.data.slices import SliceSamplerBase, Timeline
+
+
+class UniformSliceSampler(SliceSamplerBase):
+    """Draws slices uniformly and with replacement, for the starts of imagination (section 4, Algorithm 1).
+
+    Every position of every environment is equally likely. A slice never runs over the write cursor of a full storage;
+    it may cross the end of an episode. It is meant for a second buffer on the storage of the first (see
+    :func:`~matwm_rl.data.make_replay`).
+
+    Args:
+        slice_len (int): steps of a slice: the context and the step that imagination starts from.
+
+    Keyword Args:
+        num_shares (int, optional): equal consecutive parts of a batch, one per agent. With a [time, env, agent]
+            storage, part i reads agent i. Defaults to 1.
+        generator (torch.Generator, optional): source of randomness, saved with the sampler. Defaults to the buffer's.
+
+    Raises:
+        ValueError: if ``slice_len`` or ``num_shares`` is not positive.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import LazyTensorStorage, ReplayBuffer
+        >>> rb = ReplayBuffer(storage=LazyTensorStorage(10), sampler=UniformSliceSampler(3), batch_size=6)
+        >>> _ = rb.extend(TensorDict({"step": torch.arange(10)}, [10]))
+        >>> rb.sample()["step"].reshape(2, 3).diff(dim=-1)
+        tensor([[1, 1],
+                [1, 1]])
+    """
+
+    def _fits(self, now: Timeline, per_share: int) -> bool:
+        return self._num_starts(now) > 0
+
+    def _needed(self, per_share: int, num_envs: int) -> str:
+        return f"At least {self.slice_len} steps are needed."
+
+    def _draw(self, now: Timeline, per_share: int) -> tuple[Tensor, Tensor]:
+        num = self.num_shares * per_share
+        return self._randint(self._num_starts(now), num), self._randint(now.num_envs, num)
+
+
+class RecencySliceSampler(SliceSamplerBase):
+    r"""Draws slices that favour what is new and do not overlap, for the world model (section 6 of the paper).
+
+    The slices of a share are drawn one after another. A start at step s (0 is the oldest) of any environment has weight
+
+    .. math:: w_s = \text{decay}^{\,\text{age}_s}, \qquad \text{age}_s = E \, (V - 1 - s),
+
+    its age in *environment steps*: the newest possible start of each of the E environments has age 0, and one time step
+    of all of them makes all starts older by E. A slice is drawn from these weights, restricted to the starts that
+    overlap no earlier slice of the share and that leave room for the slices still to come (the latter matters only if
+    the storage barely holds them). Different shares are independent and may overlap. A slice never runs over the write
+    cursor of a full storage; it may cross the end of an episode, which the model masks.
+
+    Args:
+        slice_len (int): steps of a slice.
+
+    Keyword Args:
+        decay (float, optional): weight per env step of age, in (0, 1]. 1.0 is the ablation without recency: uniform.
+            Defaults to 0.9998.
+        num_shares (int, optional): equal consecutive parts of a batch, one per agent. With a [time, env, agent]
+            storage, part i reads agent i. Defaults to 1.
+        generator (torch.Generator, optional): source of randomness, saved with the sampler. Defaults to the buffer's.
+
+    Raises:
+        ValueError: if ``slice_len`` or ``num_shares`` is not positive or ``decay`` not in (0, 1].
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import LazyTensorStorage, ReplayBuffer
+        >>> sampler = RecencySliceSampler(3, generator=torch.Generator().manual_seed(0))
+        >>> rb = ReplayBuffer(storage=LazyTensorStorage(10), sampler=sampler, batch_size=9)
+        >>> _ = rb.extend(TensorDict({"step": torch.arange(10)}, [10]))
+        >>> rb.sample()["step"].unique().numel()  # three slices of three steps, none of them twice
+        9
+    """
+
+    def __init__(
+        self,
+        slice_len: int,
+        *,
+        decay: float = 0.9998,
+        num_shares: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(slice_len, num_shares=num_shares, generator=generator)
+        if not 0.0 < decay <= 1.0:
+            raise ValueError(f"got decay={decay}; expected a number in (0, 1], 1.0 to sample uniformly.")
+        self.decay = decay
+
+    def _fits(self, now: Timeline, per_share: int) -> bool:
+        return now.num_envs * (now.length // self.slice_len) >= per_share
+
+    def _needed(self, per_share: int, num_envs: int) -> str:
+        steps = math.ceil(per_share / num_envs) * self.slice_len
+        return f"Slices of a share do not overlap, so at least {steps} steps of each environment are needed."
+
+    def _draw(self, now: Timeline, per_share: int) -> tuple[Tensor, Tensor]:
+        # A slice takes the room of two at most. With room for 2 * per_share - 1, those still to come always fit,
+        # whatever is drawn: rejection then draws from the same distribution as the exact method.
+        ample = now.num_envs * (now.length // self.slice_len) >= 2 * per_share - 1
+        proposals = self._proposals(now, 2 * self.num_shares * per_share)
+        drawn: list[tuple[int, int]] = []
+        # The work is one cheap step per slice of the batch, however many shares it is cut into.
+        for _ in range(self.num_shares):
+            share = _Share(now, self.slice_len)
+            if ample:
+                # Rejections are few unless decay is small; the cap keeps a bad case from running for ever.
+                for _, (start, env) in zip(range(8 * per_share), proposals, strict=False):
+                    if share.is_free(start, env):
+                        share.take(start, env)
+                        if len(share.slices) == per_share:
+                            break
+            while len(share.slices) < per_share:
+                share.take(*self._draw_exact(share, per_share - len(share.slices)))
+            drawn += share.slices
+        start_env = torch.tensor(drawn)
+        return start_env[:, 0], start_env[:, 1]
+
+    def _proposals(self, now: Timeline, chunk: int) -> Iterator[tuple[int, int]]:
+        """Draws independent (start, environment) pairs by their weight, without a look at the other slices."""
+        num_starts = self._num_starts(now)
+        log_rate = now.num_envs * math.log(self.decay)
+        while True:
+            if self.decay == 1.0:
+                start = self._randint(num_starts, chunk)
+            else:
+                # Inverse of the distribution function of the geometric distribution cut off at the oldest start:
+                # torch.multinomial over 50,000 weights takes a thousand times as long.
+                mass = -math.expm1(num_starts * log_rate)
+                steps_back = (torch.log1p(-mass * self._rand(chunk)) / log_rate).long()
+                start = num_starts - 1 - steps_back.clamp(0, num_starts - 1)
+            env = self._randint(now.num_envs, chunk)
+            yield from zip(start.tolist(), env.tolist(), strict=True)
+
+    def _draw_exact(self, share: _Share, num_left: int) -> tuple[int, int]:
+        """Draws one slice from the list of all starts that are free and leave room for the others: O(E L)."""
+        start, env = share.free_starts(num_left)
+        steps_back = (start.max() - start).double()
+        weight = torch.exp(share.now.num_envs * math.log(self.decay) * steps_back)
+        cumulative = weight.cumsum(0)
+        drawn = int(torch.searchsorted(cumulative, self._rand(1) * cumulative[-1], right=True))
+        drawn = min(drawn, start.numel() - 1)
+        return int(start[drawn]), int(env[drawn])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(slice_len={self.slice_len}, decay={self.decay}, num_shares={self.num_shares})"
+
+
+class _Share:
+    """The slices of one share drawn so far, and the room between them."""
+
+    def __init__(self, now: Timeline, slice_len: int) -> None:
+        self.now = now
+        self.slice_len = slice_len
+        self.slices: list[tuple[int, int]] = []
+        self._starts: list[list[int]] = [[] for _ in range(now.num_envs)]
+
+    def is_free(self, start: int, env: int) -> bool:
+        starts = self._starts[env]
+        at = bisect(starts, start)
+        after_previous = at == 0 or starts[at - 1] + self.slice_len <= start
+        return after_previous and (at == len(starts) or start + self.slice_len <= starts[at])
+
+    def take(self, start: int, env: int) -> None:
+        starts = self._starts[env]
+        starts.insert(bisect(starts, start), start)
+        self.slices.append((start, env))
+
+    def free_starts(self, num_left: int) -> tuple[Tensor, Tensor]:
+        """All starts of a slice after which ``num_left - 1`` others still fit; and their environments."""
+        W = self.slice_len
+        gaps = [
+            (begin, end, env)
+            for env, starts in enumerate(self._starts)
+            for begin, end in zip([0] + [s + W for s in starts], starts + [self.now.length], strict=True)
+            if end - begin >= W
+        ]
+        room = sum((end - begin) // W for begin, end, _ in gaps)
+        free, envs = [], []
+        for begin, end, env in gaps:
+            before = torch.arange(end - begin - W + 1)
+            after = end - begin - W - before
+            room_used = (end - begin) // W - before // W - after // W
+            allowed = before[room - room_used >= num_left - 1] + begin
+            free.append(allowed)
+            envs.append(torch.full_like(allowed, env))
+        return torch.cat(free), torch.cat(envs)

@@ -1,0 +1,189 @@
+"""Slices of consecutive steps in a storage whose first dimension is time: which exist, and their indices.
+
+ndim=1: ``[time]``; ndim=2: ``[time, env]``; ndim=3: ``[time, env, agent]``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchrl.data.replay_buffers.samplers import Sampler
+from torchrl.data.replay_buffers.storages import Storage, TensorStorage
+from torchrl.data.replay_buffers.writers import RoundRobinWriter
+
+_STATE_FILE = "sampler.json"
+
+
+class Timeline(NamedTuple):
+    """What a storage holds, in order of time: step ``t`` (0 is the oldest) lies at index ``(oldest + t) % length``."""
+
+    length: int
+    oldest: int
+    num_envs: int
+
+
+def timeline(storage: Storage) -> Timeline:
+    """Reads the order of time off a storage and the writers of the buffers built on it.
+
+    The cursor is taken from the writer, not from the storage: the storage's own record of it is lost by
+    ``state_dict`` and ``dumps``, and is stale after ``load_state_dict``. So a buffer that only reads (with an
+    ``ImmutableDatasetWriter``) finds the cursor of the buffer that writes, before and after a checkpoint.
+
+    Args:
+        storage (Storage): a TensorStorage, LazyTensorStorage or LazyMemmapStorage, time first, ndim of at most 3.
+
+    Raises:
+        TypeError: if the storage is of another kind.
+        ValueError: if it has more than three dimensions.
+        RuntimeError: if two buffers write to it.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import LazyTensorStorage, ReplayBuffer
+        >>> rb = ReplayBuffer(storage=LazyTensorStorage(10))
+        >>> for _ in range(3):
+        ...     _ = rb.extend(TensorDict({"obs": torch.zeros(4)}, [4]))
+        >>> timeline(rb.storage)
+        Timeline(length=10, oldest=2, num_envs=1)
+    """
+    if not isinstance(storage, TensorStorage):
+        raise TypeError(f"got a {type(storage).__name__}; use a LazyTensorStorage or a LazyMemmapStorage.")
+    if storage.ndim > 3:
+        raise ValueError(f"got a storage with ndim={storage.ndim}; expected [time], [time, env] or [time, env, agent].")
+    if not len(storage):
+        return Timeline(0, 0, 1)
+    length = storage.shape[0]
+    num_envs = storage.shape[1] if storage.ndim > 1 else 1
+    if len(storage) < storage.max_size:
+        return Timeline(length, 0, num_envs)
+    buffers_writers = (getattr(buffer, "writer", None) for buffer in storage._attached_entities)
+    writers = [w for w in buffers_writers if isinstance(w, RoundRobinWriter) and w._write_count > 0]
+    if len(writers) > 1:
+        raise RuntimeError(
+            f"{len(writers)} buffers have written to this storage, so that its steps are in no order of time; "
+            "write through one buffer and give the others an ImmutableDatasetWriter."
+        )
+    # Without a writer the storage was filled from outside, oldest step first.
+    return Timeline(length, writers[0]._cursor % length if writers else 0, num_envs)
+
+
+class SliceSamplerBase(Sampler):
+    """What the slice samplers share: which starts are valid, the shares of a batch, indices, generator and state.
+
+    TorchRL's ``SliceSampler`` is no base for this: its slices end with the episode, and it can neither weight starts
+    nor keep slices apart.
+    """
+
+    def __init__(self, slice_len: int, *, num_shares: int = 1, generator: torch.Generator | None = None) -> None:
+        if slice_len < 1 or num_shares < 1:
+            raise ValueError(f"slice_len and num_shares must be positive, got {slice_len} and {num_shares}.")
+        self.slice_len = slice_len
+        self.num_shares = num_shares
+        self._generator = generator
+
+    def sample(self, storage: Storage, batch_size: int) -> tuple[Any, dict[str, Any]]:
+        """Draws ``batch_size`` indices: slices of consecutive steps, share after share.
+
+        Returns:
+            the flat index, ``[batch_size]`` (ndim=1) or a tuple with one such tensor per dimension of the storage, and
+            an empty info dictionary.
+
+        Raises:
+            ValueError: if ``batch_size`` is not a multiple of ``slice_len * num_shares``, or if the agent dimension
+                of a [time, env, agent] storage differs from ``num_shares``.
+            RuntimeError: if the storage holds too few steps.
+        """
+        per_share = self._slices_per_share(batch_size)
+        now = timeline(storage)
+        if storage.ndim == 3 and now.length and storage.shape[2] != self.num_shares:
+            raise ValueError(
+                f"the storage has {storage.shape[2]} agents, the sampler num_shares={self.num_shares}; they must agree."
+            )
+        if not self._fits(now, per_share):
+            raise RuntimeError(
+                f"cannot draw {per_share} slices of {self.slice_len} steps per share: the storage holds {now.length} "
+                f"steps of {now.num_envs} environment(s). {self._needed(per_share, now.num_envs)} Collect more data "
+                "first (`can_sample` tells when), or ask for fewer or shorter slices."
+            )
+        start, env = self._draw(now, per_share)
+        step = start.unsqueeze(-1) + torch.arange(self.slice_len)
+        index = [((step + now.oldest) % now.length).flatten()]
+        if storage.ndim > 1:
+            index.append(env.repeat_interleave(self.slice_len))
+        if storage.ndim > 2:
+            index.append(torch.arange(self.num_shares).repeat_interleave(per_share * self.slice_len))
+        return (tuple(index) if len(index) > 1 else index[0]), {}
+
+    def can_sample(self, storage: Storage, batch_size: int) -> bool:
+        """Whether the storage holds enough steps for the batch.
+
+        Raises:
+            ValueError: if ``batch_size`` is not a multiple of ``slice_len * num_shares``.
+        """
+        return self._fits(timeline(storage), self._slices_per_share(batch_size))
+
+    def _slices_per_share(self, batch_size: int) -> int:
+        per_share, rest = divmod(batch_size, self.slice_len * self.num_shares)
+        if rest or per_share < 1:
+            raise ValueError(
+                f"got batch_size={batch_size}; expected a positive multiple of slice_len * num_shares = "
+                f"{self.slice_len} * {self.num_shares}, so that every share gets the same number of whole slices."
+            )
+        return per_share
+
+    def _num_starts(self, now: Timeline) -> int:
+        return now.length - self.slice_len + 1
+
+    def _fits(self, now: Timeline, per_share: int) -> bool:
+        raise NotImplementedError
+
+    def _needed(self, per_share: int, num_envs: int) -> str:
+        raise NotImplementedError
+
+    def _draw(self, now: Timeline, per_share: int) -> tuple[Tensor, Tensor]:
+        """Draws starts (in order of time, 0 is the oldest) and environments, each ``[num_shares * per_share]``."""
+        raise NotImplementedError
+
+    @property
+    def _source(self) -> torch.Generator | None:
+        # `_rng` is the buffer's generator: a buffer without one sets it to None, so it must not replace our own.
+        return self._generator if self._generator is not None else self._rng
+
+    def _randint(self, high: int, num: int) -> Tensor:
+        source = self._source
+        return torch.randint(high, (num,), generator=source, device=source.device if source else "cpu").cpu()
+
+    def _rand(self, num: int) -> Tensor:
+        source = self._source
+        device = source.device if source else "cpu"
+        return torch.rand(num, generator=source, device=device, dtype=torch.float64).cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator's state, if the sampler has one of its own; sampling goes on exactly from there."""
+        return {} if self._generator is None else {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the generator; a sampler without one gets one if the state holds it."""
+        if "generator" in state_dict:
+            if self._generator is None:
+                self._generator = torch.Generator()
+            self._generator.set_state(state_dict["generator"].cpu())
+
+    def dumps(self, path: str | Path) -> None:
+        """Writes the state below the folder ``path``, as JSON."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        state = {key: value.tolist() for key, value in self.state_dict().items()}
+        (Path(path) / _STATE_FILE).write_text(json.dumps(state))
+
+    def loads(self, path: str | Path) -> None:
+        """Reads what :meth:`dumps` wrote."""
+        state = json.loads((Path(path) / _STATE_FILE).read_text())
+        self.load_state_dict({key: torch.tensor(value, dtype=torch.uint8) for key, value in state.items()})
+
+    def _empty(self) -> None:
+        # All there is to know about the data is read off the storage at every call.
+        pass

@@ -1,0 +1,9 @@
+"""Multi-agent environments with one dense group of agents."""
+
+from matwm_rl.envs.factory import make_env
+from matwm_rl.envs.layout import AgentLayout
+from matwm_rl.envs.mock import MockEnv
+from matwm_rl.envs.multi_agent_env import MultiAgentEnv
+from matwm_rl.envs.render import render_frame
+
+__all__ = ["AgentLayout", "MockEnv", "MultiAgentEnv", "make_env", "render_frame"]

@@ -1,0 +1,229 @@
+"""Pure functions on tensors: the maths of the losses and of sampling, with no modules and no keys.
+
+Dimension letters: N agents, B batch, T time, H horizon, S starts, K code dimensions, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def agents_first(value: Tensor, event_dims: int = 1) -> Tensor:
+    """Move the agent dimension to the front: ``[*batch, N, *event] -> [N, *batch, *event]`` (a view).
+
+    Keys hold agents where TorchRL holds them, just before the features; modules compute agent-major, so that stacked
+    per-agent weights are one batched matrix product.
+
+    Args:
+        value: the tensor.
+        event_dims: number of dimensions behind the agent dimension.
+
+    Examples:
+        >>> agents_first(torch.zeros(5, 7, 3, 2)).shape
+        torch.Size([3, 5, 7, 2])
+    """
+    return value.movedim(-1 - event_dims, 0)
+
+
+def agents_last(value: Tensor, event_dims: int = 1) -> Tensor:
+    """Inverse of :func:`agents_first`: ``[N, *batch, *event] -> [*batch, N, *event]`` (a view).
+
+    Examples:
+        >>> agents_last(torch.zeros(3, 5, 7, 2)).shape
+        torch.Size([5, 7, 3, 2])
+    """
+    return value.movedim(0, value.ndim - 1 - event_dims)
+
+
+def segment_ids(done: Tensor) -> Tensor:
+    """Number the episodes inside slices.
+
+    Args:
+        done: bool ``[..., T]``, true where an episode ends *after* the step.
+
+    Returns:
+        int64 ``[..., T]``: 0 for the steps of the slice's first episode, 1 for those of the next, and so on.
+
+    Examples:
+        >>> segment_ids(torch.tensor([False, True, False, False])).tolist()
+        [0, 0, 1, 1]
+    """
+    ended = done.long().cumsum(-1)
+    return torch.cat([torch.zeros_like(ended[..., :1]), ended[..., :-1]], -1)
+
+
+def causal_segment_mask(segments: Tensor) -> Tensor:
+    """Attention mask that is causal and confined to one episode.
+
+    Args:
+        segments: ``[..., T]`` as given by :func:`segment_ids`.
+
+    Returns:
+        bool ``[..., T, T]``, true where query (row) may attend to key (column).
+
+    Examples:
+        >>> causal_segment_mask(torch.tensor([0, 0, 1])).int().tolist()
+        [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    """
+    same = segments.unsqueeze(-1) == segments.unsqueeze(-2)
+    return same.tril()
+
+
+def shift_within_segments(value: Tensor, segments: Tensor) -> Tensor:
+    """Delay a sequence by one step, with zeros at the first step of every episode.
+
+    Args:
+        value: ``[..., T, F]``.
+        segments: ``[..., T]``.
+
+    Returns:
+        ``[..., T, F]``: at t the value of t-1 if both lie in the same episode, else zero.
+
+    Examples:
+        >>> shift_within_segments(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 0, 1])).squeeze(-1).tolist()
+        [0.0, 1.0, 0.0]
+    """
+    delayed = torch.cat([torch.zeros_like(value[..., :1, :]), value[..., :-1, :]], -2)
+    first = torch.ones_like(segments, dtype=torch.bool)
+    first[..., 1:] = segments[..., 1:] != segments[..., :-1]
+    return delayed.masked_fill(first.unsqueeze(-1), 0.0)
+
+
+def categorical_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL divergence ``KL(q || p)`` of K independent categoricals, summed over K, in nats.
+
+    TorchRL's ``categorical_kl_terms`` returns batch means; the free bits of the paper are per element and the mean is
+    masked, so the element-wise value is needed.
+
+    Args:
+        log_q: log-probabilities ``[..., K, C]``.
+        log_p: log-probabilities ``[..., K, C]``.
+
+    Returns:
+        ``[...]``.
+
+    Examples:
+        >>> log_q = torch.tensor([[0.5, 0.5]]).log()
+        >>> categorical_kl(log_q, torch.tensor([[0.25, 0.75]]).log())
+        tensor(0.1438)
+    """
+    return (log_q.exp() * (log_q - log_p)).sum((-2, -1))
+
+
+def balanced_kl(log_q: Tensor, log_p: Tensor, free_nats: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The two KL losses of section 2, each clamped at ``free_nats`` per element.
+
+    Args:
+        log_q: posterior log-probabilities of z_{t+1}, ``[..., K, C]``.
+        log_p: prior log-probabilities of z_{t+1} from the dynamics predictor, ``[..., K, C]``.
+        free_nats: lower bound of each element.
+
+    Returns:
+        ``(dynamics, representation)``, each ``[...]``: the first moves the prior only, the second the posterior only.
+
+    Examples:
+        >>> q, p = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.01, 0.99]]).log()
+        >>> [round(x.item(), 3) for x in balanced_kl(q, p)]
+        [1.614, 1.614]
+    """
+    dynamics = categorical_kl(log_q.detach(), log_p)
+    representation = categorical_kl(log_q, log_p.detach())
+    return dynamics.clamp(min=free_nats), representation.clamp(min=free_nats)
+
+
+def lambda_return(reward: Tensor, continuation: Tensor, next_value: Tensor, gamma: float, lmbda: float) -> Tensor:
+    r"""Lambda-return of section 5, computed backwards.
+
+    .. math::
+        G_t = r_t + \gamma c_t [(1-\lambda) V(s_{t+1}) + \lambda G_{t+1}], \qquad G_H = V(s_H)
+
+    TorchRL's ``td_lambda_return_estimate`` agrees (tested) but wants done flags in place of a continuation and takes
+    twice the time (0.81 against 0.36 ms at 768 x 3 x 15).
+
+    Args:
+        reward: ``[..., H]``, reward of the step from s_t to s_{t+1}.
+        continuation: ``[..., H]``, c_t in [0, 1].
+        next_value: ``[..., H]``, V(s_{t+1}).
+        gamma: discount factor.
+        lmbda: the lambda.
+
+    Returns:
+        ``[..., H]``.
+
+    Examples:
+        >>> one = torch.ones(3)
+        >>> lambda_return(one, one, torch.zeros(3), gamma=0.5, lmbda=1.0).tolist()
+        [1.75, 1.5, 1.0]
+    """
+    discount = gamma * continuation
+    inputs = reward + discount * (1 - lmbda) * next_value
+    carry = next_value[..., -1]
+    returns = torch.empty_like(reward)
+    for t in reversed(range(reward.shape[-1])):
+        carry = inputs[..., t] + discount[..., t] * lmbda * carry
+        returns[..., t] = carry
+    return returns
+
+
+def sample_index(logits: Tensor) -> Tensor:
+    """Draw category indices from logits by the inverse of the cumulative distribution.
+
+    One uniform number per draw: about ten times faster than ``OneHotCategorical.sample`` on CPU.
+
+    Args:
+        logits: ``[..., C]``, unnormalised.
+
+    Returns:
+        int64 ``[...]``.
+
+    Examples:
+        >>> sample_index(torch.tensor([[0.0, 100.0], [100.0, 0.0]])).tolist()
+        [1, 0]
+    """
+    cumulative = logits.softmax(-1).cumsum(-1)
+    threshold = torch.rand_like(cumulative[..., :1]) * cumulative[..., -1:]
+    return (cumulative <= threshold).sum(-1).clamp_(max=logits.shape[-1] - 1)
+
+
+def masked_mean(value: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the elements where ``mask`` is true (zero when there are none).
+
+    Examples:
+        >>> masked_mean(torch.tensor([1.0, 3.0, 100.0]), torch.tensor([True, True, False])).item()
+        2.0
+    """
+    if mask is None:
+        return value.mean()
+    mask = mask.expand_as(value)
+    return torch.where(mask, value, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def clip_grad_norm_per_agent_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Clip the gradients of stacked parameters ``[N, ...]`` for every agent on its own.
+
+    ``torch.nn.utils.clip_grad_norm_`` takes one norm over everything: one agent's large gradient would shrink the
+    others'.
+
+    Args:
+        parameters: tensors whose first dimension is the agent.
+        max_norm: largest norm of an agent's gradient.
+
+    Returns:
+        the norms before clipping, ``[N]``.
+
+    Examples:
+        >>> weight = torch.zeros(2, 1, requires_grad=True)
+        >>> weight.grad = torch.tensor([[3.0], [0.5]])
+        >>> clip_grad_norm_per_agent_([weight], max_norm=1.0).tolist(), weight.grad.flatten().tolist()
+        ([3.0, 0.5], [1.0, 0.5])
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack([torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads]).norm(dim=0)
+    factor = (max_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(factor.view(-1, *[1] * (grad.ndim - 1)))
+    return norms

@@ -1,0 +1,60 @@
+"""Every default :class:`~tensordict.NestedKey` of the library, once.
+
+Layout of the entries (N agents, A actions of the agent that has most, D features):
+
+===================================  ======================  ==================================================
+key                                  shape after batch dims  meaning
+===================================  ======================  ==================================================
+``("agents", "observation")``        ``[N, D]``/``[N,C,H,W]``  padded vectors (float32) or resized images (uint8)
+``("agents", "action")``             ``[N]``                 categorical action (int64)
+``("agents", "action_mask")``        ``[N, A]``              legal actions; padding of smaller agents is illegal
+``("agents", "alive")``              ``[N]``                 the agent is alive, its observation is real
+``("agents", "teammate_action")``    ``[N, N-1]``            what the others did, in agent order without oneself
+``("agents", "latent")``             ``[N, Z]``              z_t as a feature vector
+``("agents", "hidden")``             ``[N, F]``              h, the transformer's summary of the steps before t
+``("agents", "teammate_logits")``    ``[N, N-1, A]``         p_t, predicted action logits of the others at t
+``("next", "agents", "reward")``     ``[N, 1]``              reward of the step
+``("next", "agents", "done")``       ``[N, 1]``              the focal agent's slice changes episode after the step
+``("next", "agents", "terminated")`` ``[N, 1]``              ... because the episode terminated (not truncated)
+``("next", "agents", "continuation")`` ``[N, 1]``            predicted probability that the episode goes on
+===================================  ======================  ==================================================
+"""
+
+from tensordict import NestedKey
+
+AGENTS = "agents"
+
+OBSERVATION: NestedKey = (AGENTS, "observation")
+ACTION: NestedKey = (AGENTS, "action")
+ACTION_MASK: NestedKey = (AGENTS, "action_mask")
+ALIVE: NestedKey = (AGENTS, "alive")
+TEAMMATE_ACTION: NestedKey = (AGENTS, "teammate_action")
+TEAMMATE_ALIVE: NestedKey = (AGENTS, "teammate_alive")
+
+LATENT: NestedKey = (AGENTS, "latent")
+HIDDEN: NestedKey = (AGENTS, "hidden")
+TEAMMATE_LOGITS: NestedKey = (AGENTS, "teammate_logits")
+
+RECONSTRUCTION: NestedKey = (AGENTS, "reconstruction")
+MASK_LOGITS: NestedKey = (AGENTS, "mask_logits")
+POSTERIOR: NestedKey = ("next", AGENTS, "posterior_log_probs")
+PRIOR: NestedKey = ("next", AGENTS, "prior_log_probs")
+REWARD_LOGITS: NestedKey = ("next", AGENTS, "reward_logits")
+CONTINUATION_LOGITS: NestedKey = ("next", AGENTS, "continuation_logits")
+
+LOGITS: NestedKey = (AGENTS, "logits")
+STATE_VALUE_LOGITS: NestedKey = (AGENTS, "state_value_logits")
+STATE_VALUE: NestedKey = (AGENTS, "state_value")
+LAMBDA_RETURN: NestedKey = (AGENTS, "lambda_return")
+WEIGHT: NestedKey = (AGENTS, "weight")
+
+NEXT_OBSERVATION: NestedKey = ("next", AGENTS, "observation")
+NEXT_ALIVE: NestedKey = ("next", AGENTS, "alive")
+REWARD: NestedKey = ("next", AGENTS, "reward")
+CONTINUATION: NestedKey = ("next", AGENTS, "continuation")
+AGENT_DONE: NestedKey = ("next", AGENTS, "done")
+AGENT_TERMINATED: NestedKey = ("next", AGENTS, "terminated")
+
+DONE: NestedKey = ("next", "done")
+TERMINATED: NestedKey = ("next", "terminated")
+TRUNCATED: NestedKey = ("next", "truncated")

@@ -1,0 +1,44 @@
+"""Networks: the world model and its parts, actors and critics, acting, imagination."""
+
+from matwm_rl.modules.actor_critic import STATE_KEYS, StateMLP, make_actor, make_critic
+from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, MLPDecoder, MLPEncoder
+from matwm_rl.modules.heads import ActionMixer, Head, TeammatePredictor
+from matwm_rl.modules.imagination import Imagination
+from matwm_rl.modules.latent import CategoricalLatent, FSQLatent, LatentCode, make_latent
+from matwm_rl.modules.policy import CONTEXT_KEYS, WorldModelPolicy
+from matwm_rl.modules.stacked import StackedLayerNorm, StackedLinear, StackedMLP
+from matwm_rl.modules.transformer import KVCache, Transformer
+from matwm_rl.modules.two_hot import TwoHot
+from matwm_rl.modules.world_model import Context, State, Step, WorldModel, WorldModelConfig
+
+__all__ = [
+    "CONTEXT_KEYS",
+    "STATE_KEYS",
+    "ActionMixer",
+    "CNNDecoder",
+    "CNNEncoder",
+    "CategoricalLatent",
+    "Context",
+    "FSQLatent",
+    "Head",
+    "Imagination",
+    "KVCache",
+    "LatentCode",
+    "MLPDecoder",
+    "MLPEncoder",
+    "StackedLayerNorm",
+    "StackedLinear",
+    "StackedMLP",
+    "State",
+    "StateMLP",
+    "Step",
+    "TeammatePredictor",
+    "Transformer",
+    "TwoHot",
+    "WorldModel",
+    "WorldModelConfig",
+    "WorldModelPolicy",
+    "make_actor",
+    "make_critic",
+    "make_latent",
+]

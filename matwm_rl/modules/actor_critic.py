@@ -1,0 +1,127 @@
+"""Actors and critics: one per agent, with stacked weights (section 3)."""
+
+from __future__ import annotations
+
+import torch
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictSequential
+from torch import Tensor, nn
+from torchrl.modules import MaskedCategorical, ProbabilisticActor
+
+from matwm_rl import keys
+from matwm_rl.functional import agents_first, agents_last
+from matwm_rl.modules.stacked import StackedMLP
+from matwm_rl.modules.two_hot import TwoHot
+from matwm_rl.modules.world_model import WorldModel
+
+STATE_KEYS = [keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS]
+"""Keys of s_t = (z_t, h_t, p_t)."""
+
+
+class StateMLP(nn.Module):
+    """One MLP per agent on its own s_t = (z_t, h_t, p_t), in TorchRL's layout.
+
+    Teammates' logits enter as probabilities: bounded, and zero for actions that a teammate does not have.
+
+    Args:
+        latent_size: Z.
+        hidden_size: F.
+        teammate_size: (N-1) * A, or 0 without teammate predictor.
+        out_features: number of outputs.
+        num_agents: N.
+        num_cells: width of the hidden layers.
+        depth: number of hidden layers.
+
+    Examples:
+        >>> net = StateMLP(4, 8, 10, 5, num_agents=3, num_cells=16)
+        >>> net(torch.zeros(7, 3, 4), torch.zeros(7, 3, 8), torch.zeros(7, 3, 2, 5)).shape
+        torch.Size([7, 3, 5])
+    """
+
+    def __init__(
+        self,
+        latent_size: int,
+        hidden_size: int,
+        teammate_size: int,
+        out_features: int,
+        *,
+        num_agents: int,
+        num_cells: int = 512,
+        depth: int = 2,
+    ) -> None:
+        super().__init__()
+        size = latent_size + hidden_size + teammate_size
+        self.mlp = StackedMLP(size, out_features, num_agents=num_agents, num_cells=num_cells, depth=depth)
+
+    def forward(self, latent: Tensor, hidden: Tensor, teammate_logits: Tensor) -> Tensor:
+        """``[*batch, N, Z]``, ``[*batch, N, F]``, ``[*batch, N, N-1, A]`` to ``[*batch, N, out_features]``."""
+        state = torch.cat([latent, hidden, teammate_logits.softmax(-1).flatten(-2)], -1)
+        return agents_last(self.mlp(agents_first(state)))
+
+
+def _state_mlp(world_model: WorldModel, out_features: int, num_cells: int, depth: int) -> StateMLP:
+    teammates = 0 if world_model.teammates is None else (world_model.num_agents - 1) * world_model.num_actions
+    return StateMLP(
+        world_model.latent.latent_size,
+        world_model.transformer.features,
+        teammates,
+        out_features,
+        num_agents=world_model.num_agents,
+        num_cells=num_cells,
+        depth=depth,
+    )
+
+
+def make_actor(world_model: WorldModel, *, num_cells: int = 512, depth: int = 2) -> ProbabilisticTensorDictSequential:
+    """Actors of all agents, pi_i(a given s_t), as one TorchRL ``ProbabilisticActor``.
+
+    Only sizes are read from the world model; the actor holds no reference to it.
+
+    Args:
+        world_model: gives the sizes.
+        num_cells: width of the hidden layers.
+        depth: number of hidden layers.
+
+    Keys read: ``("agents", "latent" | "hidden" | "teammate_logits" | "action_mask")``; written: ``("agents", "logits")``,
+    ``("agents", "action")``. The distribution never gives weight to an action that the mask forbids.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> world_model = WorldModel.from_env(make_env("mock", seed=0), hidden_size=32, num_heads=2)
+        >>> make_actor(world_model, num_cells=16).out_keys
+        [('agents', 'logits'), ('agents', 'action')]
+    """
+    network = _state_mlp(world_model, world_model.num_actions, num_cells, depth)
+    return ProbabilisticActor(
+        TensorDictModule(network, in_keys=STATE_KEYS, out_keys=[keys.LOGITS]),
+        in_keys={"logits": keys.LOGITS, "mask": keys.ACTION_MASK},
+        out_keys=[keys.ACTION],
+        distribution_class=MaskedCategorical,
+    )
+
+
+def make_critic(
+    world_model: WorldModel, *, num_cells: int = 512, depth: int = 2, two_hot: TwoHot | None = None
+) -> TensorDictSequential:
+    """Critics of all agents, V_i(s_t) as two-hot logits and as a number.
+
+    Args:
+        world_model: gives the sizes.
+        num_cells: width of the hidden layers.
+        depth: number of hidden layers.
+        two_hot: code of the value; 255 bins by default.
+
+    Keys read: ``("agents", "latent" | "hidden" | "teammate_logits")``; written: ``("agents", "state_value_logits")``
+    ``[*batch, N, bins]`` and ``("agents", "state_value")`` ``[*batch, N, 1]``.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> world_model = WorldModel.from_env(make_env("mock", seed=0), hidden_size=32, num_heads=2)
+        >>> make_critic(world_model, num_cells=16).out_keys
+        [('agents', 'state_value_logits'), ('agents', 'state_value')]
+    """
+    two_hot = two_hot or TwoHot()
+    network = _state_mlp(world_model, two_hot.num_bins, num_cells, depth)
+    return TensorDictSequential(
+        TensorDictModule(network, in_keys=STATE_KEYS, out_keys=[keys.STATE_VALUE_LOGITS]),
+        TensorDictModule(two_hot, in_keys=[keys.STATE_VALUE_LOGITS], out_keys=[keys.STATE_VALUE]),
+    )

@@ -1,0 +1,157 @@
+"""Parts of the world model around its transformer: action mixer, heads, teammate predictor (section 2).
+
+All tensors are agent-major: ``[N, *batch, F]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from matwm_rl.modules.stacked import StackedLinear, mlp
+from matwm_rl.modules.transformer import KVCache, Transformer
+
+ILLEGAL_LOGIT = -1e9
+"""Logit of an action that an agent does not have."""
+
+
+class ActionMixer(nn.Module):
+    """Mix latent and action into one token: ``e_t = z_t W + E[offset_i + a_t]`` (section 2, action scaling).
+
+    The linear map of a one-hot is a row look-up. With scaling, agent i's rows start at ``A_0 + .. + A_{i-1}``: this alone
+    tells the shared model which agent is focal. Without it all agents use the same rows.
+
+    Args:
+        latent_size: Z.
+        features: size of the token.
+        action_counts: number of actions of each agent.
+        scaled: action scaling on or off.
+
+    Examples:
+        >>> mixer = ActionMixer(4, 8, action_counts=[5, 3])
+        >>> mixer.action_rows.num_embeddings
+        8
+        >>> mixer(torch.zeros(2, 7, 4), torch.zeros(2, 7, dtype=torch.long)).shape
+        torch.Size([2, 7, 8])
+    """
+
+    offset: Tensor
+
+    def __init__(self, latent_size: int, features: int, *, action_counts: Sequence[int], scaled: bool = True) -> None:
+        super().__init__()
+        counts = torch.tensor(list(action_counts))
+        offset = counts.cumsum(0) - counts if scaled else torch.zeros_like(counts)
+        self.register_buffer("offset", offset, persistent=False)
+        self.latent = nn.Linear(latent_size, features)
+        self.action_rows = nn.Embedding(int(counts.sum() if scaled else counts.max()), features)
+
+    def forward(self, latent: Tensor, action: Tensor) -> Tensor:
+        """``latent [N, *batch, Z]``, ``action [N, *batch]`` to ``[N, *batch, F]``."""
+        offset = self.offset.view(-1, *[1] * (action.ndim - 1))
+        return self.latent(latent) + self.action_rows(action + offset)
+
+
+class Head(nn.Module):
+    """MLP whose last layer is each group's own.
+
+    Args:
+        in_features: size of the input.
+        out_features: size of the output.
+        group_index: group of each of the N agents.
+        num_cells: width of the hidden layers.
+        depth: number of hidden layers.
+        zero_init: start the last layer at zero.
+
+    Examples:
+        >>> Head(4, 6, group_index=[0, 0, 1], num_cells=8, depth=1)(torch.zeros(3, 5, 4)).shape
+        torch.Size([3, 5, 6])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        group_index: Sequence[int],
+        num_cells: int = 512,
+        depth: int = 2,
+        zero_init: bool = False,
+    ) -> None:
+        super().__init__()
+        self.trunk = mlp(in_features, num_cells, depth)
+        self.output = StackedLinear(num_cells if depth else in_features, out_features, group_index, zero_init=zero_init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, *batch, in] -> [N, *batch, out]``."""
+        return self.output(self.trunk(x))
+
+
+class TeammatePredictor(nn.Module):
+    """Predicts what every other agent does, from the focal agent's latents alone (section 2).
+
+    A transformer of its own over z_0..z_t. The latents enter with stop-gradient. Logits of actions that an agent does not
+    have are :data:`ILLEGAL_LOGIT`.
+
+    Args:
+        latent_size: Z.
+        action_counts: number of actions of each of the N agents.
+        group_index: group of each agent; the last layer is each group's own.
+        features: width of the transformer.
+        num_layers: blocks of the transformer.
+        num_heads: attention heads.
+        dropout: dropout of the transformer.
+
+    Examples:
+        >>> predictor = TeammatePredictor(4, action_counts=[5, 5, 3], group_index=[0, 0, 1], features=8, num_heads=2)
+        >>> mask = torch.ones(6, 6, dtype=torch.bool).tril()
+        >>> predictor(torch.zeros(3, 2, 6, 4), mask).shape
+        torch.Size([3, 2, 6, 2, 5])
+    """
+
+    legal: Tensor
+
+    def __init__(
+        self,
+        latent_size: int,
+        *,
+        action_counts: Sequence[int],
+        group_index: Sequence[int],
+        features: int = 512,
+        num_layers: int = 2,
+        num_heads: int = 8,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.num_agents, self.num_actions = len(action_counts), max(action_counts)
+        others = [[n for j, n in enumerate(action_counts) if j != i] for i in range(self.num_agents)]
+        counts = torch.tensor(others, dtype=torch.long).view(self.num_agents, self.num_agents - 1, 1)
+        self.register_buffer("legal", torch.arange(self.num_actions) < counts, persistent=False)
+        self.input = nn.Linear(latent_size, features)
+        self.transformer = Transformer(features, num_layers=num_layers, num_heads=num_heads, dropout=dropout)
+        self.output = StackedLinear(features, (self.num_agents - 1) * self.num_actions, group_index)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.output(hidden).unflatten(-1, (self.num_agents - 1, self.num_actions))
+        legal = self.legal.view(self.num_agents, *[1] * (logits.ndim - 3), *self.legal.shape[1:])
+        return logits.masked_fill(~legal, ILLEGAL_LOGIT)
+
+    def forward(self, latent: Tensor, mask: Tensor) -> Tensor:
+        """Logits at every step of whole sequences.
+
+        Args:
+            latent: ``[N, B, T, Z]``; detached here.
+            mask: bool attention mask, ``[T, T]`` or ``[N * B, T, T]``.
+
+        Returns:
+            ``[N, B, T, N-1, A]``.
+        """
+        tokens = self.input(latent.detach())
+        return self._logits(self.transformer(tokens.flatten(0, 1), mask).view(tokens.shape))
+
+    def cached(self, latent: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
+        """Logits at the last of the new steps ``latent [N, S, T, Z]``: ``[N, S, N-1, A]``."""
+        tokens = self.input(latent.detach())
+        hidden = self.transformer.cached(tokens.flatten(0, 1), cache, mask)[:, -1]
+        return self._logits(hidden.view(*tokens.shape[:2], -1))

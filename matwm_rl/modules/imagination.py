@@ -1,0 +1,119 @@
+"""Imagination (Algorithm 1): context prefill, then a horizon of imagined steps, all agents and starts batched."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from matwm_rl import keys
+from matwm_rl.functional import agents_first, agents_last, segment_ids
+from matwm_rl.modules.world_model import State, WorldModel
+
+
+class Imagination(TensorDictModuleBase):
+    """Let every agent dream alone from replayed starts, with teammates as predicted behaviour (section 4).
+
+    No gradient flows through the rollout. Actions are sampled, whatever the exploration type outside.
+
+    Args:
+        world_model: the shared world model.
+        actor: reads s_t and ``("agents", "action_mask")``, writes ``("agents", "action")``.
+        horizon: H, number of imagined steps.
+
+    Keys read (batch ``[S, C+1]``: C steps of context, then the start):
+    ``("agents", "observation" | "action")``, ``("next", "agents", "done")``, optionally ``("agents", "alive")``.
+
+    Keys written to the returned tensordict (batch ``[S, H]``): s_t as ``("agents", "latent" | "hidden" |
+    "teammate_logits")``, ``("agents", "action" | "action_mask")``, s_{t+1} under ``"next"``,
+    ``("next", "agents", "reward" | "continuation")`` as ``[S, H, N, 1]``, and ``("agents", "alive")`` ``[S, H, N]``:
+    false where the start was of a dead agent.
+
+    Examples:
+        >>> from matwm_rl.data import to_focal
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.modules import make_actor
+        >>> env = make_env("mock", seed=0)
+        >>> world_model = WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
+        >>> imagination = Imagination(world_model, make_actor(world_model, num_cells=16), horizon=5)
+        >>> starts = to_focal(env.rollout(9, break_when_any_done=False).unsqueeze(0))
+        >>> imagination(starts)["next", "agents", "reward"].shape
+        torch.Size([1, 5, 3, 1])
+    """
+
+    def __init__(self, world_model: WorldModel, actor: nn.Module, *, horizon: int) -> None:
+        super().__init__()
+        if horizon < 1:
+            raise ValueError(f"horizon must be at least 1, got {horizon}")
+        self.world_model = world_model
+        self.actor = actor
+        self.horizon = horizon
+        self.in_keys: list[NestedKey] = [keys.OBSERVATION, keys.ACTION, keys.AGENT_DONE]
+        state = [keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS]
+        self.out_keys: list[NestedKey] = [
+            *state,
+            keys.ACTION,
+            keys.ACTION_MASK,
+            keys.ALIVE,
+            *(("next", *key) for key in state),
+            keys.REWARD,
+            keys.CONTINUATION,
+        ]
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Imagine from every start: see the class for keys."""
+        if tensordict.ndim != 2:
+            raise ValueError(f"Imagination reads starts of batch size [S, context + 1], got {tuple(tensordict.shape)}")
+        model = self.world_model
+        observation = agents_first(tensordict.get(keys.OBSERVATION), model.observation_dims)
+        action = agents_first(tensordict.get(keys.ACTION), 0)
+        segments = segment_ids(agents_first(tensordict.get(keys.AGENT_DONE)).squeeze(-1))
+        same_episode = segments[..., :-1] == segments[..., -1:]
+        state, context = model.prefill(model.encode(observation), action[..., :-1], same_episode, self.horizon)
+
+        states, actions, masks, rewards, continuations = [state], [], [], [], []
+        for _ in range(self.horizon):
+            mask = model.legal_actions(state.latent)
+            action = self._act(state, mask)
+            step = model.step(state, action, context)
+            state = step.state
+            states.append(state)
+            actions.append(action)
+            masks.append(mask)
+            rewards.append(step.reward)
+            continuations.append(step.continuation)
+
+        shape = (tensordict.shape[0], self.horizon)
+        imagined = TensorDict({}, batch_size=shape, device=tensordict.device)
+        for key, name, event_dims in (
+            (keys.LATENT, "latent", 1),
+            (keys.HIDDEN, "hidden", 1),
+            (keys.TEAMMATE_LOGITS, "teammate_logits", 2),
+        ):
+            whole = agents_last(torch.stack([getattr(s, name) for s in states], 2), event_dims)
+            imagined.set(key, whole[:, :-1])
+            imagined.set(("next", *key), whole[:, 1:])
+        imagined.set(keys.ACTION, agents_last(torch.stack(actions, 2), 0))
+        imagined.set(keys.ACTION_MASK, agents_last(torch.stack(masks, 2)))
+        imagined.set(keys.REWARD, agents_last(torch.stack(rewards, 2), 0).unsqueeze(-1))
+        imagined.set(keys.CONTINUATION, agents_last(torch.stack(continuations, 2), 0).unsqueeze(-1))
+        alive = tensordict.get(keys.ALIVE, None)
+        alive = torch.ones_like(imagined[keys.ACTION], dtype=torch.bool) if alive is None else alive[:, -1:]
+        return imagined.set(keys.ALIVE, alive.expand(*shape, -1))
+
+    def _act(self, state: State, mask: Tensor) -> Tensor:
+        """Sample actions ``[N, S]``."""
+        inputs = TensorDict(
+            {
+                keys.LATENT: agents_last(state.latent),
+                keys.HIDDEN: agents_last(state.hidden),
+                keys.TEAMMATE_LOGITS: agents_last(state.teammate_logits, 2),
+                keys.ACTION_MASK: agents_last(mask),
+            },
+            batch_size=[mask.shape[1]],
+        )
+        with set_exploration_type(ExplorationType.RANDOM):
+            return agents_first(self.actor(inputs).get(keys.ACTION), 0)

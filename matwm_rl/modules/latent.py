@@ -1,0 +1,175 @@
+"""Latent codes: what lies between the encoder and everything else. Exchangeable, with one interface.
+
+A code turns the encoder's features into a distribution over K code dimensions of C classes each, draws z_t from it, and
+turns class indices drawn from the dynamics predictor into the same feature vector.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from matwm_rl.functional import sample_index
+
+
+class LatentCode(nn.Module):
+    """Interface of a latent code with ``num_dims`` (K) dimensions of ``num_classes`` (C) classes.
+
+    Attributes:
+        encoder_size: number of features the encoder must deliver.
+        latent_size: size Z of the feature vector z.
+        logits_size: number of logits the dynamics predictor must deliver, K * C.
+    """
+
+    encoder_size: int
+    latent_size: int
+
+    def __init__(self, num_dims: int, num_classes: int) -> None:
+        super().__init__()
+        if num_dims < 1 or num_classes < 2:
+            raise ValueError(f"a code needs >= 1 dimension and >= 2 classes, got {num_dims} x {num_classes}")
+        self.num_dims = num_dims
+        self.num_classes = num_classes
+        self.logits_size = num_dims * num_classes
+
+    def posterior(self, features: Tensor) -> Tensor:
+        """Encoder features ``[..., encoder_size]`` to posterior log-probabilities ``[..., K, C]``."""
+        raise NotImplementedError
+
+    def sample_posterior(self, features: Tensor) -> Tensor:
+        """Encoder features ``[..., encoder_size]`` to z ``[..., Z]``, with straight-through gradients."""
+        raise NotImplementedError
+
+    def from_index(self, index: Tensor) -> Tensor:
+        """Class indices ``[..., K]`` to z ``[..., Z]``."""
+        raise NotImplementedError
+
+    def to_index(self, latent: Tensor) -> Tensor:
+        """Invert :meth:`from_index`: z ``[..., Z]`` to class indices ``[..., K]``."""
+        raise NotImplementedError
+
+    def prior(self, logits: Tensor) -> Tensor:
+        """Logits of the dynamics predictor ``[..., K * C]`` to log-probabilities ``[..., K, C]``."""
+        return logits.unflatten(-1, (self.num_dims, self.num_classes)).log_softmax(-1)
+
+    def sample_prior(self, log_probs: Tensor) -> Tensor:
+        """Draw z_{t+1} ``[..., Z]`` from prior log-probabilities ``[..., K, C]``."""
+        return self.from_index(sample_index(log_probs))
+
+
+class CategoricalLatent(LatentCode):
+    """The paper's code: K categoricals of C classes, one-hot, straight-through, with unimix (section 2).
+
+    Args:
+        num_dims: K.
+        num_classes: C.
+        unimix: share of the uniform distribution mixed into all probabilities.
+
+    Examples:
+        >>> code = CategoricalLatent(4, 8)
+        >>> z = code.sample_posterior(torch.randn(2, code.encoder_size))
+        >>> z.shape, z.sum(-1).tolist()
+        (torch.Size([2, 32]), [4.0, 4.0])
+    """
+
+    def __init__(self, num_dims: int = 32, num_classes: int = 32, *, unimix: float = 0.01) -> None:
+        super().__init__(num_dims, num_classes)
+        self.unimix = unimix
+        self.encoder_size = self.latent_size = num_dims * num_classes
+
+    def _mix(self, logits: Tensor) -> Tensor:
+        log_probs = logits.unflatten(-1, (self.num_dims, self.num_classes)).log_softmax(-1)
+        if not self.unimix:
+            return log_probs
+        uniform = math.log(self.unimix / self.num_classes)
+        return torch.logaddexp(log_probs + math.log1p(-self.unimix), torch.full_like(log_probs, uniform))
+
+    def posterior(self, features: Tensor) -> Tensor:
+        """Log-probabilities ``[..., K, C]`` with unimix."""
+        return self._mix(features)
+
+    def prior(self, logits: Tensor) -> Tensor:
+        """Log-probabilities ``[..., K, C]`` with unimix."""
+        return self._mix(logits)
+
+    def sample_posterior(self, features: Tensor) -> Tensor:
+        """Sample one-hots; gradients pass to the probabilities (straight-through)."""
+        log_probs = self.posterior(features)
+        probs = log_probs.exp().flatten(-2)
+        sample = self.from_index(sample_index(log_probs.detach()))
+        return sample + probs - probs.detach()
+
+    def from_index(self, index: Tensor) -> Tensor:
+        """One-hots, flattened."""
+        one_hot = torch.zeros(*index.shape, self.num_classes, device=index.device)
+        return one_hot.scatter_(-1, index.long().unsqueeze(-1), 1.0).flatten(-2)
+
+    def to_index(self, latent: Tensor) -> Tensor:
+        """Position of the one in every one-hot."""
+        return latent.unflatten(-1, (self.num_dims, self.num_classes)).argmax(-1)
+
+
+class FSQLatent(LatentCode):
+    """Finite scalar quantisation (arXiv:2309.15505): K numbers, each rounded to one of C levels in [-1, 1].
+
+    Keeps the fine geometry of low-dimensional observations that one-hot categoricals lose. The dynamics predictor still
+    gives a categorical per dimension, so the model stays discrete. z is the nearest level, straight-through. The
+    posterior is a narrow bell over the levels around the encoder's value: it makes the KL terms of the paper
+    well-defined and differentiable.
+
+    Args:
+        num_dims: K.
+        num_classes: C, levels per dimension.
+        width: standard deviation of the posterior, in levels.
+
+    Examples:
+        >>> code = FSQLatent(3, num_classes=5)
+        >>> z = code.sample_posterior(torch.tensor([[0.0, 10.0, -10.0]]))
+        >>> z.tolist(), code.to_index(z).tolist()
+        ([[0.0, 1.0, -1.0]], [[2, 4, 0]])
+    """
+
+    levels: Tensor
+
+    def __init__(self, num_dims: int = 64, num_classes: int = 16, *, width: float = 0.4) -> None:
+        super().__init__(num_dims, num_classes)
+        self.width = width
+        self.encoder_size = self.latent_size = num_dims
+        self.register_buffer("levels", torch.arange(num_classes, dtype=torch.float32), persistent=False)
+
+    def _scale(self, features: Tensor) -> Tensor:
+        return (features.tanh() + 1) * (0.5 * (self.num_classes - 1))
+
+    def posterior(self, features: Tensor) -> Tensor:
+        """Log-probabilities ``[..., K, C]`` of a bell of ``width`` levels around the value before rounding."""
+        distance = (self._scale(features).unsqueeze(-1) - self.levels) / self.width
+        return (-0.5 * distance.square()).log_softmax(-1)
+
+    def sample_posterior(self, features: Tensor) -> Tensor:
+        """Nearest level; gradients pass as if there were no rounding (straight-through)."""
+        value = self._scale(features)
+        value = value + (value.round() - value).detach()
+        return value * (2 / (self.num_classes - 1)) - 1
+
+    def from_index(self, index: Tensor) -> Tensor:
+        """Level index to its value in [-1, 1]."""
+        return index.to(self.levels.dtype) * (2 / (self.num_classes - 1)) - 1
+
+    def to_index(self, latent: Tensor) -> Tensor:
+        """Value in [-1, 1] to the nearest level's index."""
+        return ((latent + 1) * (0.5 * (self.num_classes - 1))).round().long()
+
+
+def make_latent(kind: str, num_dims: int, num_classes: int) -> LatentCode:
+    """Build a code by name: ``"categorical"`` (the paper's) or ``"fsq"``.
+
+    Examples:
+        >>> make_latent("fsq", 8, 4).latent_size
+        8
+    """
+    codes = {"categorical": CategoricalLatent, "fsq": FSQLatent}
+    if kind not in codes:
+        raise ValueError(f"unknown latent code {kind!r}; choose one of {sorted(codes)}")
+    return codes[kind](num_dims, num_classes)

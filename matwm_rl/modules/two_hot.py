@@ -1,0 +1,55 @@
+"""Scalars as categoricals: the 255-bin two-hot code of rewards and values (section 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchrl.modules import SymExpTwoHot
+from torchrl.modules.functional import symexp, symlog
+
+
+class TwoHot(SymExpTwoHot):
+    """Two-hot code over bins that are evenly spaced in symlog space.
+
+    With ``interpolation="raw"`` (TorchRL's and DreamerV3's form) a target is split between its two bins in raw space and
+    decoding is the raw expectation, which is unbiased: a reward of 10 with probability 0.1 decodes to 1. With
+    ``"symlog"`` (STORM's, hence the paper's) both happen in symlog space, and the same reward decodes to 0.27.
+
+    Args:
+        num_bins: number of bins.
+        limit: the bins span ``symexp(-limit)`` to ``symexp(limit)``; targets beyond saturate.
+        interpolation: ``"raw"`` or ``"symlog"``.
+
+    Examples:
+        >>> two_hot = TwoHot(255)
+        >>> target = torch.tensor([0.0, 10.0])
+        >>> probs = two_hot.encode(target).mean(0)
+        >>> two_hot.decode(probs.log())
+        tensor(5.0000)
+        >>> symlog = TwoHot(255, interpolation="symlog")
+        >>> symlog.decode(symlog.encode(target).mean(0).log())
+        tensor(2.3166)
+    """
+
+    def __init__(self, num_bins: int = 255, *, limit: float = 20.0, interpolation: str = "raw") -> None:
+        super().__init__(num_bins)
+        if interpolation not in ("raw", "symlog"):
+            raise ValueError(f"interpolation must be 'raw' or 'symlog', got {interpolation!r}")
+        self.interpolation = interpolation
+        grid = torch.linspace(-limit, limit, num_bins, dtype=torch.float64)
+        bins = symexp(grid) if interpolation == "raw" else grid
+        # Constants, rebuilt by the constructor: kept out of checkpoints, where every head would store them again.
+        self.register_buffer("bins", bins.to(torch.get_default_dtype()), persistent=False)
+
+    def encode(self, target: Tensor) -> Tensor:
+        """Two-hot probabilities ``[..., num_bins]`` of raw targets ``[...]``."""
+        return super().encode(target if self.interpolation == "raw" else symlog(target))
+
+    def decode(self, logits: Tensor) -> Tensor:
+        """Raw scalars ``[...]`` of logits ``[..., num_bins]``."""
+        value = super().decode(logits)
+        return value if self.interpolation == "raw" else symexp(value)
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy ``[...]`` of logits ``[..., num_bins]`` against raw targets ``[...]``, unreduced."""
+        return super().loss(logits, target if self.interpolation == "raw" else symlog(target))

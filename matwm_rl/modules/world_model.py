@@ -1,0 +1,422 @@
+"""The world model of section 2: one module, shared by all agents.
+
+Dimension letters: N agents, B sequences, T steps, C context steps, S starts, Z latent size, F hidden size, A actions.
+Methods on tensors are agent-major (``[N, ...]``); :meth:`WorldModel.forward` reads and writes TorchRL's layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+
+from matwm_rl import keys
+from matwm_rl.functional import agents_first, agents_last, causal_segment_mask, segment_ids, shift_within_segments
+from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, MLPDecoder, MLPEncoder
+from matwm_rl.modules.heads import ActionMixer, Head, TeammatePredictor
+from matwm_rl.modules.latent import LatentCode, make_latent
+from matwm_rl.modules.transformer import KVCache, Transformer
+from matwm_rl.modules.two_hot import TwoHot
+
+if TYPE_CHECKING:
+    from torchrl.envs import EnvBase
+
+
+@dataclass(kw_only=True)
+class WorldModelConfig:
+    """Sizes and switches of :meth:`WorldModel.from_layout`; the defaults are the paper's (Table C.6).
+
+    Attributes:
+        hidden_size: width of the transformers and of all MLPs.
+        num_layers: blocks of each transformer.
+        num_heads: attention heads of each transformer.
+        dropout: dropout of the transformers.
+        latent: ``"categorical"`` (the paper's) or ``"fsq"`` (finer, for vector observations).
+        num_dims: K, code dimensions.
+        num_classes: C, classes (levels) per code dimension.
+        encoder_depth: hidden layers of the MLP encoder and decoder.
+        head_depth: hidden layers of the heads.
+        channels: channels of the first convolution, for images.
+        reward_input: what the reward predictor reads: ``"hidden"`` (h_t, the paper's) or ``"next_latent"`` (z_{t+1}).
+        reward_interpolation: see :class:`~matwm_rl.modules.TwoHot`.
+        group_layers: own first encoder layer and own last layers per group of unlike agents (ours); off = the paper's.
+        teammate_predictor: switch of the paper's ablation.
+        action_scaling: switch of the paper's ablation.
+        predict_mask: whether to learn the legal-action mask; ``None``: if the environment has one.
+    """
+
+    hidden_size: int = 512
+    num_layers: int = 2
+    num_heads: int = 8
+    dropout: float = 0.1
+    latent: str = "categorical"
+    num_dims: int = 32
+    num_classes: int = 32
+    encoder_depth: int = 3
+    head_depth: int = 2
+    channels: int = 32
+    reward_input: str = "hidden"
+    reward_interpolation: str = "raw"
+    group_layers: bool = True
+    teammate_predictor: bool = True
+    action_scaling: bool = True
+    predict_mask: bool | None = None
+
+
+@dataclass
+class State:
+    """What an actor sees of N agents (section 3): s_t = (z_t, h_t, p_t).
+
+    Attributes:
+        latent: z_t, ``[N, S, Z]``.
+        hidden: h_t, the transformer's output after (z_{t-1}, a_{t-1}), zero at an episode's start; ``[N, S, F]``.
+        teammate_logits: p_t, ``[N, S, N-1, A]`` (``[N, S, 0, A]`` without teammate predictor).
+    """
+
+    latent: Tensor
+    hidden: Tensor
+    teammate_logits: Tensor
+
+
+@dataclass
+class Context:
+    """What the model remembers of N x S histories: the caches of its two transformers."""
+
+    sequence: KVCache
+    teammates: KVCache | None
+
+
+@dataclass
+class Step:
+    """One imagined step: the next state, and what the step brought.
+
+    Attributes:
+        state: s_{t+1}.
+        reward: r_t, ``[N, S]``.
+        continuation: probability that the episode goes on, ``[N, S]``.
+    """
+
+    state: State
+    reward: Tensor
+    continuation: Tensor
+
+
+class WorldModel(TensorDictModuleBase):
+    """The one world model of all agents (section 2), made of exchangeable parts.
+
+    Build it with :meth:`from_env` or :meth:`from_layout`, or give the parts yourself. Agents are a batch dimension: every
+    part sees tensors ``[N, *batch, F]``.
+
+    Args:
+        encoder: observations ``[N, *batch, *O]`` to ``[N, *batch, latent.encoder_size]``.
+        latent: the latent code.
+        decoder: ``[N, *batch, Z]`` to observations.
+        action_mixer: latents and actions to tokens ``[N, *batch, F]``.
+        transformer: the causal sequence model.
+        dynamics: ``[N, *batch, F]`` to ``latent.logits_size`` logits of z_{t+1}.
+        reward: head with ``two_hot.num_bins`` outputs.
+        continuation: head with one output, the logit of c_t.
+        two_hot: code of the reward.
+        action_mask: head from z_t to A logits of m_t; ``None`` where there is no mask to learn.
+        teammates: the teammate predictor, or ``None`` (ablation).
+        reward_input: see :class:`WorldModelConfig`.
+        legal: bool ``[N, A]``, which actions each agent has at all.
+        observation_dims: 1 for vectors, 3 for images.
+
+    Keys read by :meth:`forward` (batch ``[*B, T]``): ``("agents", "observation")``, ``("agents", "action")``,
+    ``("next", "agents", "observation")``, ``("next", "agents", "done")``, the latter as bool ``[*B, T, N, 1]``.
+
+    Keys written: ``("agents", "latent" | "hidden" | "teammate_logits")``, that is s_t;
+    ``("agents", "reconstruction")``; ``("agents", "mask_logits")`` if masks are learnt;
+    ``("next", "agents", "posterior_log_probs" | "prior_log_probs")``, both of z_{t+1}, ``[*B, T, N, K, C]``;
+    ``("next", "agents", "reward_logits")``, ``("next", "agents", "continuation_logits")``.
+
+    Examples:
+        >>> from matwm_rl.data import to_focal
+        >>> from matwm_rl.envs import make_env
+        >>> env = make_env("mock", seed=0)
+        >>> world_model = WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
+        >>> rollout = world_model(to_focal(env.rollout(6, break_when_any_done=False)))
+        >>> rollout["agents", "latent"].shape
+        torch.Size([6, 3, 16])
+    """
+
+    legal: Tensor
+
+    def __init__(
+        self,
+        *,
+        encoder: nn.Module,
+        latent: LatentCode,
+        decoder: nn.Module,
+        action_mixer: nn.Module,
+        transformer: Transformer,
+        dynamics: nn.Module,
+        reward: nn.Module,
+        continuation: nn.Module,
+        two_hot: TwoHot,
+        legal: Tensor,
+        action_mask: nn.Module | None = None,
+        teammates: TeammatePredictor | None = None,
+        reward_input: str = "hidden",
+        observation_dims: int = 1,
+    ) -> None:
+        if reward_input not in ("hidden", "next_latent"):
+            raise ValueError(f"reward_input must be 'hidden' or 'next_latent', got {reward_input!r}")
+        super().__init__()
+        self.encoder, self.latent, self.decoder = encoder, latent, decoder
+        self.action_mixer, self.transformer = action_mixer, transformer
+        self.dynamics, self.reward, self.continuation = dynamics, reward, continuation
+        self.action_mask, self.teammates = action_mask, teammates
+        self.two_hot = two_hot
+        self.reward_input = reward_input
+        self.observation_dims = observation_dims
+        self.register_buffer("legal", legal, persistent=False)
+        self.num_agents, self.num_actions = legal.shape
+        self.in_keys: list[NestedKey] = [
+            keys.OBSERVATION,
+            keys.ACTION,
+            keys.NEXT_OBSERVATION,
+            keys.AGENT_DONE,
+        ]
+        self.out_keys: list[NestedKey] = [
+            keys.LATENT,
+            keys.HIDDEN,
+            keys.TEAMMATE_LOGITS,
+            keys.RECONSTRUCTION,
+            *([keys.MASK_LOGITS] if action_mask is not None else []),
+            keys.POSTERIOR,
+            keys.PRIOR,
+            keys.REWARD_LOGITS,
+            keys.CONTINUATION_LOGITS,
+        ]
+
+    @classmethod
+    def from_env(cls, env: EnvBase, **overrides: Any) -> WorldModel:
+        """Build a model that fits an environment made by :func:`~matwm_rl.envs.make_env`.
+
+        Args:
+            env: anything with a ``layout`` (:class:`~matwm_rl.envs.AgentLayout`).
+            **overrides: entries of :class:`WorldModelConfig`.
+
+        Raises:
+            AttributeError: if the environment has no ``layout``.
+        """
+        layout = getattr(env, "layout", None)
+        if layout is None:
+            raise AttributeError(f"{type(env).__name__} has no `layout`; wrap it: MultiAgentEnv(env)")
+        return cls.from_layout(
+            observation_shape=layout.observation_shape,
+            action_counts=layout.action_counts,
+            group_index=layout.group_index,
+            has_action_mask=getattr(layout, 'has_action_mask', False),
+            config=WorldModelConfig(**overrides),
+        )
+
+    @classmethod
+    def from_layout(
+        cls,
+        *,
+        observation_shape: Sequence[int],
+        action_counts: Sequence[int],
+        group_index: Sequence[int],
+        has_action_mask: bool = False,
+        config: WorldModelConfig | None = None,
+    ) -> WorldModel:
+        """Build a model from sizes alone.
+
+        Args:
+            observation_shape: ``[D]`` or ``[channels, S, S]``, after padding.
+            action_counts: number of actions of each agent.
+            group_index: group of each agent.
+            has_action_mask: whether legal actions change from step to step.
+            config: sizes and switches.
+        """
+        cfg = config or WorldModelConfig()
+        image = len(observation_shape) == 3
+        num_agents, num_actions = len(action_counts), max(action_counts)
+        # Images have one common layout, so their agents are alike for the encoder whatever their groups.
+        groups = list(group_index) if cfg.group_layers and not image else [0] * num_agents
+        latent = make_latent(cfg.latent, cfg.num_dims, cfg.num_classes)
+        size, width = latent.latent_size, cfg.hidden_size
+        encoder: nn.Module
+        decoder: nn.Module
+        if image:
+            encoder = CNNEncoder(observation_shape, latent.encoder_size, channels=cfg.channels)
+            decoder = CNNDecoder(size, observation_shape, channels=cfg.channels)
+        else:
+            shape = {"group_index": groups, "num_cells": width, "depth": cfg.encoder_depth}
+            encoder = MLPEncoder(observation_shape[0], latent.encoder_size, **shape)
+            decoder = MLPDecoder(size, observation_shape[0], **shape)
+        blocks = {"num_layers": cfg.num_layers, "num_heads": cfg.num_heads, "dropout": cfg.dropout}
+        head = {"group_index": groups, "num_cells": width, "depth": cfg.head_depth}
+        two_hot = TwoHot(interpolation=cfg.reward_interpolation)
+        predict_mask = has_action_mask if cfg.predict_mask is None else cfg.predict_mask
+        return cls(
+            encoder=encoder,
+            latent=latent,
+            decoder=decoder,
+            action_mixer=ActionMixer(size, width, action_counts=action_counts, scaled=cfg.action_scaling),
+            transformer=Transformer(width, **blocks),
+            dynamics=Head(width, latent.logits_size, **head),
+            reward=Head(width if cfg.reward_input == "hidden" else size, two_hot.num_bins, zero_init=True, **head),
+            continuation=Head(width, 1, **head),
+            two_hot=two_hot,
+            legal=torch.arange(num_actions) < torch.tensor(list(action_counts)).unsqueeze(-1),
+            action_mask=Head(size, num_actions, **head) if predict_mask else None,
+            teammates=TeammatePredictor(
+                size, action_counts=action_counts, group_index=groups, features=width, **blocks
+            )
+            if cfg.teammate_predictor and num_agents > 1
+            else None,
+            reward_input=cfg.reward_input,
+            observation_dims=len(observation_shape),
+        )
+
+    # -- verbs -------------------------------------------------------------------------------------------------------
+
+    def encode(self, observation: Tensor) -> Tensor:
+        """Observations ``[N, *batch, *O]`` to posterior latents ``[N, *batch, Z]``."""
+        return self.latent.sample_posterior(self.encoder(observation))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latents ``[N, *batch, Z]`` to observations ``[N, *batch, *O]``."""
+        return self.decoder(latent)
+
+    def legal_actions(self, latent: Tensor) -> Tensor:
+        """Predicted legal actions at z ``[N, S, Z]``: bool ``[N, S, A]``, at least one true per row."""
+        legal = self.legal.unsqueeze(1)
+        if self.action_mask is None:
+            return legal.expand(-1, latent.shape[1], -1)
+        logits = self.action_mask(latent).masked_fill(~legal, -torch.inf)
+        # Where none passes the threshold, the likeliest is taken: some action must be.
+        return (logits > 0) | (logits == logits.amax(-1, keepdim=True))
+
+    def prefill(self, latent: Tensor, action: Tensor, valid: Tensor, horizon: int = 0) -> tuple[State, Context]:
+        """Run a context through the model in parallel, and make room for ``horizon`` more steps.
+
+        Args:
+            latent: ``[N, S, C+1, Z]``, z of the context's C steps and of the current one.
+            action: ``[N, S, C]``, actions of the context.
+            valid: bool ``[N, S, C]``; which context steps belong to the current one's episode.
+            horizon: number of :meth:`step` calls that will follow.
+
+        Returns:
+            the current state s_C and the context for :meth:`step`.
+        """
+        num_agents, starts, length = action.shape
+        sequences = num_agents * starts
+        with_current = torch.cat([valid, torch.ones_like(valid[..., :1])], -1).flatten(0, 1)
+        mask = causal_segment_mask(with_current)
+        cache = self.transformer.make_cache(sequences, length + horizon)
+        cache.valid[:, :length] = valid.flatten(0, 1)
+        hidden = latent.new_zeros(num_agents, starts, self.transformer.features)
+        if length:
+            tokens = self.action_mixer(latent[:, :, :-1], action).flatten(0, 1)
+            hidden = self.transformer.cached(tokens, cache, mask[:, :-1, :-1])[:, -1].view_as(hidden)
+            hidden = hidden * valid[..., -1:]
+        current = latent[:, :, -1]
+        teammates = None
+        if self.teammates is not None:
+            teammates = self.teammates.transformer.make_cache(sequences, length + 1 + horizon)
+            teammates.valid[:, : length + 1] = with_current
+            logits = self.teammates.cached(latent, teammates, mask)
+        else:
+            logits = self._no_teammates(current)
+        return State(current, hidden, logits), Context(cache, teammates)
+
+    def step(self, state: State, action: Tensor, context: Context) -> Step:
+        """Imagine one step: sample z_{t+1} from the dynamics predictor.
+
+        Args:
+            state: s_t of N x S agents.
+            action: ``[N, S]``.
+            context: caches with room for one more step, written in place.
+        """
+        shape = action.shape
+        tokens = self.action_mixer(state.latent, action).flatten(0, 1).unsqueeze(1)
+        hidden = self.transformer.cached(tokens, context.sequence).view(*shape, -1)
+        latent = self.latent.sample_prior(self.latent.prior(self.dynamics(hidden)))
+        if self.teammates is not None and context.teammates is not None:
+            logits = self.teammates.cached(latent.unsqueeze(2), context.teammates)
+        else:
+            logits = self._no_teammates(latent)
+        reward = self.two_hot.decode(self.reward(hidden if self.reward_input == "hidden" else latent))
+        continuation = self.continuation(hidden).squeeze(-1).sigmoid()
+        return Step(State(latent, hidden, logits), reward, continuation)
+
+    def _no_teammates(self, latent: Tensor) -> Tensor:
+        return latent.new_zeros(*latent.shape[:-1], 0, self.num_actions)
+
+    # -- the parallel pass -------------------------------------------------------------------------------------------
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The sequence pass for training: see the class for keys."""
+        *batch, time = tensordict.batch_size
+        observation = self._sequences(tensordict, keys.OBSERVATION, self.observation_dims)
+        next_observation = self._sequences(tensordict, keys.NEXT_OBSERVATION, self.observation_dims)
+        action = self._sequences(tensordict, keys.ACTION, 0)
+        done = self._sequences(tensordict, keys.AGENT_DONE, 1).squeeze(-1)
+
+        segments = segment_ids(done)
+        mask = causal_segment_mask(segments.flatten(0, 1))
+        features, next_features = self._encode_with_successors(observation, next_observation, done)
+        latent = self.latent.sample_posterior(features)
+        tokens = self.action_mixer(latent, action)
+        hidden = self.transformer(tokens.flatten(0, 1), mask).view(tokens.shape)
+        reward_input = hidden if self.reward_input == "hidden" else self.latent.sample_posterior(next_features)
+        outputs = {
+            keys.LATENT: latent,
+            keys.HIDDEN: shift_within_segments(hidden, segments),
+            keys.TEAMMATE_LOGITS: self._no_teammates(latent) if self.teammates is None else self.teammates(latent, mask),
+            keys.RECONSTRUCTION: self.decode(latent),
+            keys.POSTERIOR: self.latent.posterior(next_features),
+            keys.PRIOR: self.latent.prior(self.dynamics(hidden)),
+            keys.REWARD_LOGITS: self.reward(reward_input),
+            keys.CONTINUATION_LOGITS: self.continuation(hidden),
+        }
+        if self.action_mask is not None:
+            outputs[keys.MASK_LOGITS] = self.action_mask(latent)
+        for key, value in outputs.items():
+            value = value.view(value.shape[0], *batch, time, *value.shape[3:])
+            tensordict.set(key, agents_last(value, value.ndim - 2 - len(batch)))
+        return tensordict
+
+    def _sequences(self, tensordict: TensorDictBase, key: NestedKey, event_dims: int) -> Tensor:
+        """Entry ``[*B, T, N, *event]`` as ``[N, B, T, *event]``."""
+        value = tensordict.get(key, None)
+        expected = tensordict.ndim + 1 + event_dims
+        if value is None or value.ndim != expected or value.shape[tensordict.ndim] != self.num_agents:
+            found = "no entry" if value is None else f"shape {tuple(value.shape)}"
+            raise ValueError(
+                f"WorldModel reads {key} as [*batch, T, {self.num_agents} agents] with {event_dims} dimension(s) behind, "
+                f"from a tensordict of batch size {tuple(tensordict.batch_size)}; found {found}. Rollouts get the "
+                "per-agent entries from matwm_rl.data.to_focal"
+            )
+        value = agents_first(value, event_dims)
+        return value.reshape(value.shape[0], -1, tensordict.shape[-1], *value.shape[1 + tensordict.ndim :])
+
+    def _encode_with_successors(self, observation: Tensor, following: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode o_t and o_{t+1} of ``[N, B, T, *O]``; every step has a successor.
+
+        Inside an episode the successor stands in the slice. At the slice's end and at an episode's end (where it is the
+        true final observation) it is encoded apart, in the same call: per agent as many as the agent with most has.
+        """
+        num_agents, time = observation.shape[0], observation.shape[2]
+        boundary = done.clone()
+        boundary[..., -1] = True
+        boundary = boundary.flatten(1)
+        count = int(boundary.sum(1).max())
+        where = boundary.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+        agent = torch.arange(num_agents, device=where.device).unsqueeze(-1)
+        flat = torch.cat([observation.flatten(1, 2), following.flatten(1, 2)[agent, where]], 1)
+        features, apart = self.encoder(flat).split([flat.shape[1] - count, count], 1)
+        # Agents with fewer boundaries also re-encode inner successors: the same value, so that nothing changes.
+        successors = torch.roll(features, -1, 1).index_put((agent, where), apart)
+        shape = (*observation.shape[:2], time, -1)
+        return features.view(shape), successors.view(shape)

@@ -1,0 +1,200 @@
+"""Actor and critic losses of section 5, for all agents at once and each in isolation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictParams, dispatch
+from torch import Tensor, nn
+from torchrl.modules import SymExpTwoHot
+from torchrl.objectives import LossModule
+
+from matwm_rl import keys
+from matwm_rl.functional import masked_mean
+from matwm_rl.objectives.returns import ReturnScale
+
+
+def _per_agent_mean(value: Tensor, weight: Tensor, alive: Tensor) -> Tensor:
+    """Weighted mean over ``[S, H]`` of ``[S, H, N]``: one number per agent, dead starts left out."""
+    return torch.where(alive, value * weight, 0.0).sum((0, 1)) / alive.sum((0, 1)).clamp(min=1)
+
+
+class ActorLoss(LossModule):
+    r"""REINFORCE with the critic as baseline, returns scaled per agent, and an entropy bonus.
+
+    .. math::
+        -\mathrm{sg}\left(\frac{G_t - V(s_t)}{\max(1, S)}\right) \ln \pi(a_t | s_t) - \eta H(\pi)
+
+    weighted by the probability that the rollout reached t; mean over starts and steps, sum over agents. As no weight is
+    shared between agents, each agent's gradient is that of its own loss alone.
+
+    Args:
+        actor_network: has ``get_dist(tensordict)``; reads s_t and ``("agents", "action_mask")``.
+        num_agents: N.
+        entropy_coeff: eta.
+        scale_decay: decay of the moving average of the return scale S.
+
+    Keys read (batch ``[S, H]``): the actor's, ``("agents", "action" | "lambda_return" | "state_value" | "weight")``,
+    optionally ``("agents", "alive")``. Keys written: ``loss_actor``, ``entropy`` in nats, ``return_scale`` ``[N]``.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.modules import WorldModel, make_actor
+        >>> world_model = WorldModel.from_env(make_env("mock", seed=0), hidden_size=32, num_heads=2)
+        >>> loss = ActorLoss(make_actor(world_model, num_cells=16), num_agents=3)
+        >>> loss.out_keys
+        ['loss_actor', 'entropy', 'return_scale']
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        action: NestedKey = keys.ACTION
+        alive: NestedKey = keys.ALIVE
+        lambda_return: NestedKey = keys.LAMBDA_RETURN
+        state_value: NestedKey = keys.STATE_VALUE
+        weight: NestedKey = keys.WEIGHT
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    out_keys = ["loss_actor", "entropy", "return_scale"]
+
+    actor_network: ProbabilisticTensorDictSequential
+    actor_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        *,
+        num_agents: int,
+        entropy_coeff: float = 3e-4,
+        scale_decay: float = 0.99,
+    ) -> None:
+        super().__init__()
+        self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
+        self.entropy_coeff = entropy_coeff
+        self.return_scale = ReturnScale(num_agents, decay=scale_decay)
+        self._set_in_keys()
+
+    def _set_in_keys(self) -> None:
+        k = self.tensor_keys
+        self._in_keys = [*self.actor_network.in_keys, k.action, k.alive, k.lambda_return, k.state_value, k.weight]
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Keys read."""
+        return self._in_keys
+
+    @in_keys.setter
+    def in_keys(self, values: list[NestedKey]) -> None:
+        self._in_keys = values
+
+    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
+        self._set_in_keys()
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Loss of an imagined rollout ``[S, H]``; in training mode the return scale is updated first."""
+        k = self.tensor_keys
+        returns, value = tensordict.get(k.lambda_return).squeeze(-1), tensordict.get(k.state_value).squeeze(-1)
+        alive = tensordict.get(k.alive, None)
+        alive = torch.ones_like(returns, dtype=torch.bool) if alive is None else alive
+        if self.training:
+            self.return_scale.update(returns, alive)
+        advantage = ((returns - value) / self.return_scale.scale()).detach()
+        with self.actor_network_params.to_module(self.actor_network):
+            dist = self.actor_network.get_dist(tensordict)
+        log_prob, entropy = dist.log_prob(tensordict.get(k.action)), dist.entropy()
+        weight = tensordict.get(k.weight).squeeze(-1)
+        loss = _per_agent_mean(-advantage * log_prob - self.entropy_coeff * entropy, weight, alive).sum()
+        return TensorDict(
+            {
+                "loss_actor": loss,
+                "entropy": masked_mean(entropy.detach(), alive),
+                "return_scale": self.return_scale.scale(),
+            }
+        )
+
+
+class CriticLoss(LossModule):
+    """Two-hot regression of V(s_t) towards the lambda-return, and towards the value of an EMA copy of the critic.
+
+    Weighted and averaged as :class:`ActorLoss`. The EMA copy lies in ``target_critic_network_params``; move it with
+    TorchRL's ``SoftUpdate(loss, eps=0.98)``.
+
+    Args:
+        critic_network: writes ``("agents", "state_value_logits")`` and ``("agents", "state_value")``.
+        two_hot: code of the value logits; TorchRL's ``SymExpTwoHot`` with as many bins by default.
+
+    Keys read (batch ``[S, H]``): the critic's, ``("agents", "lambda_return" | "weight")``, optionally
+    ``("agents", "alive")``. Keys written: ``loss_critic``, ``value`` (mean V, for logs).
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.modules import WorldModel, make_critic
+        >>> world_model = WorldModel.from_env(make_env("mock", seed=0), hidden_size=32, num_heads=2)
+        >>> CriticLoss(make_critic(world_model, num_cells=16)).out_keys
+        ['loss_critic', 'value']
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        alive: NestedKey = keys.ALIVE
+        lambda_return: NestedKey = keys.LAMBDA_RETURN
+        state_value: NestedKey = keys.STATE_VALUE
+        state_value_logits: NestedKey = keys.STATE_VALUE_LOGITS
+        weight: NestedKey = keys.WEIGHT
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    out_keys = ["loss_critic", "value"]
+
+    critic_network: TensorDictModuleBase
+    critic_network_params: TensorDictParams
+    target_critic_network_params: TensorDictParams
+
+    def __init__(self, critic_network: TensorDictModuleBase, *, two_hot: nn.Module | None = None) -> None:
+        super().__init__()
+        self.convert_to_functional(critic_network, "critic_network", create_target_params=True)
+        self.two_hot = two_hot or SymExpTwoHot()
+        self._set_in_keys()
+
+    def _set_in_keys(self) -> None:
+        k = self.tensor_keys
+        self._in_keys = [*self.critic_network.in_keys, k.alive, k.lambda_return, k.weight]
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Keys read."""
+        return self._in_keys
+
+    @in_keys.setter
+    def in_keys(self, values: list[NestedKey]) -> None:
+        self._in_keys = values
+
+    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
+        self._set_in_keys()
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Loss of an imagined rollout ``[S, H]``."""
+        k = self.tensor_keys
+        states = tensordict.select(*self.critic_network.in_keys)
+        with self.critic_network_params.to_module(self.critic_network):
+            predicted = self.critic_network(states.copy())
+        with torch.no_grad(), self.target_critic_network_params.to_module(self.critic_network):
+            slow_value = self.critic_network(states.copy()).get(k.state_value)
+        logits = predicted.get(k.state_value_logits)
+        returns, slow_value = tensordict.get(k.lambda_return).squeeze(-1), slow_value.squeeze(-1)
+        error = self.two_hot.loss(logits, returns.detach()) + self.two_hot.loss(logits, slow_value)
+        alive = tensordict.get(k.alive, None)
+        alive = torch.ones_like(returns, dtype=torch.bool) if alive is None else alive
+        weight = tensordict.get(k.weight).squeeze(-1)
+        return TensorDict(
+            {
+                "loss_critic": _per_agent_mean(error, weight, alive).sum(),
+                "value": masked_mean(predicted.get(k.state_value).squeeze(-1).detach(), alive),
+            }
+        )

@@ -1,0 +1,102 @@
+"""What the actor and the critic learn from: lambda-returns of imagined rollouts, and their scale (section 5)."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.modules import PercentileValueNorm
+
+from matwm_rl import keys
+from matwm_rl.functional import lambda_return
+
+
+class LambdaReturn(TensorDictModuleBase):
+    """Evaluate an imagined rollout once, for both losses.
+
+    Args:
+        critic: writes ``("agents", "state_value")``.
+        gamma: discount factor.
+        lmbda: lambda of the return.
+
+    Keys read (batch ``[S, H]``): what the critic reads, at the root and under ``"next"``;
+    ``("next", "agents", "reward" | "continuation")``.
+
+    Keys written, ``[S, H, N, 1]``: ``("agents", "state_value")`` V(s_t), ``("agents", "lambda_return")`` G_t and
+    ``("agents", "weight")``, the probability that the rollout has not ended before t (1 at t = 0).
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> critic = TensorDictModule(torch.zeros_like, in_keys=[("agents", "x")], out_keys=[("agents", "state_value")])
+        >>> step = {"reward": torch.ones(1, 3, 2, 1), "continuation": torch.ones(1, 3, 2, 1), "x": torch.zeros(1, 3, 2, 1)}
+        >>> imagined = TensorDict({"agents": {"x": step["x"]}, "next": {"agents": step}}, batch_size=[1, 3])
+        >>> LambdaReturn(critic, gamma=0.5, lmbda=1.0)(imagined)["agents", "lambda_return"][0, :, 0, 0].tolist()
+        [1.75, 1.5, 1.0]
+    """
+
+    def __init__(self, critic: TensorDictModuleBase, *, gamma: float = 0.985, lmbda: float = 0.95) -> None:
+        super().__init__()
+        for name, value in (("gamma", gamma), ("lmbda", lmbda)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        self.critic = critic
+        self.gamma, self.lmbda = gamma, lmbda
+        critic_keys: list[NestedKey] = list(critic.in_keys)
+        self.in_keys = [*critic_keys, *(("next", *key) for key in critic_keys), keys.REWARD, keys.CONTINUATION]
+        self.out_keys = [keys.STATE_VALUE, keys.LAMBDA_RETURN, keys.WEIGHT]
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write values, returns and weights into an imagined rollout."""
+        # s_0 .. s_H in one call of the critic: the successors of all steps but the last are states themselves.
+        states = tensordict.select(*self.critic.in_keys)
+        last = tensordict.get("next").select(*self.critic.in_keys)[:, -1:]
+        values = self.critic(torch.cat([states, last], 1)).get(keys.STATE_VALUE)
+        reward, continuation = tensordict.get(keys.REWARD), tensordict.get(keys.CONTINUATION)
+        returns = lambda_return(
+            *(x.movedim(1, -1) for x in (reward, continuation, values[:, 1:])), gamma=self.gamma, lmbda=self.lmbda
+        )
+        reached = torch.cat([torch.ones_like(continuation[:, :1]), continuation[:, :-1]], 1).cumprod(1)
+        tensordict.set(keys.STATE_VALUE, values[:, :-1])
+        tensordict.set(keys.LAMBDA_RETURN, returns.movedim(-1, 1))
+        return tensordict.set(keys.WEIGHT, reached)
+
+
+class ReturnScale(PercentileValueNorm):
+    """EMA of the 95th minus the 5th percentile of the returns, one per agent (section 5).
+
+    TorchRL's ``PercentileValueNorm`` with two additions: values of dead agents do not count, and the first update sets
+    the percentiles instead of moving them by 1% from zero.
+
+    Args:
+        num_agents: N.
+        decay: of the moving average.
+
+    Examples:
+        >>> scale = ReturnScale(2)
+        >>> scale.update(torch.linspace(0, 100, 101).unsqueeze(-1) * torch.tensor([1.0, 0.001]))
+        >>> scale.scale().tolist()
+        [90.0, 1.0]
+    """
+
+    updates: Tensor
+
+    def __init__(self, num_agents: int, *, decay: float = 0.99) -> None:
+        super().__init__(shape=num_agents, rate=1 - decay)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def update(self, value_target: Tensor, mask: Tensor | None = None) -> None:
+        """Move the percentiles towards those of ``value_target [*batch, N]`` where ``mask [*batch, N]`` is true."""
+        flat = value_target.detach().reshape(-1, *self.shape)
+        if mask is not None:
+            flat = torch.where(mask.reshape(flat.shape), flat, torch.nan)
+        low, high = torch.nanquantile(flat, self._q.to(flat), dim=0)
+        rate = torch.where(self.updates == 0, 1.0, self.rate)
+        for average, batch in ((self.low, low), (self.high, high)):
+            # An agent that is dead in the whole batch keeps its scale.
+            average.lerp_(torch.where(batch.isnan(), average, batch), rate)
+        self.updates += 1

@@ -1,0 +1,181 @@
+"""The world-model loss of section 2."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torchrl.modules import SymExpTwoHot
+from torchrl.objectives import LossModule
+
+from matwm_rl import keys
+from matwm_rl.functional import balanced_kl, masked_mean
+
+
+@dataclass(kw_only=True)
+class WorldModelLossWeights:
+    """Factor of every term; the defaults are the paper's (b1 = 0.5 for mask and dynamics, b2 = 0.1)."""
+
+    reconstruction: float = 1.0
+    reward: float = 1.0
+    continuation: float = 1.0
+    teammate: float = 1.0
+    mask: float = 0.5
+    dynamics: float = 0.5
+    representation: float = 0.1
+
+
+class WorldModelLoss(LossModule):
+    """Loss of the shared world model, and the only loss that holds its parameters.
+
+    ``L = L_rec + L_rew + L_con + L_team + b1 (L_mask + L_dyn) + b2 L_rep``, each a mean over sequences, steps and living
+    agents. Nothing is asked for across an episode's end; a truncated episode goes on (c = 1); the death of the focal
+    agent ends its own future (c = 0).
+
+    Args:
+        world_model: any module with the keys of :class:`~matwm_rl.modules.WorldModel`.
+        two_hot: code of the reward logits; by default ``world_model.two_hot``, else TorchRL's ``SymExpTwoHot``.
+        weights: factors of the terms.
+        free_nats: clamp of each KL element.
+
+    Keys read besides the world model's own: ``("agents", "teammate_action" | "alive" | "teammate_alive" |
+    "action_mask")``, ``("next", "agents", "reward" | "terminated" | "alive")``. The alive entries are optional, the
+    action mask is read where the model predicts one.
+
+    Keys written: ``loss_reconstruction``, ``loss_reward``, ``loss_continuation``, ``loss_teammate``, ``loss_mask`` (where
+    predicted), ``loss_dynamics``, ``loss_representation``: weighted scalars, to be summed; and ``kl``, the unclamped KL
+    in nats, for logs.
+
+    Examples:
+        >>> from matwm_rl.data import to_focal
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.modules import WorldModel
+        >>> env = make_env("mock", seed=0)
+        >>> loss = WorldModelLoss(WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4))
+        >>> losses = loss(to_focal(env.rollout(6, break_when_any_done=False)))
+        >>> total = sum(value for key, value in losses.items() if key.startswith("loss_"))
+        >>> total.backward()
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        observation: NestedKey = keys.OBSERVATION
+        action_mask: NestedKey = keys.ACTION_MASK
+        alive: NestedKey = keys.ALIVE
+        next_alive: NestedKey = keys.NEXT_ALIVE
+        teammate_action: NestedKey = keys.TEAMMATE_ACTION
+        teammate_alive: NestedKey = keys.TEAMMATE_ALIVE
+        reward: NestedKey = keys.REWARD
+        terminated: NestedKey = keys.AGENT_TERMINATED
+        reconstruction: NestedKey = keys.RECONSTRUCTION
+        reward_logits: NestedKey = keys.REWARD_LOGITS
+        continuation_logits: NestedKey = keys.CONTINUATION_LOGITS
+        mask_logits: NestedKey = keys.MASK_LOGITS
+        teammate_logits: NestedKey = keys.TEAMMATE_LOGITS
+        posterior: NestedKey = keys.POSTERIOR
+        prior: NestedKey = keys.PRIOR
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+
+    world_model: TensorDictModuleBase
+
+    def __init__(
+        self,
+        world_model: TensorDictModuleBase,
+        *,
+        two_hot: nn.Module | None = None,
+        weights: WorldModelLossWeights | None = None,
+        free_nats: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.world_model = world_model
+        # Held beside the registered modules: it is the world model's, and would be listed twice.
+        self.__dict__["two_hot"] = two_hot or getattr(world_model, "two_hot", None) or SymExpTwoHot()
+        self.weights = weights or WorldModelLossWeights()
+        self.free_nats = free_nats
+        self._set_in_keys()
+
+    def _set_in_keys(self) -> None:
+        k = self.tensor_keys
+        read = [k.action_mask, k.alive, k.next_alive, k.teammate_action, k.teammate_alive, k.reward, k.terminated]
+        self._in_keys = [*self.world_model.in_keys, *read]
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Keys read."""
+        return self._in_keys
+
+    @in_keys.setter
+    def in_keys(self, values: list[NestedKey]) -> None:
+        self._in_keys = values
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """Keys written."""
+        return [*(f"loss_{name}" for name in asdict(self.weights)), "kl"]
+
+    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
+        self._set_in_keys()
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Weighted losses of a focal batch ``[B, T]``."""
+        k = self.tensor_keys
+        model = self.world_model(tensordict.copy())
+        alive = tensordict.get(k.alive, None)
+        losses = {
+            "reconstruction": masked_mean(self._reconstruction(model), alive),
+            "reward": masked_mean(self.two_hot.loss(model[k.reward_logits], tensordict[k.reward]), alive),
+            "continuation": masked_mean(self._continuation(model), alive),
+            "teammate": masked_mean(self._teammate(model), alive),
+        }
+        if k.mask_logits in model.keys(include_nested=True):
+            target = tensordict[k.action_mask].float()
+            losses["mask"] = masked_mean(
+                binary_cross_entropy_with_logits(model[k.mask_logits], target, reduction="none").sum(-1), alive
+            )
+        # A dying agent's successor is no observation.
+        survived = alive if alive is None else alive & tensordict.get(k.next_alive, alive)
+        posterior, prior = model[k.posterior], model[k.prior]
+        dynamics, representation = balanced_kl(posterior, prior, self.free_nats)
+        losses["dynamics"] = masked_mean(dynamics, survived)
+        losses["representation"] = masked_mean(representation, survived)
+
+        weights = asdict(self.weights)
+        out = {f"loss_{name}": weights[name] * value for name, value in losses.items()}
+        with torch.no_grad():
+            out["kl"] = masked_mean(balanced_kl(posterior, prior, 0.0)[0], survived)
+        return TensorDict(out)
+
+    def _reconstruction(self, model: TensorDictBase) -> Tensor:
+        """Squared error ``[B, T, N]``, summed over the observation; images count from 0 to 1."""
+        predicted = model[self.tensor_keys.reconstruction]
+        target = model[self.tensor_keys.observation]
+        target = target.float() / 255 if target.dtype == torch.uint8 else target
+        return (predicted - target).square().flatten(model.ndim + 1).sum(-1)
+
+    def _continuation(self, model: TensorDictBase) -> Tensor:
+        """Binary cross-entropy ``[B, T, N]`` of c_t."""
+        k = self.tensor_keys
+        ended = model[k.terminated].squeeze(-1)
+        if (alive := model.get(k.alive, None)) is not None and (survives := model.get(k.next_alive, None)) is not None:
+            ended = ended | (alive & ~survives)
+        return binary_cross_entropy_with_logits(
+            model[k.continuation_logits].squeeze(-1), (~ended).float(), reduction="none"
+        )
+
+    def _teammate(self, model: TensorDictBase) -> Tensor:
+        """Cross-entropy ``[B, T, N]`` of the others' actions at t, summed over the living others."""
+        k = self.tensor_keys
+        logits = model[k.teammate_logits]
+        if logits.shape[-2] == 0:
+            return logits.new_zeros(logits.shape[:-2])
+        error = cross_entropy(logits.movedim(-1, 1), model[k.teammate_action], reduction="none")
+        if (alive := model.get(k.teammate_alive, None)) is not None:
+            error = torch.where(alive, error, 0.0)
+        return error.sum(-1)

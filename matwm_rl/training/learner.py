@@ -1,0 +1,190 @@
+"""Algorithm 2's update: the world model once, then all agents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from torch import Tensor
+from torchrl.objectives import SoftUpdate
+
+from matwm_rl.data import Replay
+from matwm_rl.functional import clip_grad_norm_per_agent_
+from matwm_rl.modules import Imagination, WorldModel
+from matwm_rl.objectives import ActorLoss, CriticLoss, LambdaReturn, WorldModelLoss, WorldModelLossWeights
+
+
+@dataclass(kw_only=True)
+class LearnerConfig:
+    """Settings of :class:`Learner`; the defaults are the paper's (Table C.6, STORM where it is silent).
+
+    Attributes:
+        world_model_lr: learning rate of the world model.
+        world_model_clip: largest gradient norm of the world model.
+        actor_critic_lr: learning rate of actors and critics.
+        actor_critic_clip: largest gradient norm of one agent's actor, and of its critic.
+        horizon: imagined steps H.
+        gamma: discount factor.
+        lmbda: lambda of the return.
+        entropy_coeff: weight eta of the entropy bonus.
+        critic_decay: decay of the EMA critic.
+        free_nats: clamp of the KL terms.
+        loss_weights: factors of the world-model loss's terms.
+    """
+
+    world_model_lr: float = 3e-5
+    world_model_clip: float = 1000.0
+    actor_critic_lr: float = 3e-4
+    actor_critic_clip: float = 100.0
+    horizon: int = 16
+    gamma: float = 0.985
+    lmbda: float = 0.95
+    entropy_coeff: float = 3e-4
+    critic_decay: float = 0.98
+    free_nats: float = 1.0
+    loss_weights: WorldModelLossWeights = field(default_factory=WorldModelLossWeights)
+
+
+class Learner:
+    """One training step of everything, and all the state that it changes.
+
+    There is one world model: the object given here is the one that the loss trains, that imagination dreams with and
+    that a :class:`~matwm_rl.modules.WorldModelPolicy` over it acts with.
+
+    Args:
+        world_model: the shared world model.
+        actor: actors of all agents, stacked weights.
+        critic: critics of all agents, stacked weights.
+        config: settings.
+
+    Attributes:
+        world_model_loss: holds the world model's parameters, alone.
+        actor_loss: holds the actors' parameters, alone.
+        critic_loss: holds the critics' parameters and their EMA copy, alone.
+        imagination: the imagined rollout.
+        returns: lambda-returns of it.
+
+    Examples:
+        >>> from matwm_rl.data import make_replay
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.modules import make_actor, make_critic
+        >>> env = make_env("mock", seed=0)
+        >>> world_model = WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
+        >>> learner = Learner(world_model, make_actor(world_model), make_critic(world_model), LearnerConfig(horizon=3))
+        >>> replay = make_replay(
+        ...     capacity=100, num_agents=3, sequence_length=8, sequences_per_agent=2, starts_per_agent=4, context_length=2
+        ... )
+        >>> replay.extend(env.rollout(50, break_when_any_done=False))
+        >>> metrics = learner.update(replay)
+        >>> learner.updates, "loss_reward" in metrics
+        (1, True)
+    """
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        actor: ProbabilisticTensorDictSequential,
+        critic: TensorDictModuleBase,
+        config: LearnerConfig | None = None,
+    ) -> None:
+        self.config = cfg = config or LearnerConfig()
+        self.world_model, self.actor, self.critic = world_model, actor, critic
+        self.world_model_loss = WorldModelLoss(world_model, weights=cfg.loss_weights, free_nats=cfg.free_nats)
+        self.imagination = Imagination(world_model, actor, horizon=cfg.horizon)
+        self.returns = LambdaReturn(critic, gamma=cfg.gamma, lmbda=cfg.lmbda)
+        self.actor_loss = ActorLoss(actor, num_agents=world_model.num_agents, entropy_coeff=cfg.entropy_coeff)
+        self.critic_loss = CriticLoss(critic)
+        device = next(world_model.parameters()).device
+        for loss in (self.actor_loss, self.critic_loss):
+            loss.to(device)
+        self.target_updater = SoftUpdate(self.critic_loss, eps=cfg.critic_decay)
+        self.world_model_optimizer = torch.optim.Adam(
+            self.world_model_loss.parameters(), lr=cfg.world_model_lr, fused=True
+        )
+        self.actor_optimizer = self._actor_critic_optimizer(self.actor_loss)
+        self.critic_optimizer = self._actor_critic_optimizer(self.critic_loss)
+        self.updates = 0
+
+    def _actor_critic_optimizer(self, loss: ActorLoss | CriticLoss) -> torch.optim.Optimizer:
+        trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+        return torch.optim.Adam(trained, lr=self.config.actor_critic_lr, fused=True)
+
+    def update(self, replay: Replay) -> TensorDict:
+        """One update of the world model, then one of every actor and critic.
+
+        Args:
+            replay: sampled for both.
+
+        Returns:
+            detached scalars for the log: all losses, ``kl``, ``entropy``, ``value``, gradient norms.
+        """
+        metrics = self.update_world_model(replay.sequences.sample())
+        metrics.update(self.update_agents(replay.starts.sample()))
+        self.updates += 1
+        return metrics
+
+    def update_world_model(self, sequences: TensorDictBase) -> TensorDict:
+        """One optimizer step on one combined batch of all agents' sequences ``[B, T]``."""
+        self.world_model.train()
+        losses = self.world_model_loss(sequences)
+        norm = self._step(losses, self.world_model_optimizer, self.config.world_model_clip, per_agent=False)
+        self.world_model.eval()
+        return losses.detach().set("world_model_grad_norm", norm)
+
+    def update_agents(self, starts: TensorDictBase) -> TensorDict:
+        """Imagine from replayed starts ``[S, C+1]``, then one step of every actor and critic."""
+        imagined = self.returns(self.imagination(starts))
+        metrics = TensorDict({"imagined_reward": imagined["next", "agents", "reward"].mean()})
+        for loss, optimizer in (
+            (self.actor_loss, self.actor_optimizer),
+            (self.critic_loss, self.critic_optimizer),
+        ):
+            losses = loss(imagined)
+            self._step(losses, optimizer, self.config.actor_critic_clip, per_agent=True)
+            metrics.update(losses.detach())
+        self.target_updater.step()
+        return metrics
+
+    @staticmethod
+    def _step(losses: TensorDict, optimizer: torch.optim.Optimizer, clip: float, *, per_agent: bool) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack([value for key, value in losses.items() if key.startswith("loss_")]).sum().backward()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        clip_ = clip_grad_norm_per_agent_ if per_agent else torch.nn.utils.clip_grad_norm_
+        norm = clip_(parameters, clip)
+        optimizer.step()
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an update changes; every tensor once. Loads with ``torch.load(weights_only=True)``."""
+        return {
+            "world_model": self.world_model.state_dict(),
+            "actor": self.actor.state_dict(),
+            "critic": self.critic.state_dict(),
+            "target_critic": self.critic_loss.target_critic_network_params.flatten_keys(".").to_dict(),
+            "return_scale": self.actor_loss.return_scale.state_dict(),
+            "world_model_optimizer": self.world_model_optimizer.state_dict(),
+            "actor_optimizer": self.actor_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`, into the same objects."""
+        for name in (
+            "world_model",
+            "actor",
+            "critic",
+            "world_model_optimizer",
+            "actor_optimizer",
+            "critic_optimizer",
+        ):
+            getattr(self, name).load_state_dict(state[name])
+        self.actor_loss.return_scale.load_state_dict(state["return_scale"])
+        target = self.critic_loss.target_critic_network_params
+        target.data.update_(TensorDict(state["target_critic"]).unflatten_keys("."))
+        self.updates = int(state["updates"])
