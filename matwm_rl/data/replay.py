@@ -74,7 +74,8 @@ class Replay:
         now = timeline(storage)
         if now.length:
             newest = (now.oldest + now.length - 1) % now.length
-            row = storage[newest]
+            # A copy: rows of a memory-mapped storage are locked.
+            row = storage[newest].clone()
             storage[newest] = row.set(_DONE_ROW, torch.ones_like(row.get(_DONE_ROW)))
 
     @property
@@ -112,8 +113,8 @@ class Replay:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave: both buffers go on with exactly the batches that were to come.
 
-        Batch sizes and slice lengths stay those this replay was built with. With a ``scratch_dir`` prefer
-        :meth:`loads`, which does not read all of the data into memory.
+        Batch sizes and slice lengths stay those this replay was built with. With a ``scratch_dir`` use :meth:`loads`:
+        here TorchRL would put the data of a replay that is still empty into a temporary folder instead.
 
         Raises:
             ValueError: if the state is of a replay with another capacity, number of agents or of environments.

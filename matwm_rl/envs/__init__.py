@@ -3,7 +3,15 @@
 from matwm_rl.envs.factory import make_env
 from matwm_rl.envs.layout import AgentLayout
 from matwm_rl.envs.mock import MockEnv
-from matwm_rl.envs.multi_agent_env import MultiAgentEnv
+from matwm_rl.envs.multi_agent_env import MultiAgentEnv, ParallelMultiAgentEnv, SerialMultiAgentEnv
 from matwm_rl.envs.render import render_frame
 
-__all__ = ["AgentLayout", "MockEnv", "MultiAgentEnv", "make_env", "render_frame"]
+__all__ = [
+    "AgentLayout",
+    "MockEnv",
+    "MultiAgentEnv",
+    "ParallelMultiAgentEnv",
+    "SerialMultiAgentEnv",
+    "make_env",
+    "render_frame",
+]

@@ -48,7 +48,8 @@ def make_env(
 
     Args:
         name: family and environment.
-        seed: passed to ``env.set_seed``; the same seed gives the same episodes.
+        seed: passed to ``env.set_seed``; the same seed gives the same episodes. VMAS has one random state for all its
+            environments in a process, so there they repeat only if all are stepped in the same order.
         num_envs: with 1 the environment has no batch dimension, except VMAS, which simulates a batch at once and
             always has batch size ``[num_envs]``; with more the batch size is ``[num_envs]``.
         device: device of the tensors given and received.
@@ -80,7 +81,8 @@ def make_env(
     elif num_envs == 1:
         env = MultiAgentEnv(make(), image_size=image_size)
     else:
-        env = _batched(partial(_merged, make, image_size), num_envs, parallel)
+        batched = ParallelMultiAgentEnv if parallel else SerialMultiAgentEnv
+        env = batched(num_envs, partial(_merged, make, image_size))
     if seed is not None:
         env.set_seed(seed)
     return env
@@ -88,16 +90,6 @@ def make_env(
 
 def _merged(make: Callable[[], EnvBase], image_size: int) -> MultiAgentEnv:
     return MultiAgentEnv(make(), image_size=image_size)
-
-
-def _batched(
-    create_env: Callable[[], MultiAgentEnv], num_envs: int, parallel: bool
-) -> SerialMultiAgentEnv | ParallelMultiAgentEnv:
-    example = create_env()
-    layout = example.layout
-    example.close()
-    batched = ParallelMultiAgentEnv if parallel else SerialMultiAgentEnv
-    return batched(num_envs, create_env, layout)
 
 
 def _make_mpe(task: str, *, device: torch.device | str | None, **kwargs: Any) -> EnvBase:

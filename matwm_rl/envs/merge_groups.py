@@ -130,7 +130,8 @@ class MergeGroups(Transform):
         if ((action < 0) | (action >= self._counts)).any():
             raise ValueError(
                 f"got the actions {action.tolist()}; agents {self.layout.agent_names} have {self.layout.action_counts} "
-                f"actions. Sample under {ACTION_MASK}, or with env.rand_action."
+                f"actions. Sample under {ACTION_MASK}, or with env.rand_action; to batch environments use "
+                "SerialMultiAgentEnv or ParallelMultiAgentEnv, since TorchRL's own lose the mask of the action spec."
             )
         inputs = tensordict.exclude(AGENTS)
         for group in self._groups:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,15 +35,19 @@ class _LegalRandomActions(EnvBase):
                 Without it a :class:`MultiAgentEnv` draws from the actions that are legal in its present state, and a
                 batched one, which sees its environments through tensordicts only, from each agent's own actions.
         """
-        mask = self._present_mask() if tensordict is None else tensordict.get(ACTION_MASK, None)
-        if mask is None:
-            return super().rand_action(tensordict)
+        mask = None if tensordict is None else tensordict.get(ACTION_MASK, None)
+        mask = self._present_mask() if mask is None else mask
         action = torch.multinomial(mask.flatten(0, -2).float(), 1).view(mask.shape[:-1])
         output = TensorDict(batch_size=self.batch_size, device=self.device) if tensordict is None else tensordict
         return output.set(ACTION, action)
 
-    def _present_mask(self) -> Tensor | None:
-        return None
+    def _present_mask(self) -> Tensor:
+        counts = torch.tensor(self.layout.action_counts, device=self.device)
+        padding = torch.arange(self.layout.num_actions, device=self.device) < counts.unsqueeze(-1)
+        return padding.expand(*self.batch_size, *padding.shape)
+
+    layout: AgentLayout
+    """Names, groups and sizes of the agents."""
 
 
 class MultiAgentEnv(_LegalRandomActions, TransformedEnv):
@@ -76,6 +80,9 @@ class MultiAgentEnv(_LegalRandomActions, TransformedEnv):
             ``PettingZooWrapper(..., use_mask=True, done_on_any=False)``.
         image_size: side S of the square to which uint8 images are resized.
 
+    To batch environments use :class:`SerialMultiAgentEnv` or :class:`ParallelMultiAgentEnv` (as
+    :func:`~matwm_rl.envs.make_env` does): unlike TorchRL's own they draw only legal random actions.
+
     Raises:
         ValueError: if ``env`` has no groups, actions that are not discrete, observations of several tensors, or agents
             that act in turns.
@@ -95,9 +102,6 @@ class MultiAgentEnv(_LegalRandomActions, TransformedEnv):
         transform = MergeGroups(env, image_size=image_size)
         super().__init__(env, transform)
         self.__dict__["layout"] = transform.layout
-
-    layout: AgentLayout
-    """Names, groups and sizes of the agents; the attributes below read from it."""
 
     def render_frame(self, env_index: int = 0) -> NDArray[np.uint8]:
         """Draws the present state as an RGB image ``[H, W, 3]`` uint8; see :func:`~matwm_rl.envs.render_frame`."""
@@ -149,15 +153,25 @@ class SerialMultiAgentEnv(_LegalRandomActions, SerialEnv):
 
     Args:
         num_envs: number of environments, the batch size.
-        create_env: makes one environment.
-        layout: the layout of the environments made.
+        create_env: makes one environment, or a list of ``num_envs`` that each make one. All
+            must have the same layout.
+        kwargs: passed to :class:`~torchrl.envs.SerialEnv`.
+
+    Examples:
+        >>> from matwm_rl.envs import MockEnv, MultiAgentEnv
+        >>> env = SerialMultiAgentEnv(2, lambda: MultiAgentEnv(MockEnv()))
+        >>> env.reset()["agents", "observation"].shape, env.layout.num_agents
+        (torch.Size([2, 3, 5]), 3)
     """
 
-    def __init__(self, num_envs: int, create_env: Callable[[], EnvBase], layout: AgentLayout, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_envs: int,
+        create_env: Callable[[], MultiAgentEnv] | Sequence[Callable[[], MultiAgentEnv]],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_envs, create_env, **kwargs)
-        self.__dict__["layout"] = layout
-
-    layout: AgentLayout
+        self.__dict__["layout"] = _layout_of(create_env)
 
 
 class ParallelMultiAgentEnv(_LegalRandomActions, ParallelEnv):
@@ -165,12 +179,24 @@ class ParallelMultiAgentEnv(_LegalRandomActions, ParallelEnv):
 
     Args:
         num_envs: number of environments, the batch size.
-        create_env: makes one environment; must be picklable.
-        layout: the layout of the environments made.
+        create_env: makes one environment, or a list of ``num_envs`` that each make one; must be picklable. All
+            must have the same layout.
+        kwargs: passed to :class:`~torchrl.envs.ParallelEnv`.
     """
 
-    def __init__(self, num_envs: int, create_env: Callable[[], EnvBase], layout: AgentLayout, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_envs: int,
+        create_env: Callable[[], MultiAgentEnv] | Sequence[Callable[[], MultiAgentEnv]],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_envs, create_env, **kwargs)
-        self.__dict__["layout"] = layout
+        self.__dict__["layout"] = _layout_of(create_env)
 
-    layout: AgentLayout
+
+def _layout_of(create_env: Callable[[], MultiAgentEnv] | Sequence[Callable[[], MultiAgentEnv]]) -> AgentLayout:
+    # Environments in other processes cannot be asked, so one is made to look at.
+    example = create_env() if callable(create_env) else create_env[0]()
+    layout = example.layout
+    example.close()
+    return layout

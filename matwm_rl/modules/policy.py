@@ -13,9 +13,9 @@ from matwm_rl import keys
 from matwm_rl.functional import agents_first, agents_last
 from matwm_rl.modules.world_model import WorldModel
 
-CONTEXT_CODE: NestedKey = (keys.AGENTS, "context_code")
-CONTEXT_ACTION: NestedKey = (keys.AGENTS, "context_action")
-CONTEXT_LENGTH: NestedKey = (keys.AGENTS, "context_length")
+CONTEXT_CODE: NestedKey = ("context", "code")
+CONTEXT_ACTION: NestedKey = ("context", "action")
+CONTEXT_LENGTH: NestedKey = ("context", "length")
 CONTEXT_KEYS = [CONTEXT_CODE, CONTEXT_ACTION, CONTEXT_LENGTH]
 
 
@@ -33,8 +33,9 @@ class WorldModelPolicy(TensorDictModuleBase):
         actor: reads s_t and ``("agents", "action_mask")``, writes ``("agents", "action")``.
         context_length: steps of history the policy sees at most.
 
-    Keys read: ``("agents", "observation" | "action_mask")``, ``("agents", "context_code" | "context_action" |
-    "context_length")``; written: ``("agents", "action" | "logits")`` and the three context keys under ``"next"``.
+    Keys read: ``("agents", "observation" | "action_mask")`` and the context W steps back, ``("context", "code")``
+    ``[*batch, N, W, K]``, ``("context", "action")`` ``[*batch, N, W]``, ``("context", "length")`` ``[*batch, N]``.
+    Keys written: ``("agents", "action" | "logits")`` and the context under ``"next"``.
 
     Examples:
         >>> from matwm_rl.envs import make_env

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -31,32 +32,35 @@ class StackedLinear(nn.Module):
         (torch.Size([2, 3, 5]), torch.Size([3, 7, 5]))
     """
 
-    stack_index: Tensor
-
     def __init__(
         self, in_features: int, out_features: int, stack_index: Sequence[int], *, zero_init: bool = False
     ) -> None:
         super().__init__()
         stack = max(stack_index) + 1
         self.num_agents = len(stack_index)
-        self.shared = stack == 1
-        self.identity = list(stack_index) == list(range(stack))
+        self.per_agent = list(stack_index) == list(range(stack)) and stack > 1
+        # Neighbours that share weights are one product: agents of one group stand together.
+        self.runs = [(index, len(list(run))) for index, run in groupby(stack_index)]
         bound = 0.0 if zero_init else 1 / math.sqrt(in_features)
         self.weight = nn.Parameter(torch.empty(stack, in_features, out_features).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(stack, out_features).uniform_(-bound, bound))
-        self.register_buffer("stack_index", torch.tensor(list(stack_index)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply agent n's weights to ``x[n]``."""
-        if self.shared:
+        if len(self.runs) == 1:
             return nn.functional.linear(x, self.weight[0].T, self.bias[0])
         if x.shape[0] != self.num_agents:
             raise ValueError(f"expected {self.num_agents} agents in dimension 0, got a tensor of shape {tuple(x.shape)}")
-        weight, bias = self.weight, self.bias
-        if not self.identity:
-            weight, bias = weight.index_select(0, self.stack_index), bias.index_select(0, self.stack_index)
-        out = torch.baddbmm(bias.unsqueeze(1), x.reshape(self.num_agents, -1, x.shape[-1]), weight)
-        return out.unflatten(1, x.shape[1:-1]) if x.ndim > 2 else out.squeeze(1)
+        if self.per_agent:
+            out = torch.baddbmm(self.bias.unsqueeze(1), x.reshape(self.num_agents, -1, x.shape[-1]), self.weight)
+            return out.view(*x.shape[:-1], -1)
+        parts = x.split([length for _, length in self.runs])
+        return torch.cat(
+            [
+                nn.functional.linear(part, self.weight[index].T, self.bias[index])
+                for part, (index, _) in zip(parts, self.runs, strict=True)
+            ]
+        )
 
 
 class StackedLayerNorm(nn.Module):

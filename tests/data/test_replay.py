@@ -127,20 +127,20 @@ def test_a_single_agent(tmp_path: Path):
         assert replay.sequences.sample()[keys.TEAMMATE_ACTION].shape == (2, 4, 1, 0)
 
 
-def test_end_episodes_marks_the_newest_step_only():
-    for scratch in (False, True):
-        replay = build(2, scratch_dir=None)
-        replay.end_episodes()  # nothing stored: nothing to mark
-        replay.extend(rollout(0, 25, 2))
-        replay.extend(rollout(25, 36, 2))  # full, the newest at index 5
-        storage = replay.sequences.storage
-        before = storage[:].clone()
-        replay.end_episodes()
-        changed = (storage[:]["next", "done"] != before["next", "done"]).nonzero()[:, 0].unique()
-        assert changed.tolist() == [5]
-        assert storage[5]["next", "done"].all()
-        assert torch.equal(storage[:]["next", "terminated"], before["next", "terminated"])
-        del scratch
+@pytest.mark.parametrize("memmap", [False, True])
+def test_end_episodes_marks_the_newest_step_only(memmap, tmp_path: Path):
+    replay = build(2, scratch_dir=tmp_path if memmap else None)
+    replay.end_episodes()  # nothing stored: nothing to mark
+    replay.extend(rollout(0, 25, 2))
+    replay.extend(rollout(25, 36, 2))  # full: the newest lies at index 5
+    storage = replay.sequences.storage
+    before = storage[:].clone()
+    replay.end_episodes()
+    changed = (storage[:]["next", "done"] != before["next", "done"]).nonzero()[:, 0].unique()
+    assert changed.tolist() == [5]
+    assert storage[5]["next", "done"].all()
+    assert torch.equal(storage[:]["next", "terminated"], before["next", "terminated"])
+    assert replay.env_steps == 72
 
 
 @pytest.mark.parametrize("way", ["state_dict", "dumps"])

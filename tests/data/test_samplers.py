@@ -266,6 +266,7 @@ def test_a_buffer_that_only_reads_finds_the_cursor():
 @pytest.mark.parametrize("storage_cls", [LazyTensorStorage, LazyMemmapStorage])
 @pytest.mark.parametrize("way", ["state_dict", "dumps"])
 @pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.filterwarnings("ignore:Loading the storage on an uninitialized")
 def test_sampling_goes_on_exactly_after_a_restore(storage_cls, way, used_before, tmp_path: Path):
     def build(seed: int, written: int) -> tuple[ReplayBuffer, ReplayBuffer]:
         recency = RecencySliceSampler(4, decay=0.9, num_shares=2, generator=generator(seed))

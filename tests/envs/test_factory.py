@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torchrl.envs import MarlGroupMapType, TransformedEnv
+
+from matwm_rl.envs import AgentLayout, MultiAgentEnv, make_env, render_frame
+from matwm_rl.keys import ACTION, ACTION_MASK, OBSERVATION, TERMINATED, TRUNCATED
+
+SPEAKER_LISTENER = AgentLayout(
+    agent_names=["speaker_0", "listener_0"],
+    group_map={"speaker": ["speaker_0"], "listener": ["listener_0"]},
+    group_index=[0, 1],
+    action_counts=[3, 5],
+    observation_shape=(11,),
+    observation_sizes=[3, 11],
+    is_image=False,
+)
+
+
+def test_layout_of_a_single_environment() -> None:
+    env = make_env("mpe2/simple_speaker_listener_v4")
+    assert env.layout == SPEAKER_LISTENER
+    assert (env.num_agents, env.action_counts, env.group_index) == (2, [3, 5], [0, 1])
+    assert env.layout.num_actions == 5
+    assert env.batch_size == torch.Size([])
+
+
+def test_serial_environments_keep_the_layout_and_differ() -> None:
+    env = make_env("mpe2/simple_speaker_listener_v4", num_envs=3, seed=0)
+    assert env.layout == SPEAKER_LISTENER
+    assert TransformedEnv(env).layout == SPEAKER_LISTENER
+    assert env.batch_size == torch.Size([3])
+    observation = env.reset()[OBSERVATION]
+    assert observation.shape == (3, 2, 11)
+    assert not torch.equal(observation[0], observation[1]), "each environment has a seed of its own"
+
+
+def test_parallel_environments() -> None:
+    env = make_env("mpe2/simple_speaker_listener_v4", num_envs=2, seed=0, parallel=True)
+    try:
+        assert env.layout == SPEAKER_LISTENER
+        rollout = env.rollout(3)
+    finally:
+        env.close()
+    serial = make_env("mpe2/simple_speaker_listener_v4", num_envs=2, seed=0).rollout(3)
+    assert torch.equal(rollout[OBSERVATION][:, 0], serial[OBSERVATION][:, 0])
+
+
+@pytest.mark.parametrize(("name", "num_envs"), [("mock", 3), ("vmas/simple_tag", 1), ("vmas/simple_tag", 3)])
+def test_vectorized_environments_are_one(name: str, num_envs: int) -> None:
+    env = make_env(name, num_envs=num_envs)
+    assert type(env) is MultiAgentEnv
+    assert env.batch_size == torch.Size([num_envs])
+
+
+def test_default_time_limits() -> None:
+    rollout = make_env("mpe2/simple_spread_v3").rollout(40)
+    assert rollout.shape == (25,)
+    assert rollout[TRUNCATED][-1] and not rollout[TERMINATED].any()
+    assert make_env("vmas/simple_tag").rollout(200).shape == (1, 100)
+    assert make_env("mpe2/simple_spread_v3", max_cycles=7).rollout(40).shape == (7,)
+
+
+@pytest.mark.parametrize("name", ["mpe2/simple_tag_v3", "vmas/simple_tag", "butterfly/knights_archers_zombies_v11"])
+def test_seeds_decide_everything(name: str) -> None:
+    def play(seed: int) -> torch.Tensor:
+        env = make_env(name, seed=seed)
+        data, observations = env.reset(), []
+        for step in range(5):
+            action = torch.full((*env.batch_size, env.num_agents), step % 3)
+            data = env.step(data.set(ACTION, action))["next"]
+            observations.append(data[OBSERVATION])
+        return torch.stack(observations)
+
+    assert torch.equal(play(3), play(3))
+    # Nothing is random in the first steps of Knights Archers Zombies.
+    if not name.startswith("butterfly"):
+        assert not torch.equal(play(3), play(4))
+
+
+def test_group_map_is_passed_on() -> None:
+    env = make_env("mpe2/simple_tag_v3", group_map=MarlGroupMapType.ONE_GROUP_PER_AGENT)
+    assert env.group_index == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="groups of their own"):
+        make_env("mpe2/simple_tag_v3", group_map=MarlGroupMapType.ALL_IN_ONE_GROUP)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mpe2/simple_tga_v3", r"unknown environment 'mpe2/simple_tga_v3'; environments: .*simple_tag_v3"),
+        ("butterfly/pong", r"environments: cooperative_pong_v6, knights_archers_zombies_v11, pistonball_v6"),
+        ("vmas/simple_tga", r"unknown environment 'vmas/simple_tga'; scenarios: .*simple_tag"),
+        ("atari/pong_v3", r"unknown environment 'atari/pong_v3'; expected one of 'mpe2/\.\.\.'.*'mock'"),
+        ("simple_tag_v3", "unknown environment"),
+        ("mock/one", "unknown environment"),
+        ("vmas", "unknown environment"),
+    ],
+)
+def test_unknown_names_list_what_exists(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_env(name)
+
+
+def test_no_environments() -> None:
+    with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
+        make_env("mock", num_envs=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [
+        ("mpe2/simple_tag_v3", "mpe2", "mpe"),
+        ("vmas/simple_tag", "vmas", "vmas"),
+        ("butterfly/pistonball_v6", "pettingzoo.butterfly", "butterfly"),
+    ],
+)
+def test_missing_package_names_the_extra(name: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf'pip install "matwm_rl\[{extra}\]"'):
+        make_env(name)
+
+
+def test_continuous_actions_are_refused() -> None:
+    with pytest.raises(ValueError, match="one discrete action per agent"):
+        make_env("mpe2/simple_tag_v3", continuous_actions=True)
+
+
+def test_frames() -> None:
+    env = make_env("mpe2/simple_tag_v3", render_mode="rgb_array", seed=0)
+    env.reset()
+    first = env.render_frame()
+    env.step(env.rand_action(env.reset()))
+    second = render_frame(TransformedEnv(env))
+    assert first.shape == second.shape == (700, 700, 3)
+    assert first.dtype == np.uint8
+    assert (first != second).any()
+
+
+def test_frames_that_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match='render_mode="rgb_array"'):
+        make_env("mpe2/simple_tag_v3").render_frame()
+    with pytest.raises(NotImplementedError, match="MockEnv"):
+        make_env("mock").render_frame()
+    monkeypatch.setitem(sys.modules, "pyglet.libs.egl.egl", None)
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    with pytest.raises(RuntimeError, match="neither EGL nor a screen"):
+        make_env("vmas/simple_tag").render_frame()
+
+
+def test_serial_random_actions_obey_the_masks_of_the_tensordict() -> None:
+    env = make_env("mock", num_envs=4)
+    data = env.reset()
+    for _ in range(8):
+        data = env.rand_action(data)
+        assert data[ACTION_MASK].gather(-1, data[ACTION].unsqueeze(-1)).all()
+        _, data = env.step_and_maybe_reset(data)
