@@ -203,7 +203,7 @@ class MergeGroups(Transform):
             parts = [resize_images(part, self.layout.observation_shape[-1]) for part in parts]
         else:
             width, agents_ndim = self.layout.observation_shape[0], tensordict.ndim + 1
-            parts = [part if part.ndim == agents_ndim + 1 else part.flatten(agents_ndim) for part in parts]
+            parts = [part.reshape(*part.shape[:agents_ndim], -1) for part in parts]
             parts = [pad(part, (0, width - part.shape[-1])) for part in parts]
         return torch.cat(parts, dim=tensordict.ndim).to(torch.uint8 if self.layout.is_image else torch.float32)
 
@@ -248,10 +248,10 @@ class MergeGroups(Transform):
         self, tensordict: TensorDictBase, done: Tensor, alive: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         terminated, truncated = self._agent_flag(tensordict, "terminated"), self._agent_flag(tensordict, "truncated")
-        # PettingZooWrapper reports agents that are long dead as truncated, so only a living agent meets a time limit.
+        # PettingZooWrapper also reports the long dead as truncated: only who lived until now can meet a time limit.
         episode_truncated = done & (truncated & ~terminated & alive).any(-1, keepdim=True)
         died_at_the_end = terminated & episode_truncated
-        left_before = terminated | truncated | ~self._mask(tensordict)
+        left_before = terminated | truncated
         # At its end the environment drops all agents. Those who ended with the episode keep their last observation,
         # which a truncated episode bootstraps from; one who died in the very step of a time limit is dead.
         alive = alive & ~torch.where(done, died_at_the_end, left_before)
@@ -277,12 +277,15 @@ def _read_groups(env: EnvBase, layout: AgentLayout) -> list[_Group]:
         rows = slice(start, start + len(agents))
         start = rows.stop
         observations = per_agent_specs(env, env.full_observation_spec, (name, "observation"))
+        is_one_hot = isinstance(per_agent_specs(env, env.full_action_spec, (name, "action"))[0], OneHot)
+        if is_one_hot and len(set(layout.action_counts[rows])) > 1:
+            raise ValueError(f"group {name!r} has one-hot actions of unequal sizes; make it with categorical actions.")
         groups.append(
             _Group(
                 name=name,
                 rows=rows,
                 num_actions=max(layout.action_counts[rows]),
-                one_hot=isinstance(per_agent_specs(env, env.full_action_spec, (name, "action"))[0], OneHot),
+                one_hot=is_one_hot,
                 ragged=len({spec.shape for spec in observations}) > 1,
                 has_action_mask=(name, "action_mask") in observation_keys,
                 has_mask=(name, "mask") in observation_keys,

@@ -291,14 +291,50 @@ def test_death_in_the_step_of_the_time_limit() -> None:
     assert not data[NEXT_OBSERVATION][-1, 1].any()
 
 
+class DeadAreTruncated(MockEnv):
+    """Says of the long dead only that they are truncated, and of all who end by termination that they are both."""
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        terminated, truncated = super()._ends()
+        long_dead = terminated & truncated
+        over = self._steps >= self.episode_length
+        return terminated & ~long_dead, truncated | (terminated & over)
+
+
+def test_only_a_living_agent_that_does_not_die_is_truncated() -> None:
+    data = MultiAgentEnv(DeadAreTruncated(death_step=3, ending="terminate")).rollout(10)
+    assert data.shape == (6,)
+    assert data[TERMINATED][-1] and not data[TRUNCATED].any()
+    data = MultiAgentEnv(DeadAreTruncated(death_step=3, ending="truncate")).rollout(10)
+    assert data[TRUNCATED][-1] and not data[TERMINATED].any()
+
+
+class Forgetful(MockEnv):
+    """Returns nonsense for what is not reset, which TorchRL allows: it keeps what it had."""
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDictBase:
+        output = super()._reset(tensordict, **kwargs)
+        if tensordict is not None and "_reset" in tensordict.keys():
+            others = ~tensordict["_reset"].squeeze(-1)
+            for group in self.group_map:
+                for key in ("mask", "action_mask"):
+                    output[group, key][others] = True
+        return output
+
+
 def test_partial_reset_of_a_batch_keeps_the_others_alive_and_legal() -> None:
-    env = MultiAgentEnv(MockEnv(batch_size=[2], death_step=1))
-    data = env.step(env.rand_action(env.reset()))["next"]
-    assert data[ALIVE].tolist() == [[True, False, True]] * 2
+    env = MultiAgentEnv(Forgetful(batch_size=[2], death_step=1, episode_length=3, ending="terminate"))
+    data = env.reset()
+    for _ in range(2):
+        data = env.step(env.rand_action(data))["next"]
+        assert data[ALIVE].tolist() == [[True, False, True]] * 2
     data = env.reset(data.set("_reset", torch.tensor([[True], [False]])))
     assert data[ALIVE].tolist() == [[True] * 3, [True, False, True]]
-    assert data[OBSERVATION][:, 0, 0].tolist() == [0.0, 1.0]
+    assert data[OBSERVATION][:, 0, 0].tolist() == [0.0, 2.0]
+    legal = [[True, True, False, True], [True, False, False, False], [True, True, False, False]]
+    assert env.transform.legal_actions[1].tolist() == data[ACTION_MASK][1].tolist() == legal
     data = env.step(env.rand_action(data))["next"]
+    assert data["done"].tolist() == [[False], [True]]
     assert data[ALIVE].tolist() == [[True, False, True]] * 2
 
 
