@@ -168,24 +168,25 @@ def lambda_return(reward: Tensor, continuation: Tensor, next_value: Tensor, gamm
     return returns
 
 
-def sample_index(logits: Tensor) -> Tensor:
-    """Draw category indices from logits by the inverse of the cumulative distribution.
+def sample_index(probs: Tensor) -> Tensor:
+    """Draw category indices by the inverse of the cumulative distribution.
 
     One uniform number per draw: about ten times faster than ``OneHotCategorical.sample`` on CPU.
 
     Args:
-        logits: ``[..., C]``, unnormalised.
+        probs: ``[..., C]``, probabilities.
 
     Returns:
         int64 ``[...]``.
 
     Examples:
-        >>> sample_index(torch.tensor([[0.0, 100.0], [100.0, 0.0]])).tolist()
+        >>> sample_index(torch.tensor([[0.0, 1.0], [1.0, 0.0]])).tolist()
         [1, 0]
     """
-    cumulative = logits.softmax(-1).cumsum(-1)
+    cumulative = probs.cumsum(-1)
+    # Of the total that rounding left, so that no draw lies beyond the last class.
     threshold = torch.rand_like(cumulative[..., :1]) * cumulative[..., -1:]
-    return (cumulative <= threshold).sum(-1).clamp_(max=logits.shape[-1] - 1)
+    return (cumulative <= threshold).sum(-1).clamp_(max=probs.shape[-1] - 1)
 
 
 def masked_mean(value: Tensor, mask: Tensor | None) -> Tensor:

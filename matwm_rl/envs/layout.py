@@ -25,6 +25,7 @@ class AgentLayout:
         observation_shape: one agent's padded observation, ``(D,)`` or, for images, ``(3, S, S)``.
         observation_sizes: for each agent the number of entries of ``observation_shape`` that it really uses.
         is_image: whether observations are uint8 images.
+        has_action_mask: whether the environment says at each step which actions are legal.
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -42,6 +43,7 @@ class AgentLayout:
     observation_shape: tuple[int, ...]
     observation_sizes: list[int]
     is_image: bool
+    has_action_mask: bool = False
 
     @property
     def num_agents(self) -> int:
@@ -94,6 +96,7 @@ class AgentLayout:
             observation_shape=shape,
             observation_sizes=sizes,
             is_image=are_images[0],
+            has_action_mask=any((group, "action_mask") in env.full_observation_spec.keys(True) for group in group_map),
         )
 
 

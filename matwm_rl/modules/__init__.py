@@ -1,7 +1,7 @@
 """Networks: the world model and its parts, actors and critics, acting, imagination."""
 
 from matwm_rl.modules.actor_critic import STATE_KEYS, StateMLP, make_actor, make_critic
-from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, MLPDecoder, MLPEncoder
+from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, FourierFeatures, MLPDecoder, MLPEncoder
 from matwm_rl.modules.heads import ActionMixer, Head, TeammatePredictor
 from matwm_rl.modules.imagination import Imagination
 from matwm_rl.modules.latent import CategoricalLatent, FSQLatent, LatentCode, make_latent
@@ -20,6 +20,7 @@ __all__ = [
     "CategoricalLatent",
     "Context",
     "FSQLatent",
+    "FourierFeatures",
     "Head",
     "Imagination",
     "KVCache",

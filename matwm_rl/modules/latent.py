@@ -54,9 +54,13 @@ class LatentCode(nn.Module):
         """Logits of the dynamics predictor ``[..., K * C]`` to log-probabilities ``[..., K, C]``."""
         return logits.unflatten(-1, (self.num_dims, self.num_classes)).log_softmax(-1)
 
-    def sample_prior(self, log_probs: Tensor) -> Tensor:
-        """Draw z_{t+1} ``[..., Z]`` from prior log-probabilities ``[..., K, C]``."""
-        return self.from_index(sample_index(log_probs))
+    def probs(self, logits: Tensor) -> Tensor:
+        """Logits ``[..., K * C]`` to the probabilities ``[..., K, C]`` that are sampled."""
+        return logits.unflatten(-1, (self.num_dims, self.num_classes)).softmax(-1)
+
+    def sample_prior(self, logits: Tensor) -> Tensor:
+        """Draw z_{t+1} ``[..., Z]`` from logits of the dynamics predictor ``[..., K * C]``."""
+        return self.from_index(sample_index(self.probs(logits)))
 
 
 class CategoricalLatent(LatentCode):
@@ -94,11 +98,16 @@ class CategoricalLatent(LatentCode):
         """Log-probabilities ``[..., K, C]`` with unimix."""
         return self._mix(logits)
 
+    def probs(self, logits: Tensor) -> Tensor:
+        """Probabilities ``[..., K, C]`` with unimix."""
+        probs = super().probs(logits)
+        return (1 - self.unimix) * probs + self.unimix / self.num_classes
+
     def sample_posterior(self, features: Tensor) -> Tensor:
         """Sample one-hots; gradients pass to the probabilities (straight-through)."""
-        log_probs = self.posterior(features)
-        probs = log_probs.exp().flatten(-2)
-        sample = self.from_index(sample_index(log_probs.detach()))
+        probs = self.probs(features)
+        sample = self.from_index(sample_index(probs.detach()))
+        probs = probs.flatten(-2)
         return sample + probs - probs.detach()
 
     def from_index(self, index: Tensor) -> Tensor:
@@ -137,7 +146,7 @@ class FSQLatent(LatentCode):
         super().__init__(num_dims, num_classes)
         self.width = width
         self.encoder_size = self.latent_size = num_dims
-        self.register_buffer("levels", torch.arange(num_classes, dtype=torch.float32), persistent=False)
+        self.register_buffer("levels", torch.arange(num_classes, dtype=torch.get_default_dtype()), persistent=False)
 
     def _scale(self, features: Tensor) -> Tensor:
         return (features.tanh() + 1) * (0.5 * (self.num_classes - 1))

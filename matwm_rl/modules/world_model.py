@@ -40,12 +40,15 @@ class WorldModelConfig:
         num_dims: K, code dimensions.
         num_classes: C, classes (levels) per code dimension.
         encoder_depth: hidden layers of the MLP encoder and decoder.
+        fourier_features: frequencies of the sines and cosines of vector observations that the encoder also reads
+            (ours); 0 is the paper's.
         head_depth: hidden layers of the heads.
         channels: channels of the first convolution, for images.
         reward_input: what the reward predictor reads: ``"hidden"`` (h_t, the paper's) or ``"next_latent"`` (z_{t+1}).
         reward_interpolation: see :class:`~matwm_rl.modules.TwoHot`.
         group_layers: own first encoder layer and own last layers per group of unlike agents (ours); off = the paper's.
         teammate_predictor: switch of the paper's ablation.
+        teammate_hidden_size: width of the teammate predictor; ``None``: that of the world model.
         action_scaling: switch of the paper's ablation.
         predict_mask: whether to learn the legal-action mask; ``None``: if the environment has one.
     """
@@ -58,12 +61,14 @@ class WorldModelConfig:
     num_dims: int = 32
     num_classes: int = 32
     encoder_depth: int = 3
+    fourier_features: int = 0
     head_depth: int = 2
     channels: int = 32
     reward_input: str = "hidden"
     reward_interpolation: str = "raw"
     group_layers: bool = True
     teammate_predictor: bool = True
+    teammate_hidden_size: int | None = None
     action_scaling: bool = True
     predict_mask: bool | None = None
 
@@ -214,7 +219,7 @@ class WorldModel(TensorDictModuleBase):
             observation_shape=layout.observation_shape,
             action_counts=layout.action_counts,
             group_index=layout.group_index,
-            has_action_mask=getattr(layout, 'has_action_mask', False),
+            has_action_mask=layout.has_action_mask,
             config=WorldModelConfig(**overrides),
         )
 
@@ -251,7 +256,7 @@ class WorldModel(TensorDictModuleBase):
             decoder = CNNDecoder(size, observation_shape, channels=cfg.channels)
         else:
             shape = {"group_index": groups, "num_cells": width, "depth": cfg.encoder_depth}
-            encoder = MLPEncoder(observation_shape[0], latent.encoder_size, **shape)
+            encoder = MLPEncoder(observation_shape[0], latent.encoder_size, fourier_features=cfg.fourier_features, **shape)
             decoder = MLPDecoder(size, observation_shape[0], **shape)
         blocks = {"num_layers": cfg.num_layers, "num_heads": cfg.num_heads, "dropout": cfg.dropout}
         head = {"group_index": groups, "num_cells": width, "depth": cfg.head_depth}
@@ -270,7 +275,11 @@ class WorldModel(TensorDictModuleBase):
             legal=torch.arange(num_actions) < torch.tensor(list(action_counts)).unsqueeze(-1),
             action_mask=Head(size, num_actions, **head) if predict_mask else None,
             teammates=TeammatePredictor(
-                size, action_counts=action_counts, group_index=groups, features=width, **blocks
+                size,
+                action_counts=action_counts,
+                group_index=groups,
+                features=cfg.teammate_hidden_size or width,
+                **blocks,
             )
             if cfg.teammate_predictor and num_agents > 1
             else None,
@@ -311,7 +320,7 @@ class WorldModel(TensorDictModuleBase):
         """
         num_agents, starts, length = action.shape
         sequences = num_agents * starts
-        with_current = torch.cat([valid, torch.ones_like(valid[..., :1])], -1).flatten(0, 1)
+        with_current = torch.cat([valid, valid.new_ones(num_agents, starts, 1)], -1).flatten(0, 1)
         mask = causal_segment_mask(with_current)
         cache = self.transformer.make_cache(sequences, length + horizon)
         cache.valid[:, :length] = valid.flatten(0, 1)
@@ -341,7 +350,7 @@ class WorldModel(TensorDictModuleBase):
         shape = action.shape
         tokens = self.action_mixer(state.latent, action).flatten(0, 1).unsqueeze(1)
         hidden = self.transformer.cached(tokens, context.sequence).view(*shape, -1)
-        latent = self.latent.sample_prior(self.latent.prior(self.dynamics(hidden)))
+        latent = self.latent.sample_prior(self.dynamics(hidden))
         if self.teammates is not None and context.teammates is not None:
             logits = self.teammates.cached(latent.unsqueeze(2), context.teammates)
         else:

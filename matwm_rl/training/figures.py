@@ -1,0 +1,120 @@
+"""Learning curves of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matwm_rl.training.files import import_optional
+from matwm_rl.training.run_log import EVALUATION, read_metrics
+
+FIRST_TRAINING_PANELS = ("entropy", "imagined_reward", "value", "kl", "loss_")
+"""Order of the panels of training metrics, by the beginning of their names; all others follow."""
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Okabe and Ito's colours, which colour-blind readers can tell apart."""
+
+
+def plot_learning_curves(
+    run_dir: str | Path,
+    path: str | Path,
+    *,
+    references: Mapping[str, Mapping[str, float]] | None = None,
+    title: str | None = None,
+) -> None:
+    """Draw every metric of a run over env steps: evaluation returns first, then what training logged.
+
+    Returns named ``evaluation/<match>/<group>`` share one panel per match; each other metric has a panel of its own.
+
+    Args:
+        run_dir: folder of a run, or its ``metrics.csv``.
+        path: the picture, for example ``curves.png``.
+        references: horizontal lines for evaluation panels, as ``{match: {label: value}}``; a match that the run did not
+            play is left out. For names without a match, ``evaluation/<group>``, the match is ``"evaluation"``.
+        title: above all panels; by default the name of the run's folder.
+
+    Raises:
+        FileNotFoundError: if the run has no metrics file.
+        ValueError: if nothing has been logged.
+        ImportError: if matplotlib is not installed.
+    """
+    metrics = read_metrics(run_dir)
+    if not metrics:
+        raise ValueError(f"no metrics have been logged to {run_dir} yet")
+    references = references or {}
+    panels = _panels(metrics)
+    matches = _matches(metrics)
+    figure, axes = panel_grid(len(panels))
+    figure.suptitle(title or _run_name(Path(run_dir)), fontsize=13)
+    for axis, (name, lines) in zip(axes, panels.items(), strict=True):
+        for index, (label, points) in enumerate(lines.items()):
+            steps, values = zip(*sorted(points), strict=True)
+            color, marker = COLORS[index % len(COLORS)], "o" if name in matches else None
+            axis.plot(steps, values, color=color, label=label, marker=marker, markersize=3, linewidth=1.5)
+        for index, (label, value) in enumerate(references.get(name, {}).items()):
+            style = ("--", ":", "-.")[index % 3]
+            axis.axhline(value, color="0.4", linestyle=style, linewidth=1, label=f"{label} ({value:g})")
+        axis.set_title(readable(name), fontsize=10)
+        axis.set_xlabel("env steps", fontsize=9)
+        if name in matches:
+            axis.set_ylabel("mean return", fontsize=9)
+            axis.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _run_name(run_dir: Path) -> str:
+    return (run_dir if run_dir.is_dir() else run_dir.parent).resolve().name
+
+
+def panel_grid(num_panels: int, *, columns: int = 4, width: float = 3.4, height: float = 2.5) -> tuple[Any, list[Any]]:
+    """A matplotlib figure with ``num_panels`` equal panels in rows, and its axes in reading order."""
+    columns = min(columns, num_panels)
+    rows = math.ceil(num_panels / columns)
+    figure = new_figure(width * columns, height * rows + 0.4)
+    axes = [figure.add_subplot(rows, columns, index + 1) for index in range(num_panels)]
+    for axis in axes:
+        plain(axis)
+    return figure, axes
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, sizes in inches."""
+    # A Figure of its own, not pyplot's: it needs no screen, and leaves the user's open figures and backend alone.
+    return import_optional("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+
+
+def plain(axis: Any) -> None:
+    """Give an axis the look that all of ours have."""
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+
+
+def readable(name: str) -> str:
+    """A metric's name as a title: ``loss_reward`` becomes ``loss: reward``."""
+    return name.replace("loss_", "loss: ").replace("_", " ")
+
+
+def _panels(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Panel title to its lines, ``{label: points}``, in drawing order."""
+    panels: dict[str, dict[str, Any]] = {match: {} for match in _matches(metrics)}
+    for name, points in metrics.items():
+        if name.startswith(EVALUATION):
+            panels[_match(name)][name.rpartition("/")[2]] = points
+
+    def order(name: str) -> tuple[int, str]:
+        return next((i for i, start in enumerate(FIRST_TRAINING_PANELS) if name.startswith(start)), 99), name
+
+    for name in sorted((name for name in metrics if not name.startswith(EVALUATION)), key=order):
+        panels[name] = {name: metrics[name]}
+    return panels
+
+
+def _matches(metrics: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(_match(name) for name in metrics if name.startswith(EVALUATION)))
+
+
+def _match(name: str) -> str:
+    """``evaluation/<match>/<group>`` to the match, ``evaluation/<group>`` to ``"evaluation"``."""
+    return name.removeprefix(EVALUATION).rpartition("/")[0] or EVALUATION.rstrip("/")

@@ -1,0 +1,161 @@
+"""A picture of imagination against reality for one episode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from matwm_rl import keys
+from matwm_rl.data import to_focal
+from matwm_rl.envs import AgentLayout
+from matwm_rl.functional import agents_first
+from matwm_rl.modules import WorldModel
+from matwm_rl.training.figures import COLORS, new_figure, panel_grid, plain
+from matwm_rl.training.open_loop import as_float, open_loop
+
+REAL, IMAGINED = "black", COLORS[1]
+
+
+def plot_open_loop(
+    world_model: WorldModel,
+    episode: TensorDictBase,
+    path: str | Path,
+    *,
+    layout: AgentLayout,
+    agent: int = 0,
+    context_length: int = 8,
+    horizon: int = 10,
+    num_samples: int = 6,
+    num_dims: int = 6,
+) -> None:
+    """Draw what really happened to one agent, and what the model imagines when given the agent's real actions.
+
+    Vector observations: the entries that vary most, over time, with several imagined futures; images: strips of frames.
+    Below: the reward, and how probable the model thought what each teammate then did (the dashed line is a guess at
+    random).
+
+    Args:
+        world_model: the shared world model.
+        episode: one plain rollout ``[T]`` with T >= context_length + horizon, best of one episode.
+        path: the picture, for example ``imagination.png``.
+        layout: of the environment, for names.
+        agent: index of the focal agent.
+        context_length: real steps that the model sees first.
+        horizon: imagined steps.
+        num_samples: imagined futures.
+        num_dims: number of entries drawn of a vector observation.
+
+    Raises:
+        ValueError: if the episode is not ``[T]`` or too short, or there is no such agent.
+        ImportError: if matplotlib is not installed.
+    """
+    if episode.ndim != 1:
+        raise ValueError(f"plot_open_loop draws one rollout [T], got a batch of {tuple(episode.shape)}")
+    if not 0 <= agent < layout.num_agents:
+        raise ValueError(f"agent must be an index below {layout.num_agents}, got {agent}")
+    # The samples are the batch: the same window several times.
+    window = to_focal(episode[: context_length + horizon]).expand(num_samples, context_length + horizon)
+    result = open_loop(world_model, window, context_length=context_length, horizon=horizon)
+    real = as_float(torch.cat([window[0][keys.OBSERVATION], window[0][keys.NEXT_OBSERVATION][-1:]]))[:, agent]
+    imagined = result["imagined", *keys.NEXT_OBSERVATION][:, :, agent].cpu()
+    decoded = _decoded_context(world_model, window[0, : context_length + 1], agent)
+    others = [name for index, name in enumerate(layout.agent_names) if index != agent]
+    draw = _image_figure if layout.is_image else _vector_figure
+    figure, reward_axis, teammate_axis = draw(real.cpu(), imagined, decoded, context_length, num_dims, layout, agent)
+    _draw_reward(reward_axis, window[0], result, agent, context_length)
+    _draw_teammates(teammate_axis, result, agent, context_length, others)
+    figure.suptitle(
+        f"{layout.agent_names[agent]}: {context_length} real steps, then {horizon} imagined from its real actions",
+        fontsize=12,
+    )
+    figure.savefig(path, dpi=120)
+
+
+@torch.no_grad()
+def _decoded_context(world_model: WorldModel, context: TensorDictBase, agent: int) -> Tensor:
+    """The model's reconstruction ``[C+1, *O]`` of the observations it sees: what its code loses before it imagines."""
+    observation = agents_first(context.get(keys.OBSERVATION), world_model.observation_dims)
+    return world_model.decode(world_model.encode(observation))[agent].cpu()
+
+
+def _vector_figure(
+    real: Tensor, imagined: Tensor, decoded: Tensor, context_length: int, num_dims: int, layout: AgentLayout, agent: int
+) -> tuple[Any, Any, Any]:
+    used = layout.observation_sizes[agent]
+    shown = real[:, :used].std(0).argsort(descending=True)[:num_dims].sort().values.tolist()
+    figure, axes = panel_grid(len(shown) + 2, columns=4, width=3.6, height=2.6)
+    steps = range(context_length, context_length + imagined.shape[1] + 1)
+    for axis, dim in zip(axes, shown, strict=False):
+        axis.axvspan(0, context_length, color="0.93", linewidth=0)
+        for index, sample in enumerate(imagined[..., dim]):
+            # Every future starts from the last observation the model saw, as its code holds it.
+            values = [decoded[-1, dim].item(), *sample.tolist()]
+            axis.plot(steps, values, color=IMAGINED, alpha=0.55, linewidth=1, label=None if index else "imagined")
+        axis.plot(range(context_length + 1), decoded[:, dim].tolist(), ":", color=IMAGINED, label="reconstructed")
+        axis.plot(real[:, dim].tolist(), color=REAL, linewidth=1.8, label="real")
+        axis.set_title(f"observation {dim}", fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+    axes[0].legend(fontsize=7, frameon=False)
+    return figure, axes[-2], axes[-1]
+
+
+def _image_figure(
+    real: Tensor, imagined: Tensor, decoded: Tensor, context_length: int, num_dims: int, layout: AgentLayout, agent: int
+) -> tuple[Any, Any, Any]:
+    """Strips of at most ten frames: reality, and up to three futures."""
+    horizon, futures = imagined.shape[1], imagined[:3]
+    # The last frame the model saw, then frames evenly over the horizon.
+    ahead = torch.linspace(0, horizon, min(horizon + 1, 10)).round().long().tolist()
+    strips = [real[[context_length + k for k in ahead]]]
+    strips += [torch.stack([decoded[-1] if k == 0 else future[k - 1] for k in ahead]) for future in futures]
+    height = 1.15 * len(strips)
+    figure = new_figure(11.5, height + 2.6)
+    grid = figure.add_gridspec(2, 2, height_ratios=[height, 2.0])
+    pictures = figure.add_subplot(grid[0, :])
+    rows = torch.cat([torch.cat(list(strip.clamp(0, 1)), -1) for strip in strips], -2)
+    pictures.imshow(rows.permute(1, 2, 0).numpy())
+    size = real.shape[-1]
+    pictures.set_xticks([size * (i + 0.5) for i in range(len(ahead))], [f"step {context_length + k}" for k in ahead])
+    names = ["real", *(f"imagined {i + 1}" for i in range(len(futures)))]
+    pictures.set_yticks([size * (i + 0.5) for i in range(len(strips))], names)
+    pictures.tick_params(length=0, labelsize=8)
+    below = [figure.add_subplot(grid[1, column]) for column in range(2)]
+    for axis in below:
+        plain(axis)
+    return figure, below[0], below[1]
+
+
+def _draw_reward(axis: Any, window: TensorDictBase, result: TensorDictBase, agent: int, context_length: int) -> None:
+    imagined = result["imagined", *keys.REWARD][:, :, agent, 0].cpu()
+    steps = list(range(context_length + 1, context_length + 1 + imagined.shape[1]))
+    axis.axvspan(0, context_length, color="0.93", linewidth=0)
+    for sample in imagined:
+        axis.plot(steps, sample.tolist(), color=IMAGINED, alpha=0.35, linewidth=0.9)
+    axis.plot(steps, imagined.mean(0).tolist(), color=IMAGINED, linewidth=2, label="imagined, mean")
+    real = window.get(keys.REWARD)[:, agent, 0].tolist()
+    axis.plot(range(1, len(real) + 1), real, color=REAL, linewidth=1.8, label="real")
+    axis.set_title("reward", fontsize=10)
+    axis.set_xlabel("step", fontsize=9)
+    axis.legend(fontsize=7, frameon=False)
+
+
+def _draw_teammates(axis: Any, result: TensorDictBase, agent: int, context_length: int, names: list[str]) -> None:
+    """Probability, over the futures, of what each teammate really did."""
+    logits = result["imagined", *keys.TEAMMATE_LOGITS][:, :, agent]
+    if logits.shape[2] == 0:
+        axis.set_title("no teammate predictor", fontsize=10)
+        return
+    action = result["real", *keys.TEAMMATE_ACTION][:, :, agent].unsqueeze(-1)
+    probability = logits.softmax(-1).gather(-1, action).squeeze(-1).mean(0).cpu()
+    steps = range(context_length, context_length + probability.shape[0])
+    for index, name in enumerate(names):
+        axis.plot(steps, probability[:, index].tolist(), color=COLORS[index % len(COLORS)], linewidth=1.5, label=name)
+    axis.axhline(1 / logits.shape[-1], color="0.4", linestyle="--", linewidth=1)
+    axis.set_ylim(0, 1)
+    axis.set_title("probability given to what teammates did", fontsize=10)
+    axis.set_xlabel("step", fontsize=9)
+    axis.legend(fontsize=7, frameon=False)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from matwm_rl.modules import CategoricalLatent, FSQLatent, LatentCode, make_latent
+
+
+def slow_unimix(logits: list[float], share: float) -> list[float]:
+    exponentials = [math.exp(x) for x in logits]
+    return [(1 - share) * x / sum(exponentials) + share / len(logits) for x in exponentials]
+
+
+@pytest.mark.parametrize("side", ["posterior", "prior"])
+def test_categorical_mixes_one_percent_uniform_into_both_sides(float64: None, side: str) -> None:
+    code = CategoricalLatent(3, 4)
+    features = 5 * torch.randn(6, 12)
+    log_probs = getattr(code, side)(features)
+    assert log_probs.shape == (6, 3, 4)
+    for b, k in itertools.product(range(6), range(3)):
+        expected = slow_unimix(features[b, 4 * k : 4 * k + 4].tolist(), 0.01)
+        assert log_probs[b, k].exp().tolist() == pytest.approx(expected, rel=1e-9)
+    extreme = getattr(code, side)(torch.tensor([1e4, 0.0, 0.0, 0.0] * 3))
+    assert extreme.exp().min() == pytest.approx(0.01 / 4)
+
+
+def test_categorical_sample_is_one_hot_and_straight_through(float64: None) -> None:
+    code = CategoricalLatent(3, 4)
+    features = torch.randn(6, 12, requires_grad=True)
+    z = code.sample_posterior(features)
+    blocks = z.detach().unflatten(-1, (3, 4))
+    torch.testing.assert_close(blocks.sum(-1), torch.ones(6, 3))
+    torch.testing.assert_close(blocks.amax(-1), torch.ones(6, 3))
+    weight = torch.randn_like(z)
+    (grad,) = torch.autograd.grad((weight * z).sum(), features)
+    (expected,) = torch.autograd.grad((weight * code.posterior(features).exp().flatten(-2)).sum(), features)
+    torch.testing.assert_close(grad, expected)
+    assert grad.any()
+
+
+def test_categorical_samples_follow_the_posterior() -> None:
+    code = CategoricalLatent(2, 3)
+    features = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.0, 0.0])
+    z = code.sample_posterior(features.expand(20_000, -1))
+    deviation = (z.mean(0).unflatten(0, (2, 3)) - code.posterior(features).exp()).abs().max()
+    assert deviation < 5 * 0.5 / math.sqrt(20_000)
+
+
+CODES = [CategoricalLatent(3, 4), FSQLatent(3, 4), FSQLatent(3, 5)]
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_indices_and_vectors_are_inverse(code: LatentCode) -> None:
+    index = torch.randint(code.num_classes, (50, 3))
+    z = code.from_index(index)
+    assert z.shape == (50, code.latent_size)
+    assert torch.equal(code.to_index(z), index)
+    encoded = code.sample_posterior(2 * torch.randn(50, code.encoder_size))
+    torch.testing.assert_close(code.from_index(code.to_index(encoded)), encoded)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_distributions_are_normalised_and_finite(code: LatentCode) -> None:
+    for log_probs in (
+        code.posterior(100 * torch.randn(20, code.encoder_size)),
+        code.prior(100 * torch.randn(20, code.logits_size)),
+    ):
+        assert log_probs.shape == (20, 3, code.num_classes)
+        torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(20, 3))
+    assert code.posterior(100 * torch.randn(20, code.encoder_size)).isfinite().all()
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_prior_is_sampled_from_what_the_loss_sees(code: LatentCode) -> None:
+    logits = torch.randn(20, code.logits_size)
+    torch.testing.assert_close(code.probs(logits), code.prior(logits).exp())
+    one = logits[:1].expand(20_000, -1)
+    drawn = torch.nn.functional.one_hot(code.to_index(code.sample_prior(one)), code.num_classes).float().mean(0)
+    assert (drawn - code.prior(logits[0]).exp()).abs().max() < 5 * 0.5 / math.sqrt(20_000)
+
+
+def test_fsq_takes_the_nearest_level_straight_through(float64: None) -> None:
+    code = FSQLatent(3, 5)
+    levels = [-1.0, -0.5, 0.0, 0.5, 1.0]
+    features = torch.randn(40, 3, requires_grad=True)
+    z = code.sample_posterior(features)
+    for value, x in zip(z.flatten().tolist(), features.flatten().tolist(), strict=True):
+        assert value == pytest.approx(min(levels, key=lambda level: abs(level - math.tanh(x))), abs=1e-9)
+    (grad,) = torch.autograd.grad(z.sum(), features)
+    torch.testing.assert_close(grad, 1 - features.detach().tanh().square())
+
+
+def slow_bell(x: float, classes: int, width: float) -> list[float]:
+    position = (math.tanh(x) + 1) / 2 * (classes - 1)
+    bells = [math.exp(max(-30.0, -0.5 * ((position - c) / width) ** 2)) for c in range(classes)]
+    return [bell / sum(bells) for bell in bells]
+
+
+def test_fsq_posterior_is_a_bell_around_the_value(float64: None) -> None:
+    code = FSQLatent(2, 6, width=0.7)
+    features = torch.randn(10, 2)
+    probs = code.posterior(features).exp()
+    taken = code.to_index(code.sample_posterior(features))
+    for b, k in itertools.product(range(10), range(2)):
+        assert probs[b, k].tolist() == pytest.approx(slow_bell(float(features[b, k]), 6, 0.7), rel=1e-6)
+        assert int(probs[b, k].argmax()) == int(taken[b, k])
+
+
+def test_make_latent() -> None:
+    assert isinstance(make_latent("fsq", 2, 3), FSQLatent)
+    assert isinstance(make_latent("categorical", 2, 3), CategoricalLatent)
+    with pytest.raises(ValueError, match="choose one of"):
+        make_latent("gaussian", 2, 3)
+    with pytest.raises(ValueError, match=">= 2 classes"):
+        make_latent("fsq", 2, 1)
+
+
+def test_prior_samples_carry_no_gradient() -> None:
+    code = CategoricalLatent(2, 3)
+    logits = torch.randn(4, 6, requires_grad=True)
+    assert not code.sample_prior(logits).requires_grad

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm
+
+from matwm_rl.modules import StackedLayerNorm, StackedLinear, StackedMLP
+from tests.helpers import grads, randomize
+
+INDICES = [[0, 1, 2], [0, 0, 1], [0, 0, 0], [0, 1, 0], [0]]
+
+
+@pytest.mark.parametrize("stack_index", INDICES)
+@pytest.mark.parametrize("batch", [(), (4,), (2, 4)])
+def test_stacked_linear_is_one_linear_layer_per_agent(stack_index: list[int], batch: tuple[int, ...]) -> None:
+    layer = StackedLinear(3, 5, stack_index)
+    x = torch.randn(len(stack_index), *batch, 3)
+    out = layer(x)
+    assert out.shape == (len(stack_index), *batch, 5)
+    for n, index in enumerate(stack_index):
+        torch.testing.assert_close(out[n], x[n] @ layer.weight[index] + layer.bias[index])
+    assert layer.weight.shape[0] == len(set(stack_index))
+
+
+def test_stacked_linear_reads_strided_input() -> None:
+    layer = StackedLinear(3, 5, range(2))
+    x = torch.randn(4, 6, 2, 3).movedim(2, 0)
+    torch.testing.assert_close(layer(x), layer(x.contiguous()))
+
+
+def test_stacked_linear_names_the_wrong_shape() -> None:
+    with pytest.raises(ValueError, match="expected 3 agents"):
+        StackedLinear(3, 5, range(3))(torch.zeros(2, 4, 3))
+
+
+def test_stacked_layer_norm() -> None:
+    layer = randomize(StackedLayerNorm(4, num_agents=3))
+    x = torch.randn(3, 2, 5, 4)
+    out = layer(x)
+    for n in range(3):
+        torch.testing.assert_close(out[n], layer_norm(x[n], (4,), layer.weight[n], layer.bias[n]))
+
+
+def test_stacked_mlp_starts_at_zero() -> None:
+    assert not StackedMLP(3, 2, num_agents=4, num_cells=8)(torch.randn(4, 5, 3)).any()
+
+
+@pytest.mark.parametrize("num_agents", [1, 3])
+def test_agents_share_nothing(num_agents: int) -> None:
+    net = randomize(StackedMLP(3, 2, num_agents=num_agents, num_cells=8))
+    x = torch.randn(num_agents, 5, 3)
+    for n in range(num_agents):
+        for grad in grads(net(x)[n].square().sum(), net.parameters()):
+            assert grad[n].any()
+            assert not grad[:n].any() and not grad[n + 1 :].any()

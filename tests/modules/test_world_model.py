@@ -1,0 +1,391 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from matwm_rl import keys
+from matwm_rl.modules import CategoricalLatent, State, WorldModel
+from tests.helpers import COUNTS, GROUPS, SIZE, grads, make_model, mock_env, random_batch
+
+N = len(COUNTS)
+OUTPUTS = [
+    keys.LATENT,
+    keys.HIDDEN,
+    keys.TEAMMATE_LOGITS,
+    keys.RECONSTRUCTION,
+    keys.MASK_LOGITS,
+    keys.POSTERIOR,
+    keys.PRIOR,
+    keys.REWARD_LOGITS,
+    keys.CONTINUATION_LOGITS,
+]
+NOT_OF_THE_SUCCESSOR = [key for key in OUTPUTS if key != keys.POSTERIOR]
+
+
+def run(model: WorldModel, batch: TensorDict) -> TensorDict:
+    """The sequence pass, with the same draws of the latents at every call."""
+    torch.manual_seed(3)
+    return model(batch.copy())
+
+
+def episodes(done: Tensor) -> list[tuple[int, int]]:
+    """Half-open ranges of a slice's episodes."""
+    ends = [t + 1 for t in range(len(done)) if done[t] or t == len(done) - 1]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def for_agent(part: Callable[..., Tensor], n: int, *inputs: Tensor) -> Tensor:
+    """What a part gives agent n for ``[T, F]``, all others getting zeros."""
+    stacked = [x.new_zeros(N, *x.shape) for x in inputs]
+    for zeros, x in zip(stacked, inputs, strict=True):
+        zeros[n] = x
+    return part(*stacked)[n]
+
+
+def alone(model: WorldModel, n: int, agents: TensorDict, latent: Tensor) -> dict[str, Tensor]:
+    """One agent's one episode by itself: no masks, no padding, no other sequences. ``latent`` are the drawn z."""
+    length = latent.shape[0]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    tokens = for_agent(model.action_mixer, n, latent, agents["agents", "action"])
+    hidden = model.transformer(tokens.unsqueeze(0), causal)[0]
+    assert model.teammates is not None and model.action_mask is not None
+    teammates = model.teammates(latent.expand(N, 1, *latent.shape), causal)[n, 0]
+    successor = for_agent(model.encoder, n, agents["next", "agents", "observation"])
+    return {
+        "hidden": torch.cat([torch.zeros_like(hidden[:1]), hidden[:-1]]),
+        "teammate_logits": teammates,
+        "reconstruction": for_agent(model.decoder, n, latent),
+        "mask_logits": for_agent(model.action_mask, n, latent),
+        "posterior_log_probs": model.latent.posterior(successor),
+        "prior_log_probs": model.latent.prior(for_agent(model.dynamics, n, hidden)),
+        "reward_logits": for_agent(model.reward, n, hidden),
+        "continuation_logits": for_agent(model.continuation, n, hidden),
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("latent", ["categorical", "fsq"])
+@pytest.mark.parametrize("group_index", [GROUPS, (0, 0, 0)])
+def test_sequence_pass_is_every_agents_every_episode_alone(float64: None, latent: str, group_index: list[int]) -> None:
+    model = make_model(latent=latent, group_index=group_index)
+    batch = random_batch(3, 8)
+    out = run(model, batch)
+    for b, n in itertools.product(range(3), range(N)):
+        for begin, end in episodes(batch["next", "agents", "done"][b, :, n, 0]):
+            rows = batch[b, begin:end].apply(lambda x, n=n: x[:, n], batch_size=[end - begin])
+            expected = alone(model, n, rows, out[keys.LATENT][b, begin:end, n])
+            for key in NOT_OF_THE_SUCCESSOR[1:] + [keys.POSTERIOR]:
+                # Rotary angles are float32 and positions differ.
+                torch.testing.assert_close(
+                    out[key][b, begin:end, n], expected[key[-1]], rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}"
+                )
+
+
+@torch.no_grad()
+def test_latents_are_drawn_from_the_posterior_of_the_current_observation() -> None:
+    model, batch = make_model(), random_batch(1, 1)
+    many = batch.expand(4000, 1).contiguous()
+    drawn = run(model, many)[keys.LATENT].mean(0)[0]
+    for n in range(N):
+        features = for_agent(model.encoder, n, batch[keys.OBSERVATION][0, :, n])
+        probs = model.latent.posterior(features).exp().flatten()
+        assert (drawn[n] - probs).abs().max() < 5 * 0.5 / 4000**0.5
+
+
+@torch.no_grad()
+def test_reward_may_be_read_from_the_next_latent(float64: None) -> None:
+    model, batch = make_model(reward_input="next_latent", latent="fsq"), random_batch(2, 6)
+    out = run(model, batch)
+    for b, n in itertools.product(range(2), range(N)):
+        features = for_agent(model.encoder, n, batch[keys.NEXT_OBSERVATION][b, :, n])
+        expected = for_agent(model.reward, n, model.latent.sample_posterior(features))
+        torch.testing.assert_close(out[keys.REWARD_LOGITS][b, :, n], expected)
+    with pytest.raises(ValueError, match="reward_input"):
+        make_model(reward_input="latent")
+
+
+@torch.no_grad()
+def test_any_number_of_batch_dimensions() -> None:
+    model, batch = make_model(latent="fsq"), random_batch(6, 5)
+    out = run(model, batch)
+    for shaped, back in ((batch.reshape(2, 3, 5), (6, 5)), (batch[0], (1, 5))):
+        again = run(model, shaped)
+        for key in OUTPUTS:
+            flat = again[key].reshape(*back, *again[key].shape[shaped.ndim :])
+            torch.testing.assert_close(flat, out[key][: back[0]])
+
+
+@torch.no_grad()
+def test_nothing_before_a_reset_has_an_influence_after_it() -> None:
+    done = torch.zeros(2, 8, N, dtype=torch.bool)
+    done[0, 3], done[1, 5, 0], done[1, 2, 1:] = True, True, True
+    model, batch = make_model(), random_batch(2, 8, done=done)
+    other = random_batch(2, 8, done=done)
+    before = done.flip(1).cumsum(1).flip(1) > 0
+    mixed = batch.apply(lambda x, y: torch.where(before.view(*before.shape, *[1] * (x.ndim - 3)), y, x), other)
+    out, again = run(model, batch), run(model, mixed)
+    for key in OUTPUTS:
+        assert torch.equal(out[key][~before], again[key][~before]), key
+        assert not torch.equal(out[key][before], again[key][before]), key
+    starts = torch.zeros_like(done)
+    starts[:, 0] = True
+    starts[:, 1:] = done[:, :-1]
+    assert not out[keys.HIDDEN][starts].any()
+    assert out[keys.HIDDEN][~starts].any(-1).all()
+
+
+def test_no_gradient_crosses_a_reset() -> None:
+    done = torch.zeros(2, 7, N, dtype=torch.bool)
+    done[:, 3] = True
+    model, batch = make_model(), random_batch(2, 7, done=done)
+    observation = batch[keys.OBSERVATION].requires_grad_()
+    out = run(model, batch)
+    after = sum(out[key][:, 4:].exp().clamp(max=100.0).sum() for key in OUTPUTS)
+    (grad,) = grads(after, [observation])
+    assert not grad[:, :4].any() and grad[:, 4:].any()
+    before = sum(out[key][:, :4].exp().clamp(max=100.0).sum() for key in OUTPUTS)
+    (grad,) = grads(before, [observation])
+    assert not grad[:, 4:].any() and grad[:, :4].any()
+
+
+@torch.no_grad()
+def test_successor_of_the_last_step_is_the_true_final_observation() -> None:
+    done = torch.zeros(2, 6, N, dtype=torch.bool)
+    done[:, 2] = True
+    model, batch = make_model(), random_batch(2, 6, done=done)
+    out = run(model, batch)
+    for t in (2, 5):
+        # t = 2 ends an episode, t = 5 the slice.
+        changed = batch.clone()
+        changed[keys.NEXT_OBSERVATION][:, t] += 1.0
+        again = run(model, changed)
+        assert (out[keys.POSTERIOR][:, t] != again[keys.POSTERIOR][:, t]).flatten(2).any(-1).all()
+        again[keys.POSTERIOR][:, t] = out[keys.POSTERIOR][:, t]
+        for key in OUTPUTS:
+            assert torch.equal(out[key], again[key]), key
+    changed = batch.clone()
+    changed[keys.OBSERVATION][:, 3] += 1.0
+    assert torch.equal(run(model, changed)[keys.POSTERIOR][:, 2], out[keys.POSTERIOR][:, 2])
+
+
+@torch.no_grad()
+def test_a_step_sees_the_present_and_the_past_alone() -> None:
+    done = torch.zeros(2, 6, N, dtype=torch.bool)
+    model, batch = make_model(latent="fsq", num_classes=32), random_batch(2, 6, done=done)
+    out = run(model, batch)
+    changed = batch.clone()
+    changed[keys.OBSERVATION][:, 3] += 1.0
+    changed[keys.NEXT_OBSERVATION][:, 2] += 1.0
+    again = run(model, changed)
+    for key in OUTPUTS:
+        differs = (out[key] != again[key]).flatten(3).any(-1)
+        first = {keys.POSTERIOR: 2, keys.HIDDEN: 4}.get(key, 3)
+        assert not differs[:, :first].any() and differs[:, first].all(), key
+    changed = batch.clone()
+    changed[keys.ACTION][:, 3] = (changed[keys.ACTION][:, 3] + 1) % 3
+    again = run(model, changed)
+    for key, first in ((keys.HIDDEN, 4), (keys.PRIOR, 3), (keys.REWARD_LOGITS, 3), (keys.CONTINUATION_LOGITS, 3)):
+        differs = (out[key] != again[key]).flatten(3).any(-1)
+        assert not differs[:, :first].any() and differs[:, first:].all(), key
+    for key in (keys.LATENT, keys.TEAMMATE_LOGITS, keys.MASK_LOGITS, keys.RECONSTRUCTION, keys.POSTERIOR):
+        assert torch.equal(out[key], again[key]), key
+
+
+def prefill_and_step(
+    model: WorldModel, latent: Tensor, action: Tensor, valid: Tensor, C: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[State], Tensor]:
+    """States s_C, s_{C+1}, ... and rewards, with the given latents in place of imagined ones."""
+    H = latent.shape[2] - 1 - C
+    state, context = model.prefill(latent[:, :, : C + 1], action[:, :, :C], valid, H)
+    states, rewards = [state], []
+    for t in range(C, C + H):
+        monkeypatch.setattr(model.latent, "sample_prior", lambda logits, t=t: latent[:, :, t + 1])
+        step = model.step(states[-1], action[:, :, t], context)
+        states.append(step.state)
+        rewards.append(step.reward)
+    return states, torch.stack(rewards, -1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", [0, 1, 4])
+@pytest.mark.parametrize("end", [None, 0, 2, 3])
+def test_prefill_and_steps_equal_the_sequence_pass(
+    float64: None, context: int, end: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    T, C = 9, context
+    done = torch.zeros(3, T, N, dtype=torch.bool)
+    if end is not None:
+        if end >= C:
+            pytest.skip("the episode ends inside the context")
+        done[:, end] = True
+    model, batch = make_model(), random_batch(3, T, done=done)
+    out = run(model, batch)
+    latent, action = out[keys.LATENT].permute(2, 0, 1, 3), batch[keys.ACTION].permute(2, 0, 1)
+    valid = torch.arange(C) > (-1 if end is None else end)
+    states, rewards = prefill_and_step(model, latent, action, valid.expand(N, 3, C), C, monkeypatch)
+    assert len(states) == T - C
+    for t, state in enumerate(states, C):
+        for key, value in (
+            (keys.LATENT, state.latent),
+            (keys.HIDDEN, state.hidden),
+            (keys.TEAMMATE_LOGITS, state.teammate_logits),
+        ):
+            torch.testing.assert_close(value, out[key][:, t].movedim(1, 0), rtol=1e-9, atol=1e-9)
+    decoded = model.two_hot.decode(out[keys.REWARD_LOGITS][:, C : T - 1]).permute(2, 0, 1)
+    torch.testing.assert_close(rewards, decoded, rtol=1e-7, atol=1e-7)
+    starts = end is not None and end == C - 1 or C == 0
+    assert bool(states[0].hidden.any()) is not starts
+
+
+@torch.no_grad()
+def test_context_before_the_episode_has_no_influence(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, C = make_model(), 4
+    latent, action = torch.randn(N, 3, 7, 20), torch.randint(3, (N, 3, 6))
+    valid = (torch.arange(C) > 1).expand(N, 3, C)
+    states, rewards = prefill_and_step(model, latent, action, valid, C, monkeypatch)
+    latent, action = latent.clone(), action.clone()
+    latent[:, :, :2] = 50 * torch.randn(N, 3, 2, 20)
+    action[:, :, :2] = 2 - action[:, :, :2]
+    again, rewards_again = prefill_and_step(model, latent, action, valid, C, monkeypatch)
+    for one, other in zip(states, again, strict=True):
+        assert torch.equal(one.hidden, other.hidden)
+        assert torch.equal(one.teammate_logits, other.teammate_logits)
+    assert torch.equal(rewards, rewards_again)
+    latent[:, :, 2] = torch.randn(N, 3, 20)
+    assert not torch.equal(prefill_and_step(model, latent, action, valid, C, monkeypatch)[1], rewards)
+
+
+@torch.no_grad()
+def test_step_decodes_reward_and_continuation_and_samples_the_prior(float64: None) -> None:
+    model = make_model()
+    latent, action = torch.randn(N, 2000, 3, 20), torch.zeros(N, 2000, 2, dtype=torch.long)
+    latent[:] = latent[:, :1].clone()
+    valid = torch.ones(N, 2000, 2, dtype=torch.bool)
+    state, context = model.prefill(latent, action, valid, horizon=1)
+    step = model.step(state, action[..., 0], context)
+    whole = torch.ones(3, 3, dtype=torch.bool).tril()
+    tokens = model.action_mixer(latent[:, :1], torch.zeros(N, 1, 3, dtype=torch.long))
+    hidden = model.transformer(tokens.flatten(0, 1), whole)[:, -1].unsqueeze(1)
+    torch.testing.assert_close(step.state.hidden[:, :1], hidden)
+    torch.testing.assert_close(step.continuation[:, :1], model.continuation(hidden).squeeze(-1).sigmoid())
+    torch.testing.assert_close(step.reward[:, :1], model.two_hot.decode(model.reward(hidden)))
+    probs = model.latent.prior(model.dynamics(hidden)).exp().flatten(-2).squeeze(1)
+    assert (step.state.latent.mean(1) - probs).abs().max() < 5 * 0.5 / 2000**0.5
+
+
+@torch.no_grad()
+def test_predicted_mask_is_thresholded_and_leaves_an_action() -> None:
+    model = make_model()
+    latent = 3 * torch.randn(N, 500, 20)
+    legal, logits = model.legal_actions(latent), model.action_mask(latent)
+    assert legal.shape == (N, 500, max(COUNTS)) and legal.any(-1).all()
+    for n, count in enumerate(COUNTS):
+        assert not legal[n, :, count:].any()
+        own, predicted = legal[n, :, :count], logits[n, :, :count]
+        some = (predicted > 0).any(-1)
+        assert torch.equal(own[some], predicted[some] > 0)
+        assert torch.equal(own[~some].int().argmax(-1), predicted[~some].argmax(-1))
+        assert (own[~some].sum(-1) == 1).all()
+    assert (legal.sum(-1) == 1).any() and not (logits > 0).any(-1).all()
+
+
+@torch.no_grad()
+def test_without_mask_predictor_every_own_action_is_legal() -> None:
+    model = make_model(predict_mask=False)
+    assert model.action_mask is None
+    assert torch.equal(model.legal_actions(torch.zeros(N, 2, 20))[:, 0], model.legal)
+    assert model.legal.sum(-1).tolist() == list(COUNTS)
+    assert keys.MASK_LOGITS not in run(model, random_batch()).keys(True)
+
+
+# -- switches --------------------------------------------------------------------------------------------------------
+
+
+def test_predict_mask_follows_the_environment_unless_told() -> None:
+    assert make_model(has_action_mask=True).action_mask is not None
+    assert make_model(has_action_mask=False).action_mask is None
+    assert make_model(has_action_mask=False, predict_mask=True).action_mask is not None
+
+
+def test_from_env_learns_the_mask_of_an_environment_that_has_one() -> None:
+    assert WorldModel.from_env(mock_env(), hidden_size=16, num_heads=2).action_mask is not None
+
+
+def test_from_env_fits_the_environment() -> None:
+    env = mock_env()
+    model = WorldModel.from_env(env, hidden_size=16, num_heads=2)
+    assert model.legal.sum(-1).tolist() == env.layout.action_counts
+    assert model.encoder.input.weight.shape == (2, SIZE, 16)
+    assert isinstance(model.latent, CategoricalLatent) and model.latent.latent_size == 32 * 32
+    with pytest.raises(AttributeError, match="wrap it"):
+        WorldModel.from_env(torch.nn.Module())
+
+
+@torch.no_grad()
+def test_without_teammate_predictor() -> None:
+    model = make_model(teammate_predictor=False)
+    out = run(model, random_batch())
+    assert out[keys.TEAMMATE_LOGITS].shape == (3, 7, N, 0, max(COUNTS))
+    assert not any("teammates" in name for name, _ in model.named_parameters())
+
+
+@torch.no_grad()
+def test_action_scaling_alone_tells_who_is_focal() -> None:
+    batch = random_batch(action_counts=(3, 3, 3), done=torch.zeros(3, 7, N, dtype=torch.bool))
+    alike = batch.apply(lambda x: x[:, :, :1].expand_as(x).contiguous())
+    for scaling in (True, False):
+        options = {"action_counts": (3, 3, 3), "group_index": (0, 0, 0), "latent": "fsq"}
+        model = make_model(**options, action_scaling=scaling)
+        prior = run(model, alike)[keys.PRIOR]
+        assert torch.allclose(prior[:, :, 0], prior[:, :, 1], atol=1e-5) is not scaling
+
+
+def test_group_layers() -> None:
+    own, shared = (
+        {name for name, p in make_model(group_layers=switch).named_parameters() if p.ndim == 3 and p.shape[0] == 2}
+        for switch in (True, False)
+    )
+    heads = ("decoder", "dynamics", "reward", "continuation", "action_mask", "teammates")
+    assert own == {"encoder.input.weight", *(f"{name}.output.weight" for name in heads)}
+    assert not shared
+
+
+def test_one_agent() -> None:
+    model = make_model(action_counts=(3,), group_index=(0,))
+    assert model.teammates is None
+    out = run(model, random_batch(action_counts=(3,)))
+    assert out[keys.TEAMMATE_LOGITS].shape == (3, 7, 1, 0, 3)
+    assert out[keys.PRIOR].shape == (3, 7, 1, 4, 5)
+
+
+@pytest.mark.parametrize("num_agents", [1, 3])
+def test_images(num_agents: int) -> None:
+    counts, shape = COUNTS[:num_agents], (3, 32, 32)
+    model = make_model(counts, GROUPS[:num_agents], shape, channels=4)
+    batch = random_batch(2, 4, action_counts=counts, observation_shape=shape)
+    out = run(model, batch)
+    assert out[keys.RECONSTRUCTION].shape == (2, 4, num_agents, *shape)
+    done = batch[keys.AGENT_DONE][..., 0]
+    images = batch[keys.NEXT_OBSERVATION].movedim(2, 0)
+    posterior = model.latent.posterior(model.encoder(images)).movedim(0, 2)
+    torch.testing.assert_close(out[keys.POSTERIOR], posterior, rtol=1e-4, atol=1e-4)
+    assert done.any()
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [keys.OBSERVATION, keys.ACTION, keys.NEXT_OBSERVATION, keys.AGENT_DONE])
+def test_missing_entry_is_named(key: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=f"{key[-1]}.*no entry.*to_focal"):
+        make_model()(random_batch().exclude(key))
+
+
+def test_wrong_number_of_agents_is_named() -> None:
+    with pytest.raises(ValueError, match="3 agents"):
+        make_model()(random_batch(action_counts=(4, 4)))

@@ -1,0 +1,175 @@
+"""Every formula against plain Python arithmetic, element by element."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torchrl.objectives.value.functional import td_lambda_return_estimate
+
+from matwm_rl import functional as F
+
+
+def test_agents_first_and_last_are_inverse_and_keep_events() -> None:
+    value = torch.randn(2, 3, 4, 5, 6)
+    for event_dims in range(4):
+        moved = F.agents_first(value, event_dims)
+        agent_dim = value.ndim - 1 - event_dims
+        for n in range(value.shape[agent_dim]):
+            assert torch.equal(moved[n], value.select(agent_dim, n))
+        assert torch.equal(F.agents_last(moved, event_dims), value)
+
+
+def slow_segments(done: list[bool]) -> list[int]:
+    segments, current = [], 0
+    for ended in done:
+        segments.append(current)
+        current += ended
+    return segments
+
+
+def test_segment_ids() -> None:
+    done = torch.rand(4, 3, 9) < 0.3
+    segments = F.segment_ids(done)
+    for b, n in itertools.product(range(4), range(3)):
+        assert segments[b, n].tolist() == slow_segments(done[b, n].tolist())
+
+
+def test_causal_segment_mask() -> None:
+    segments = F.segment_ids(torch.rand(4, 9) < 0.3)
+    mask = F.causal_segment_mask(segments)
+    for b, query, key in itertools.product(range(4), range(9), range(9)):
+        allowed = key <= query and bool(segments[b, query] == segments[b, key])
+        assert bool(mask[b, query, key]) is allowed
+
+
+def test_shift_within_segments() -> None:
+    segments = F.segment_ids(torch.rand(4, 9) < 0.3)
+    value = torch.randn(4, 9, 2)
+    shifted = F.shift_within_segments(value, segments)
+    for b, t in itertools.product(range(4), range(9)):
+        starts = t == 0 or segments[b, t] != segments[b, t - 1]
+        expected = torch.zeros(2) if starts else value[b, t - 1]
+        assert torch.equal(shifted[b, t], expected)
+
+
+def slow_kl(q: Tensor, p: Tensor) -> float:
+    return sum(
+        float(q[k, c]) * (math.log(float(q[k, c])) - math.log(float(p[k, c])))
+        for k, c in itertools.product(range(q.shape[0]), range(q.shape[1]))
+    )
+
+
+def test_categorical_kl_is_from_the_first_to_the_second(float64: None) -> None:
+    q, p = (torch.randn(5, 3, 4).softmax(-1) for _ in range(2))
+    kl = F.categorical_kl(q.log(), p.log())
+    for b in range(5):
+        assert float(kl[b]) == pytest.approx(slow_kl(q[b], p[b]), rel=1e-9)
+        assert float(kl[b]) != pytest.approx(slow_kl(p[b], q[b]), rel=1e-3)
+
+
+def test_balanced_kl_clamps_each_element_and_routes_gradients(float64: None) -> None:
+    # The first element lies below one nat, the others above.
+    scale = torch.tensor([0.1, 2.0, 4.0]).view(3, 1, 1)
+    q_logits, p_logits = (scale * torch.randn(3, 3, 4) for _ in range(2))
+    q_logits.requires_grad_()
+    p_logits.requires_grad_()
+    log_q, log_p = q_logits.log_softmax(-1), p_logits.log_softmax(-1)
+    dynamics, representation = F.balanced_kl(log_q, log_p)
+    values = torch.stack([dynamics, representation]).detach()
+    for b in range(3):
+        expected = max(1.0, slow_kl(log_q[b].exp().detach(), log_p[b].exp().detach()))
+        assert values[:, b].tolist() == pytest.approx([expected, expected], rel=1e-9)
+    assert values[0, 0] == 1.0 and values[0, 1] > 1.0
+
+    for loss, moved, still in ((dynamics, p_logits, q_logits), (representation, q_logits, p_logits)):
+        grad, none = torch.autograd.grad(loss.sum(), [moved, still], retain_graph=True, allow_unused=True)
+        assert none is None
+        assert not grad[0].any(), "free bits pull at nothing"
+        assert grad[1].any() and grad[2].any()
+
+
+def slow_lambda_return(
+    reward: list[float], continuation: list[float], next_value: list[float], gamma: float, lmbda: float
+) -> list[float]:
+    """Section 5 word for word; next_value[t] is V(s_{t+1})."""
+
+    def G(t: int) -> float:
+        if t == len(reward):
+            return next_value[-1]
+        return reward[t] + gamma * continuation[t] * ((1 - lmbda) * next_value[t] + lmbda * G(t + 1))
+
+    return [G(t) for t in range(len(reward))]
+
+
+@pytest.mark.parametrize(("gamma", "lmbda"), [(0.985, 0.95), (0.9, 0.0), (1.0, 1.0)])
+def test_lambda_return(float64: None, gamma: float, lmbda: float) -> None:
+    reward, next_value, continuation = torch.randn(3, 2, 7), torch.randn(3, 2, 7), torch.rand(3, 2, 7)
+    returns = F.lambda_return(reward, continuation, next_value, gamma, lmbda)
+    for index in itertools.product(range(3), range(2)):
+        rows = (x[index].tolist() for x in (reward, continuation, next_value))
+        assert returns[index].tolist() == pytest.approx(slow_lambda_return(*rows, gamma, lmbda), rel=1e-9)
+
+
+def test_lambda_return_agrees_with_torchrl(float64: None) -> None:
+    reward, next_value = torch.randn(4, 9), torch.randn(4, 9)
+    terminated = torch.rand(4, 9) < 0.2
+    done = torch.zeros(4, 9, 1, dtype=torch.bool)
+    done[:, -1] = True
+    theirs = td_lambda_return_estimate(
+        0.9, 0.8, next_value.unsqueeze(-1), reward.unsqueeze(-1), done | terminated.unsqueeze(-1), terminated.unsqueeze(-1)
+    )
+    ours = F.lambda_return(reward, (~terminated).double(), next_value, 0.9, 0.8)
+    torch.testing.assert_close(ours, theirs.squeeze(-1))
+
+
+def test_sample_index_has_the_right_frequencies() -> None:
+    probs = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.0, 0.5]])
+    draws = F.sample_index(probs.expand(40_000, 2, 3))
+    counts = torch.nn.functional.one_hot(draws, 3).float().mean(0)
+    # Five standard deviations of the mean of 40,000 draws.
+    assert (counts - probs).abs().max() < 5 * 0.5 / math.sqrt(40_000)
+    assert counts[1, 1] == 0
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_sample_index_draws_no_impossible_class_at_the_edges(uniform: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand_like", lambda like: torch.full_like(like, uniform))
+    legal = torch.rand(2_000, 7) < 0.5
+    legal[:, 3] = True
+    probs = torch.randn(2_000, 7).masked_fill(~legal, -torch.inf).softmax(-1)
+    assert legal.gather(-1, F.sample_index(probs).unsqueeze(-1)).all()
+
+
+def test_masked_mean_takes_no_part_of_what_is_masked() -> None:
+    value = torch.randn(3, 4, 2, requires_grad=True)
+    mask = torch.rand(3, 4, 2) < 0.5
+    kept = [value[i].item() for i in itertools.product(range(3), range(4), range(2)) if mask[i]]
+    mean = F.masked_mean(value, mask)
+    assert mean.item() == pytest.approx(sum(kept) / len(kept), rel=1e-5)
+    (grad,) = torch.autograd.grad(mean, value)
+    assert not grad[~mask].any() and grad[mask].all()
+    spoilt = torch.where(mask, value, torch.nan)
+    assert F.masked_mean(spoilt, mask).item() == pytest.approx(mean.item())
+    assert F.masked_mean(value, torch.zeros_like(mask)).item() == 0.0
+    assert F.masked_mean(value, None).item() == pytest.approx(value.mean().item())
+
+
+def test_clip_grad_norm_per_agent() -> None:
+    torch.manual_seed(1)
+    parameters = [torch.zeros(3, 4, 2, requires_grad=True), torch.zeros(3, 5, requires_grad=True)]
+    untouched = torch.zeros(3, 1, requires_grad=True)
+    scale = torch.tensor([0.01, 1.0, 10.0])
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter) * scale.view(3, *[1] * (parameter.ndim - 1))
+    before = [parameter.grad.clone() for parameter in parameters]
+    norms = F.clip_grad_norm_per_agent_([*parameters, untouched], max_norm=0.5)
+    for n in range(3):
+        norm = math.sqrt(sum(float(grad[n].square().sum()) for grad in before))
+        assert float(norms[n]) == pytest.approx(norm, rel=1e-5)
+        for parameter, grad in zip(parameters, before, strict=True):
+            torch.testing.assert_close(parameter.grad[n], grad[n] * min(1.0, 0.5 / norm))
+    assert untouched.grad is None
