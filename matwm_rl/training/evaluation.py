@@ -121,6 +121,70 @@ def evaluate_tag(
     }
 
 
-def is_tag(layout: AgentLayout, env_name: str) -> bool:
-    """Whether cross-play applies: simple_tag with one evader."""
-    return "simple_tag" in env_name and len(layout.group_map.get("agent", ())) == 1
+@dataclass(frozen=True)
+class Matches:
+    """Returns of all matches of an evaluation.
+
+    Attributes:
+        returns: match to returns.
+        judged: match to the group it is judged by, where it is judged by one.
+    """
+
+    returns: dict[str, Returns]
+    judged: dict[str, str]
+
+    @property
+    def episodes(self) -> int:
+        """Episodes of every match."""
+        return min(len(returns.values) for returns in self.returns.values())
+
+    def summary(self) -> dict[str, float]:
+        """Flat: the judged group's mean return of every match, or ``{group: mean return}`` of self-play."""
+        out: dict[str, float] = {}
+        for match, returns in self.returns.items():
+            groups = returns.per_group()
+            out.update({match: groups[self.judged[match]]} if match in self.judged else groups)
+        return out
+
+    def metrics(self) -> dict[str, float]:
+        """Names for the log: ``evaluation/<match>/<group>``."""
+        return {
+            f"evaluation/{match}/{group}": value
+            for match, returns in self.returns.items()
+            for group, value in returns.per_group().items()
+        }
+
+    def per_agent(self) -> dict[str, dict[str, float]]:
+        """Mean return of every agent in every match."""
+        return {match: returns.per_agent() for match, returns in self.returns.items()}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.1f}" for name, value in self.summary().items())
+
+
+def evaluate_matches(
+    env_name: str,
+    env: EnvBase,
+    policy: TensorDictModuleBase,
+    *,
+    episodes: int = 50,
+    exploration: ExplorationType = ExplorationType.RANDOM,
+) -> Matches:
+    """Evaluate as fits the environment: cross-play for simple_tag with one evader, self-play for all others.
+
+    Args:
+        env_name: as given to :func:`~matwm_rl.envs.make_env`.
+        env: see :func:`evaluate`.
+        policy: see :func:`evaluate`.
+        episodes: of every match; see :func:`evaluate`.
+        exploration: see :func:`evaluate`.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> evaluate_matches("mock", make_env("mock", seed=0), RandomActions(), episodes=2).summary().keys()
+        dict_keys(['hunter', 'prey'])
+    """
+    if "simple_tag" in env_name and len(env.layout.group_map.get("agent", ())) == 1:
+        tag = evaluate_tag(env, policy, episodes=episodes, exploration=exploration)
+        return Matches(tag, dict.fromkeys(tag, "adversary"))
+    return Matches({"self_play": evaluate(env, policy, episodes=episodes, exploration=exploration)}, {})

@@ -48,6 +48,18 @@ class LearnerConfig:
     free_nats: float = 1.0
     loss_weights: WorldModelLossWeights = field(default_factory=WorldModelLossWeights)
 
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> LearnerConfig:
+        """Build from a nested mapping, such as a part of a configuration file.
+
+        Examples:
+            >>> LearnerConfig.from_dict({"gamma": 0.9, "loss_weights": {"reward": 2.0}}).loss_weights.reward
+            2.0
+        """
+        entries = dict(entries)
+        weights = WorldModelLossWeights(**entries.pop("loss_weights", {}))
+        return cls(loss_weights=weights, **entries)
+
 
 class Learner:
     """One training step of everything, and all the state that it changes.

@@ -186,8 +186,7 @@ def open_loop_errors(
     }
     if "teammate" in expected:
         model["teammate"], trivial["teammate"] = _teammate_errors(expected["teammate"], real, running)
-    size = [horizon, world_model.num_agents]
-    return TensorDict({"model": model, "trivial": trivial, "count": running.sum(0)}, batch_size=size)
+    return TensorDict({"model": model, "trivial": trivial, "count": running.sum(0)}, batch_size=running.shape[1:])
 
 
 def still_running(real: TensorDictBase) -> Tensor:

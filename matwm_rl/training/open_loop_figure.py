@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torch.nn.functional import pad
 
 from matwm_rl import keys
 from matwm_rl.data import to_focal
@@ -98,7 +99,7 @@ def _vector_figure(
         axis.plot(range(context_length + 1), decoded[:, dim].tolist(), ":", color=IMAGINED, label="reconstructed")
         axis.plot(real[:, dim].tolist(), color=REAL, linewidth=1.8, label="real")
         axis.set_title(f"observation {dim}", fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
+        _label_steps(axis)
     axes[0].legend(fontsize=7, frameon=False)
     return figure, axes[-2], axes[-1]
 
@@ -116,10 +117,12 @@ def _image_figure(
     figure = new_figure(11.5, height + 2.6)
     grid = figure.add_gridspec(2, 2, height_ratios=[height, 2.0])
     pictures = figure.add_subplot(grid[0, :])
-    rows = torch.cat([torch.cat(list(strip.clamp(0, 1)), -1) for strip in strips], -2)
-    pictures.imshow(rows.permute(1, 2, 0).numpy())
-    size = real.shape[-1]
-    pictures.set_xticks([size * (i + 0.5) for i in range(len(ahead))], [f"step {context_length + k}" for k in ahead])
+    framed = [pad(strip.clamp(0, 1), (1, 1, 1, 1), value=0.5) for strip in strips]
+    rows = torch.cat([torch.cat(list(strip), -1) for strip in framed], -2)
+    pictures.imshow(rows.permute(1, 2, 0).numpy(), interpolation="nearest")
+    size = framed[0].shape[-1]
+    labels = [f"step {context_length + k}{'' if k else ', seen'}" for k in ahead]
+    pictures.set_xticks([size * (i + 0.5) for i in range(len(ahead))], labels)
     names = ["real", *(f"imagined {i + 1}" for i in range(len(futures)))]
     pictures.set_yticks([size * (i + 0.5) for i in range(len(strips))], names)
     pictures.tick_params(length=0, labelsize=8)
@@ -139,7 +142,7 @@ def _draw_reward(axis: Any, window: TensorDictBase, result: TensorDictBase, agen
     real = window.get(keys.REWARD)[:, agent, 0].tolist()
     axis.plot(range(1, len(real) + 1), real, color=REAL, linewidth=1.8, label="real")
     axis.set_title("reward", fontsize=10)
-    axis.set_xlabel("step", fontsize=9)
+    _label_steps(axis)
     axis.legend(fontsize=7, frameon=False)
 
 
@@ -157,5 +160,10 @@ def _draw_teammates(axis: Any, result: TensorDictBase, agent: int, context_lengt
     axis.axhline(1 / logits.shape[-1], color="0.4", linestyle="--", linewidth=1)
     axis.set_ylim(0, 1)
     axis.set_title("probability given to what teammates did", fontsize=10)
-    axis.set_xlabel("step", fontsize=9)
+    _label_steps(axis)
     axis.legend(fontsize=7, frameon=False)
+
+
+def _label_steps(axis: Any) -> None:
+    axis.set_xlabel("step", fontsize=9)
+    axis.xaxis.get_major_locator().set_params(integer=True)

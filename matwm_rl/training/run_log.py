@@ -79,8 +79,9 @@ class RunLog:
         self._metrics_path = self.run_dir / METRICS_FILE
         self._start_metrics(resume_from)
         self.loggers: list[Logger] = [*loggers]
-        if tensorboard:
-            self.loggers.append(_tensorboard_logger(self.run_dir, resume_from))
+        self._tensorboard = _tensorboard_logger(self.run_dir, resume_from) if tensorboard else None
+        if self._tensorboard is not None:
+            self.loggers.append(self._tensorboard)
         self._shown = {name: "" for name in shown}
         self._bar = bar and bar(total=total_steps, initial=resume_from or 0, unit="step", dynamic_ncols=True)
         self._sums: dict[str, Tensor] = {}
@@ -168,10 +169,11 @@ class RunLog:
         write_text(self.run_dir / SUMMARY_FILE, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
 
     def close(self) -> None:
-        """Write out what TensorBoard has buffered, and end the bar."""
+        """Write out what the loggers have buffered, and end the bar; loggers that were given stay open."""
         for logger in self.loggers:
-            if hasattr(logger.experiment, "close"):
-                logger.experiment.close()
+            logger.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._bar is not None:
             self._bar.close()
 

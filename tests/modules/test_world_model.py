@@ -212,16 +212,15 @@ def prefill_and_step(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("context", [0, 1, 4])
-@pytest.mark.parametrize("end", [None, 0, 2, 3])
+@pytest.mark.parametrize(
+    ("context", "end"), [(0, None), (1, None), (1, 0), (4, None), (4, 0), (4, 2), (4, 3)], ids=str
+)
 def test_prefill_and_steps_equal_the_sequence_pass(
     float64: None, context: int, end: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     T, C = 9, context
     done = torch.zeros(3, T, N, dtype=torch.bool)
     if end is not None:
-        if end >= C:
-            pytest.skip("the episode ends inside the context")
         done[:, end] = True
     model, batch = make_model(), random_batch(3, T, done=done)
     out = run(model, batch)

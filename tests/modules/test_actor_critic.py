@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm, silu
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from matwm_rl import keys
+from matwm_rl.modules import STATE_KEYS, StateMLP, TwoHot, make_actor, make_critic
+from tests.helpers import COUNTS, grads, make_model, random_imagined, randomize
+
+N = len(COUNTS)
+
+
+def slow_state_mlp(net: StateMLP, n: int, state: torch.Tensor) -> torch.Tensor:
+    """Agent n's own network on ``[size]``."""
+    *hidden, last = net.mlp
+    for layer in hidden:
+        if isinstance(layer, torch.nn.SiLU):
+            state = silu(state)
+        elif layer.weight.ndim == 3:
+            state = state @ layer.weight[n] + layer.bias[n]
+        else:
+            state = layer_norm(state, state.shape, layer.weight[n], layer.bias[n])
+    return state @ last.weight[n] + last.bias[n]
+
+
+def test_each_agent_has_its_own_network_on_all_of_its_own_state(float64: None) -> None:
+    model = make_model()
+    actor = randomize(make_actor(model, num_cells=8))
+    td = random_imagined(model=model)
+    logits = actor.get_dist(td.clone()) and actor(td.clone())[keys.LOGITS]
+    net = actor[0].module
+    for s, h, n in itertools.product(range(4), range(5), range(N)):
+        latent, hidden, teammates = (td[key][s, h, n] for key in STATE_KEYS)
+        state = torch.cat([latent, hidden, teammates.softmax(-1).flatten()])
+        torch.testing.assert_close(logits[s, h, n], slow_state_mlp(net, n, state))
+
+
+@pytest.mark.parametrize("make", [make_actor, make_critic])
+def test_an_agents_output_and_parameters_are_its_own(make: type) -> None:
+    model = make_model()
+    net = randomize(make(model, num_cells=8))
+    td = random_imagined(model=model)
+    inputs = [td[key].requires_grad_() for key in STATE_KEYS]
+    out = net[0](td)[net[0].out_keys[0]]
+    for n in range(N):
+        loss = out[..., n, :].square().sum()
+        for grad in grads(loss, inputs):
+            own = grad[:, :, n].flatten(2)
+            assert own.abs().sum(-1).all()
+            assert not grad[:, :, :n].any() and not grad[:, :, n + 1 :].any()
+        for grad in grads(loss, net.parameters()):
+            assert grad[n].any() and not grad[:n].any() and not grad[n + 1 :].any()
+
+
+def test_actor_samples_legal_actions_by_their_probabilities() -> None:
+    model = make_model()
+    actor = randomize(make_actor(model, num_cells=8))
+    td = random_imagined(1, 1, model=model).expand(20_000, 1).clone()
+    with set_exploration_type(ExplorationType.RANDOM):
+        out = actor(td)
+    mask, logits = td[keys.ACTION_MASK][0, 0], out[keys.LOGITS][0, 0].detach()
+    for n in range(N):
+        drawn = torch.bincount(out[keys.ACTION][:, 0, n], minlength=model.num_actions) / 20_000
+        weights = [math.exp(float(x)) if legal else 0.0 for x, legal in zip(logits[n], mask[n], strict=True)]
+        probs = torch.tensor(weights) / sum(weights)
+        assert (drawn - probs).abs().max() < 5 * 0.5 / math.sqrt(20_000)
+        assert not drawn[~mask[n]].any()
+
+
+def test_deterministic_actor_takes_the_likeliest_legal_action() -> None:
+    model = make_model()
+    actor = randomize(make_actor(model, num_cells=8))
+    td = random_imagined(20, model=model)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        out = actor(td.clone())
+    best = out[keys.LOGITS].masked_fill(~td[keys.ACTION_MASK], -torch.inf).argmax(-1)
+    assert torch.equal(out[keys.ACTION], best)
+
+
+def test_one_legal_action_is_certain_with_finite_gradients() -> None:
+    model = make_model()
+    actor = randomize(make_actor(model, num_cells=8))
+    td = random_imagined(model=model)
+    td[keys.ACTION_MASK] = torch.arange(model.num_actions).expand_as(td[keys.ACTION_MASK]) == 2
+    dist = actor.get_dist(td)
+    log_prob, entropy = dist.log_prob(torch.full((4, 5, N), 2)), dist.entropy()
+    torch.testing.assert_close(log_prob, torch.zeros_like(log_prob))
+    torch.testing.assert_close(entropy, torch.zeros_like(entropy))
+    for grad in grads(log_prob.sum() + entropy.sum(), actor.parameters()):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("interpolation", ["raw", "symlog"])
+def test_critic_decodes_its_logits(interpolation: str) -> None:
+    model, two_hot = make_model(), TwoHot(interpolation=interpolation)
+    critic = randomize(make_critic(model, num_cells=8, two_hot=two_hot))
+    out = critic(random_imagined(model=model))
+    assert out[keys.STATE_VALUE_LOGITS].shape == (4, 5, N, 255)
+    torch.testing.assert_close(out[keys.STATE_VALUE], two_hot.decode(out[keys.STATE_VALUE_LOGITS]).unsqueeze(-1))
+
+
+def test_untrained_policy_is_uniform_and_value_zero() -> None:
+    model = make_model()
+    td = random_imagined(model=model)
+    td = make_critic(model, num_cells=8)(make_actor(model, num_cells=8)(td))
+    assert not td[keys.LOGITS].any()
+    assert td[keys.STATE_VALUE].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("make", [make_actor, make_critic])
+@pytest.mark.parametrize("switches", [{"teammate_predictor": False}, {}])
+def test_networks_hold_nothing_of_the_world_model(make: type, switches: dict) -> None:
+    model = make_model(**switches)
+    net = make(model, num_cells=8)
+    assert not {id(p) for p in net.parameters()} & {id(p) for p in model.parameters()}
+    assert all(p.shape[0] == N for p in net.parameters())
+    assert net(random_imagined(model=model))[net.out_keys[0]].shape[:3] == (4, 5, N)

@@ -1,0 +1,224 @@
+"""Actor and critic losses against plain Python loops over starts, steps and agents, and where their gradients go."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.objectives import SoftUpdate
+
+from matwm_rl import keys
+from matwm_rl.modules import STATE_KEYS, make_actor, make_critic
+from matwm_rl.objectives import ActorLoss, CriticLoss
+from tests.helpers import COUNTS, grads, make_model, random_imagined, randomize
+from tests.modules.test_two_hot import slow_decode, slow_encode
+from tests.objectives.test_returns import slow_quantile
+
+N, S, H = len(COUNTS), 4, 5
+
+
+def make_actor_loss(**kwargs: float) -> ActorLoss:
+    actor = randomize(make_actor(make_model(), num_cells=8))
+    return ActorLoss(actor, num_agents=N, **kwargs)
+
+
+def make_critic_loss() -> CriticLoss:
+    loss = CriticLoss(randomize(make_critic(make_model(), num_cells=8)))
+    # As the learner does; from here on the EMA copy lags behind.
+    SoftUpdate(loss, eps=0.98)
+    randomize(loss.critic_network)
+    return loss
+
+
+def imagined(S: int = S, H: int = H, **kwargs: bool) -> TensorDict:
+    return random_imagined(S, H, model=make_model(), **kwargs)
+
+
+def log_softmax(logits: list[float]) -> list[float]:
+    top = max(logits)
+    total = top + math.log(sum(math.exp(x - top) for x in logits))
+    return [x - total for x in logits]
+
+
+def slow_actor_loss(loss: ActorLoss, td: TensorDict, entropy_coeff: float) -> float:
+    """Section 5, one step of one agent at a time; returns are scaled by their own percentiles."""
+    with torch.no_grad():
+        logits = loss.actor_network(td.clone())[keys.LOGITS]
+    total = 0.0
+    for n in range(N):
+        alive = [s for s in range(S) if td[keys.ALIVE][s, 0, n]]
+        if not alive:
+            continue
+        returns = [float(td[keys.LAMBDA_RETURN][s, t, n]) for s, t in itertools.product(alive, range(H))]
+        scale = max(1.0, slow_quantile(returns, 0.95) - slow_quantile(returns, 0.05))
+        agent = 0.0
+        for s, t in itertools.product(alive, range(H)):
+            legal = [a for a in range(logits.shape[-1]) if td[keys.ACTION_MASK][s, t, n, a]]
+            log_probs = dict(zip(legal, log_softmax([float(logits[s, t, n, a]) for a in legal]), strict=True))
+            advantage = float(td[keys.LAMBDA_RETURN][s, t, n] - td[keys.STATE_VALUE][s, t, n]) / scale
+            entropy = -sum(math.exp(p) * p for p in log_probs.values())
+            step = -advantage * log_probs[int(td[keys.ACTION][s, t, n])] - entropy_coeff * entropy
+            agent += float(td[keys.WEIGHT][s, t, n]) * step
+        total += agent / (len(alive) * H)
+    return total
+
+
+@pytest.mark.parametrize("entropy_coeff", [3e-4, 0.5])
+def test_actor_loss(float64: None, entropy_coeff: float) -> None:
+    loss, td = make_actor_loss(entropy_coeff=entropy_coeff), imagined()
+    expected = slow_actor_loss(loss, td, entropy_coeff)
+    assert loss(td)["loss_actor"].item() == pytest.approx(expected, rel=1e-9)
+    assert not td[keys.ALIVE].all()
+
+
+def test_actor_gradient_is_the_policy_gradient(float64: None) -> None:
+    """More of the action whose return beat the value, whatever the sign conventions along the way."""
+    loss, td = make_actor_loss(entropy_coeff=0.0), imagined(1, 1, deaths=False)
+    td[keys.ACTION_MASK][:] = True
+    td[keys.ACTION][:] = 1
+    td[keys.WEIGHT][:] = 1.0
+    for advantage in (2.0, -2.0):
+        td[keys.LAMBDA_RETURN] = td[keys.STATE_VALUE] + advantage
+        dist = loss.actor_network.get_dist(td.clone())
+        gradient = grads(loss(td)["loss_actor"], loss.actor_network_params.parameters())
+        direction = grads(dist.log_prob(td[keys.ACTION]).sum(), loss.actor_network_params.parameters())
+        for g, d in zip(gradient, direction, strict=True):
+            torch.testing.assert_close(g, -advantage * d)
+
+
+def test_actor_loss_takes_no_gradient_through_returns_values_or_scale() -> None:
+    loss, td = make_actor_loss(), imagined()
+    inputs = [td[key].requires_grad_() for key in (keys.LAMBDA_RETURN, keys.STATE_VALUE)]
+    assert not any(grad.any() for grad in grads(loss(td)["loss_actor"], inputs))
+
+
+def test_return_scale_moves_in_training_alone() -> None:
+    loss, td = make_actor_loss(), imagined()
+    loss.eval()
+    loss(td)
+    assert int(loss.return_scale.updates) == 0
+    loss.train()
+    out = loss(td)
+    assert int(loss.return_scale.updates) == 1
+    assert torch.equal(out["return_scale"], loss.return_scale.scale())
+
+
+def slow_critic_loss(loss: CriticLoss, td: TensorDict, slow_value: torch.Tensor) -> float:
+    with torch.no_grad():
+        logits = loss.critic_network(td.clone())[keys.STATE_VALUE_LOGITS]
+    total = 0.0
+    for n in range(N):
+        alive = [s for s in range(S) if td[keys.ALIVE][s, 0, n]]
+        agent = 0.0
+        for s, t in itertools.product(alive, range(H)):
+            log_probs = log_softmax(logits[s, t, n].tolist())
+            for target in (float(td[keys.LAMBDA_RETURN][s, t, n]), float(slow_value[s, t, n])):
+                two_hot = slow_encode(target, 255, "raw")
+                cross_entropy = -sum(p * q for p, q in zip(two_hot, log_probs, strict=True))
+                agent += float(td[keys.WEIGHT][s, t, n]) * cross_entropy
+        total += agent / max(1, len(alive) * H)
+    return total
+
+
+def test_critic_loss(float64: None) -> None:
+    loss, td = make_critic_loss(), imagined()
+    slow_critic = make_critic(make_model(), num_cells=8)
+    ema = loss.target_critic_network_params.flatten_keys(".").to_dict()
+    slow_critic.load_state_dict({name: ema[name] for name in slow_critic.state_dict()})
+    with torch.no_grad():
+        slow_logits = slow_critic(td.clone())[keys.STATE_VALUE_LOGITS]
+    slow_value = torch.empty(S, H, N)
+    for index in itertools.product(range(S), range(H), range(N)):
+        slow_value[index] = slow_decode(slow_logits[index].tolist(), "raw")
+    assert not torch.allclose(slow_value, loss.critic_network(td.clone())[keys.STATE_VALUE][..., 0])
+    assert loss(td)["loss_critic"].item() == pytest.approx(slow_critic_loss(loss, td, slow_value), rel=1e-6)
+
+
+def test_ema_critic_follows_slowly() -> None:
+    loss = make_critic_loss()
+    # The copy starts equal.
+    updater = SoftUpdate(loss, eps=0.98)
+    source = dict(loss.critic_network_params.flatten_keys(".").items())
+    before = {name: value.clone() for name, value in source.items()}
+    randomize(loss.critic_network)
+    updater.step()
+    for name, target in loss.target_critic_network_params.flatten_keys(".").items():
+        torch.testing.assert_close(target.data, 0.98 * before[name] + 0.02 * source[name].data)
+
+
+@pytest.mark.parametrize("make", [make_actor_loss, make_critic_loss])
+def test_agents_are_trained_in_isolation(make: type) -> None:
+    loss, td = make(), imagined(deaths=False)
+    params = [p for p in loss.parameters() if p.requires_grad]
+    name = loss.out_keys[0]
+    plain = grads(loss(td)[name], params)
+    for n in range(N):
+        # All that agent n saw, did and got is another; its gradient changes and nobody else's does.
+        other = td.clone()
+        fresh = imagined(deaths=False)
+        for key in [*STATE_KEYS, keys.LAMBDA_RETURN, keys.STATE_VALUE, keys.WEIGHT]:
+            other[key][:, :, n] = 10 * fresh[key][:, :, n]
+        other_loss = make()
+        other_loss.load_state_dict(loss.state_dict())
+        if isinstance(loss, ActorLoss):
+            other_loss.return_scale.updates.zero_()
+        again = grads(other_loss(other)[name], [p for p in other_loss.parameters() if p.requires_grad])
+        for g, h in zip(plain, again, strict=True):
+            rest = [j for j in range(N) if j != n]
+            torch.testing.assert_close(g[rest], h[rest])
+            assert not torch.equal(g[n], h[n])
+
+
+def test_losses_hold_and_train_their_own_parameters_alone() -> None:
+    td = imagined(deaths=False)
+    actor_loss, critic_loss = make_actor_loss(), make_critic_loss()
+    for loss, network in ((actor_loss, "actor_network"), (critic_loss, "critic_network")):
+        own = {id(p) for p in getattr(loss, network).parameters()}
+        listed = list(loss.parameters())
+        assert {id(p) for p in listed} == own and len(listed) == len(own)
+        loss(td)[loss.out_keys[0]].backward()
+        assert all(p.grad.any() for p in listed)
+    trained = {p.data_ptr() for p in critic_loss.parameters()}
+    for target in critic_loss.target_critic_network_params.values(True, True):
+        assert target.grad is None and target.data_ptr() not in trained
+
+
+@pytest.mark.parametrize("make", [make_actor_loss, make_critic_loss])
+def test_weight_and_death_silence_steps(make: type) -> None:
+    td = imagined(deaths=False)
+    td[keys.WEIGHT][:, 2:] = 0.0
+    td[keys.ALIVE][1] = False
+    other = td.clone()
+    fresh = imagined()
+    for key in STATE_KEYS:
+        other[key][:, 2:] = fresh[key][:, 2:]
+        other[key][1] = fresh[key][1]
+    loss = make()
+    loss.eval()
+    name = loss.out_keys[0]
+    torch.testing.assert_close(loss(td)[name], loss(other)[name])
+    other[STATE_KEYS[0]][0, 0] += 1.0
+    assert not torch.equal(loss(td)[name], loss(other)[name])
+
+
+@pytest.mark.parametrize("make", [make_actor_loss, make_critic_loss])
+def test_an_agent_dead_in_every_start_gets_no_gradient_and_no_nan(make: type) -> None:
+    loss, td = make(), imagined(deaths=False)
+    td[keys.ALIVE][..., 1] = False
+    for grad in grads(loss(td)[loss.out_keys[0]], [p for p in loss.parameters() if p.requires_grad]):
+        assert grad.isfinite().all() and grad[0].any() and not grad[1].any()
+
+
+@pytest.mark.parametrize("make", [make_actor_loss, make_critic_loss])
+def test_keys_can_be_renamed(make: type) -> None:
+    loss, td = make(), imagined()
+    loss.eval()
+    expected = loss(td.clone())[loss.out_keys[0]]
+    loss.set_keys(lambda_return="target")
+    assert "target" in loss.in_keys and keys.LAMBDA_RETURN not in loss.in_keys
+    torch.testing.assert_close(loss(td.clone().rename_key_(keys.LAMBDA_RETURN, "target"))[loss.out_keys[0]], expected)
+    with pytest.raises(ValueError):
+        loss.set_keys(value_target="target")

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from matwm_rl.data import Replay, make_replay
+from matwm_rl.envs import make_env
+from matwm_rl.modules import WorldModel, WorldModelConfig, WorldModelPolicy, make_actor, make_critic
+from matwm_rl.training import checkpoint
+from matwm_rl.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from matwm_rl.training.learner import Learner, LearnerConfig
+from matwm_rl.training.policy_file import load_policy, save_policy
+
+CONFIG = WorldModelConfig(hidden_size=16, num_heads=2, num_dims=4, num_classes=4, dropout=0.0)
+
+
+def make_learner(**overrides: Any) -> Learner:
+    model = WorldModel.from_env(make_env("mock", seed=0), **{**asdict(CONFIG), **overrides})
+    return Learner(model, make_actor(model, num_cells=8), make_critic(model, num_cells=8), LearnerConfig(horizon=2))
+
+
+def make_filled_replay(capacity: int = 60, steps: int = 40) -> Replay:
+    sizes = {"sequence_length": 6, "sequences_per_agent": 2, "starts_per_agent": 4, "context_length": 2}
+    replay = make_replay(num_agents=3, capacity=capacity, seed=0, **sizes)
+    if steps:
+        replay.extend(make_env("mock", seed=0).rollout(steps, break_when_any_done=False))
+    return replay
+
+
+def tensors(state: Any, name: str = "") -> dict[str, Tensor]:
+    if isinstance(state, Tensor):
+        return {name: state.clone()}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return {key: value for index, item in items for key, value in tensors(item, f"{name}.{index}").items()}
+
+
+def assert_same(first: Any, second: Any) -> None:
+    first, second = tensors(first), tensors(second)
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=name)
+
+
+def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    learner, replay = make_learner(), make_filled_replay()
+    for _ in range(3):
+        learner.update(replay)
+    # What loading does to the newest step; without it the two runs would sample different starts.
+    replay.end_episodes()
+    save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=40, extra={"due": 0.25, "best": [1, None, "a"]})
+    for _ in range(2):
+        learner.update(replay)
+
+    torch.manual_seed(1)
+    resumed, resumed_replay = make_learner(), make_filled_replay(steps=0)
+    info = load_checkpoint(tmp_path, learner=resumed, replay=resumed_replay)
+    assert info == {"env_steps": 40, "extra": {"due": 0.25, "best": [1, None, "a"]}}
+    assert resumed.updates == 3
+    for _ in range(2):
+        resumed.update(resumed_replay)
+    assert_same(resumed.state_dict(), learner.state_dict())
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+    learner, replay = make_learner(), make_filled_replay()
+    save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=40)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    load_checkpoint(tmp_path, learner=learner, replay=replay)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_newest_step_ends_its_episode_after_loading(tmp_path: Path) -> None:
+    # Six steps make an episode, so that the fortieth is in the middle of one.
+    replay, learner = make_filled_replay(), make_learner()
+    save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=40)
+    assert not replay.sequences.storage[39]["next", "done"].any()
+    loaded = make_filled_replay(steps=0)
+    load_checkpoint(tmp_path, learner=learner, replay=loaded)
+    assert loaded.sequences.storage[39]["next", "done"].all()
+    assert len(loaded) == 40
+
+
+def test_each_tensor_of_the_world_model_is_stored_once(tmp_path: Path) -> None:
+    learner = make_learner()
+    folder = save_checkpoint(tmp_path, learner=learner, replay=make_filled_replay(), env_steps=40)
+    state = torch.load(folder / "state.pt", weights_only=True)["learner"]
+    for name, weight in learner.world_model.state_dict().items():
+        # Biases start at zero and norms at one, so only weights that are drawn at random are telling.
+        if weight.numel() > 30 and weight.std() > 0:
+            same = [key for key, value in tensors(state).items() if value.shape == weight.shape and value.equal(weight)]
+            assert same == [f".world_model.{name}"]
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    learner, replay = make_learner(), make_filled_replay()
+    assert not has_checkpoint(tmp_path)
+    for step in (10, 20, 20):
+        save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=step)
+    assert has_checkpoint(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000002"]
+    save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=30, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000002", "000003"]
+    assert load_checkpoint(tmp_path, learner=learner, replay=replay)["env_steps"] == 30
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_an_error_while_saving_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    learner, replay = make_learner(), make_filled_replay()
+    save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=10)
+
+    def dumps(self: Replay, path: Path) -> None:
+        Path(path).mkdir()
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Replay, "dumps", dumps)
+        with pytest.raises(type(error)):
+            save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=20)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000"]
+    assert load_checkpoint(tmp_path, learner=learner, replay=replay)["env_steps"] == 10
+
+
+def test_what_a_killed_process_left_is_never_read_and_is_cleared_away(tmp_path: Path) -> None:
+    learner, replay = make_learner(), make_filled_replay()
+    folder = save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=10)
+    # Killed while writing the next one, and, in an earlier run, while deleting.
+    for name in (".partial-x1y2", ".partial-000007"):
+        shutil.copytree(folder, folder.with_name(name))
+        (folder.with_name(name) / "state.pt").write_bytes(b"half")
+    assert load_checkpoint(tmp_path, learner=learner, replay=replay)["env_steps"] == 10
+    save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=20)
+    assert [path.name for path in folder.parent.iterdir()] == ["000001"]
+
+
+def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, replay = make_learner(), make_filled_replay()
+    save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=10)
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "remove_folder", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=20)
+    assert load_checkpoint(tmp_path, learner=learner, replay=replay)["env_steps"] == 20
+
+
+def test_loading_without_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="start without resuming"):
+        load_checkpoint(tmp_path, learner=make_learner(), replay=make_filled_replay())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_size": 32}, r"world_model\.[\w.]+ has shape \(.*16.*\), expected \(.*32"),
+        ({"num_layers": 1}, r"world_model\.\w+\.blocks\.1\.[\w.]+ is unknown here"),
+        ({"num_layers": 3}, r"world_model\.\w+\.blocks\.2\.[\w.]+ is missing"),
+    ],
+)
+def test_a_checkpoint_of_other_sizes_names_the_weights_and_changes_nothing(
+    tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
+    save_checkpoint(tmp_path, learner=make_learner(), replay=make_filled_replay(), env_steps=40)
+    other, replay = make_learner(**overrides), make_filled_replay(steps=0)
+    before = tensors(other.state_dict())
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path, learner=other, replay=replay)
+    assert_same(before, tensors(other.state_dict()))
+    assert len(replay) == 0
+
+
+def test_a_replay_of_other_sizes_changes_nothing(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, learner=make_learner(), replay=make_filled_replay(), env_steps=40)
+    learner = make_learner()
+    before = tensors(learner.state_dict())
+    with pytest.raises(ValueError, match="'capacity': 60.*'capacity': 90"):
+        load_checkpoint(tmp_path, learner=learner, replay=make_filled_replay(capacity=90))
+    assert_same(before, tensors(learner.state_dict()))
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    learner, replay = make_learner(), make_filled_replay()
+    folder = save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=40)
+    state = torch.load(folder / "state.pt", weights_only=True)
+    torch.save({**state, "version": 0}, folder / "state.pt")
+    with pytest.raises(ValueError, match="version 0"):
+        load_checkpoint(tmp_path, learner=learner, replay=replay)
+
+
+def test_extra_that_could_not_be_loaded_again_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="extra may hold"):
+        save_checkpoint(
+            tmp_path, learner=make_learner(), replay=make_filled_replay(), env_steps=1, extra={"path": Path("a")}
+        )
+    assert not has_checkpoint(tmp_path)
+
+
+def test_a_saved_policy_acts_as_the_original(tmp_path: Path) -> None:
+    learner = make_learner()
+    learner.update(make_filled_replay())
+    policy = WorldModelPolicy(learner.world_model, learner.actor, context_length=3).eval()
+    env = make_env("mock", seed=0)
+    path = tmp_path / "policy.pt"
+    before = torch.get_rng_state()
+    save_policy(path, policy, layout=env.layout, world_model=CONFIG, actor={"num_cells": 8})
+    assert torch.equal(before, torch.get_rng_state()), "saving must not change the run"
+    loaded = load_policy(path, layout=env.layout)
+
+    rollouts = []
+    for acting in (policy, loaded):
+        torch.manual_seed(3)
+        env = make_env("mock", seed=0).append_transform(acting.make_tensordict_primer())
+        rollouts.append(env.rollout(12, acting, break_when_any_done=False)["agents", "logits"])
+    torch.testing.assert_close(*rollouts, rtol=0, atol=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["policy.pt"]
+
+
+def test_a_policy_that_the_configuration_does_not_describe_is_refused(tmp_path: Path) -> None:
+    learner = make_learner()
+    policy = WorldModelPolicy(learner.world_model, learner.actor)
+    layout = make_env("mock").layout
+    with pytest.raises(ValueError, match=r"actor\.[\w.]+ has shape"):
+        save_policy(tmp_path / "policy.pt", policy, layout=layout, world_model=CONFIG, actor={"num_cells": 9})
+    assert not (tmp_path / "policy.pt").exists()
+
+
+def test_a_policy_for_other_agents_says_what_differs(tmp_path: Path) -> None:
+    learner = make_learner()
+    policy = WorldModelPolicy(learner.world_model, learner.actor)
+    path = tmp_path / "policy.pt"
+    save_policy(path, policy, layout=make_env("mock").layout, world_model=CONFIG, actor={"num_cells": 8})
+    with pytest.raises(ValueError, match="other agent_names"):
+        load_policy(path, layout=make_env("mpe2/simple_tag_v3").layout)

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from matwm_rl import keys
+from matwm_rl.training.learner import Learner
+from tests.helpers import grads, make_learner, make_model, mock_replay, random_batch, randomize, total
+
+OPTIONS = {"world_model_lr": 1e-2, "actor_critic_lr": 1e-2}
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    """Through a file, with the loader that runs no code."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """All entries of a state dict that are no containers."""
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in leaves(value, f"{path}/{key}").items()}
+    if isinstance(tree, (list, tuple)):
+        return {k: v for i, value in enumerate(tree) for k, v in leaves(value, f"{path}/{i}").items()}
+    return {path: tree}
+
+
+def assert_same(one: Any, other: Any) -> None:
+    one, other = leaves(one), leaves(other)
+    assert one.keys() == other.keys()
+    for path, value in one.items():
+        same = torch.equal(value, other[path]) if isinstance(value, Tensor) else value == other[path]
+        assert same, path
+
+
+def snapshot(learner: Learner) -> dict[str, Any]:
+    return copy.deepcopy(learner.state_dict())
+
+
+def changed_parts(learner: Learner, before: dict[str, Any]) -> set[str]:
+    after = learner.state_dict()
+    return {
+        part
+        for part in before
+        if any(
+            not torch.equal(value, leaves(after[part])[path])
+            for path, value in leaves(before[part]).items()
+            if isinstance(value, Tensor) and path in leaves(after[part])
+        )
+    }
+
+
+def test_update_changes_everything_and_reports_finite_numbers() -> None:
+    learner, replay = make_learner(**OPTIONS), mock_replay()
+    before = snapshot(learner)
+    metrics = learner.update(replay)
+    learner.update(replay)
+    assert learner.updates == 2
+    parts = {"world_model", "actor", "critic", "target_critic", "return_scale"}
+    assert parts <= changed_parts(learner, before)
+    assert all(value.isfinite().all() and not value.requires_grad for value in metrics.values())
+    losses = {"reconstruction", "reward", "continuation", "teammate", "mask", "dynamics", "representation"}
+    expected = {f"loss_{name}" for name in losses | {"actor", "critic"}}
+    assert expected | {"kl", "entropy", "value", "return_scale", "world_model_grad_norm"} <= set(metrics.keys())
+
+
+def test_world_model_update_leaves_the_agents_and_theirs_the_world_model() -> None:
+    learner, replay = make_learner(**OPTIONS), mock_replay()
+    before = snapshot(learner)
+    learner.update_world_model(replay.sequences.sample())
+    assert changed_parts(learner, before) == {"world_model"}
+    before = snapshot(learner)
+    learner.update_agents(replay.starts.sample())
+    assert "world_model" not in changed_parts(learner, before)
+    assert {"actor", "critic", "target_critic", "return_scale"} <= changed_parts(learner, before)
+    assert all(p.requires_grad for p in learner.world_model.parameters())
+
+
+def test_every_parameter_of_the_world_model_is_trained() -> None:
+    learner, replay = make_learner(free_nats=0.0, **OPTIONS), mock_replay()
+    learner.update_world_model(replay.sequences.sample())
+    idle = [name for name, p in learner.world_model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not idle
+
+
+def test_one_adam_step_of_the_sum_of_the_losses() -> None:
+    """Against Adam's first step by hand: lr * g / (|g| + eps)."""
+    learner, batch = make_learner(**OPTIONS), random_batch()
+    before = [p.detach().clone() for p in learner.world_model.parameters()]
+    torch.manual_seed(2)
+    gradient = grads(total(learner.world_model_loss(batch)), learner.world_model.parameters())
+    torch.manual_seed(2)
+    metrics = learner.update_world_model(batch)
+    for old, g, new in zip(before, gradient, learner.world_model.parameters(), strict=True):
+        torch.testing.assert_close(new, old - 1e-2 * g / (g.abs() + 1e-8), rtol=1e-3, atol=1e-4)
+    norm = torch.stack([g.square().sum() for g in gradient]).sum().sqrt()
+    torch.testing.assert_close(metrics["world_model_grad_norm"], norm)
+
+
+def test_world_model_gradient_is_clipped() -> None:
+    learner = make_learner(world_model_clip=1e-3)
+    learner.update_world_model(random_batch())
+    norm = torch.stack([p.grad.square().sum() for p in learner.world_model.parameters()]).sum().sqrt()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_each_agents_gradient_is_clipped_on_its_own() -> None:
+    learner, replay = make_learner(actor_critic_clip=1e-3), mock_replay()
+    learner.update_agents(replay.starts.sample())
+    for optimizer in (learner.actor_optimizer, learner.critic_optimizer):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for n in range(3):
+            norm = sum(float(p.grad[n].square().sum()) for p in parameters) ** 0.5
+            assert norm == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_an_agent_with_huge_rewards_leaves_the_others_update_alone() -> None:
+    """Gradient clip and return scale are per agent: nothing of agent 0's dreams reaches the others' step."""
+    learner, twin = make_learner(actor_critic_clip=0.1), make_learner(actor_critic_clip=0.1)
+    starts = mock_replay().starts.sample()
+    torch.manual_seed(2)
+    imagined = learner.imagination(starts)
+    twin.load_state_dict(copy.deepcopy(learner.state_dict()))
+    spoilt = imagined.clone()
+    spoilt[keys.REWARD][:, :, 0] += 1e4 * torch.randn_like(spoilt[keys.REWARD][:, :, 0])
+    for one, rollout in ((learner, imagined), (twin, spoilt)):
+        one.imagination = lambda _, rollout=rollout: rollout.clone()
+        one.update_agents(starts)
+    for one, other in ((learner.actor, twin.actor), (learner.critic, twin.critic)):
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p[1:], q[1:], rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(p[0], q[0]) for p, q in zip(learner.critic.parameters(), twin.critic.parameters(), strict=True))
+
+
+def test_ema_critic_moves_by_its_decay_after_the_critics_step() -> None:
+    learner, replay = make_learner(critic_decay=0.9, **OPTIONS), mock_replay()
+    before = {name: value.clone() for name, value in learner.state_dict()["target_critic"].items()}
+    learner.update_agents(replay.starts.sample())
+    after, critic = learner.state_dict()["target_critic"], learner.critic.state_dict()
+    for name, value in critic.items():
+        torch.testing.assert_close(after[name], 0.9 * before[name] + 0.1 * value)
+        assert not torch.equal(after[name], before[name])
+
+
+def test_training_mode_is_left_as_acting_wants_it() -> None:
+    learner = make_learner(make_model(dropout=0.5))
+    learner.update_world_model(random_batch())
+    assert not learner.world_model.training
+    modes: list[bool] = []
+    learner.world_model.transformer.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    learner.update_world_model(random_batch())
+    assert modes == [True]
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def update_from(learner: Learner, sequences: TensorDict, starts: TensorDict, seed: int) -> None:
+    torch.manual_seed(seed)
+    learner.update_world_model(sequences)
+    learner.update_agents(starts)
+    learner.updates += 1
+
+
+def test_resumed_learner_goes_on_exactly() -> None:
+    learner, replay = make_learner(**OPTIONS), mock_replay()
+    data = [(replay.sequences.sample(), replay.starts.sample()) for _ in range(5)]
+    for seed, (sequences, starts) in enumerate(data[:3]):
+        update_from(learner, sequences, starts, seed)
+    state = saved(learner.state_dict())
+    resumed = make_learner(**OPTIONS)
+    resumed.load_state_dict(state)
+    assert_same(resumed.state_dict(), learner.state_dict())
+    for seed, (sequences, starts) in enumerate(data[3:]):
+        update_from(learner, sequences, starts, seed)
+        update_from(resumed, sequences, starts, seed)
+    assert_same(resumed.state_dict(), learner.state_dict())
+    assert resumed.updates == 5
+
+
+def test_loading_keeps_the_objects_and_their_ties() -> None:
+    learner, replay = make_learner(**OPTIONS), mock_replay()
+    learner.update(replay)
+    state = saved(learner.state_dict())
+    resumed = make_learner(**OPTIONS)
+    objects = [id(p) for p in (*resumed.world_model.parameters(), *resumed.actor.parameters(), *resumed.critic.parameters())]
+    resumed.load_state_dict(state)
+    assert objects == [
+        id(p) for p in (*resumed.world_model.parameters(), *resumed.actor.parameters(), *resumed.critic.parameters())
+    ]
+    before = snapshot(resumed)
+    resumed.update(replay)
+    # The optimizers still step what acts, dreams and evaluates, and the EMA copy still follows.
+    assert {"world_model", "actor", "critic", "target_critic"} <= changed_parts(resumed, before)
+
+
+def test_state_of_another_size_is_refused() -> None:
+    state = make_learner().state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make_learner(make_model(hidden_size=32)).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"action_counts": (3,), "group_index": (0,)},
+        {"teammate_predictor": False},
+        {"action_scaling": False, "group_layers": False, "predict_mask": False},
+        {"latent": "fsq", "reward_input": "next_latent", "reward_interpolation": "symlog"},
+        {"observation_shape": (3, 32, 32), "channels": 4},
+    ],
+    ids=str,
+)
+def test_every_switch_trains(options: dict[str, Any]) -> None:
+    learner = make_learner(make_model(**options), **OPTIONS)
+    data = {key: options[key] for key in ("action_counts", "observation_shape") if key in options}
+    before = snapshot(learner)
+    learner.update_world_model(random_batch(2, 5, **data))
+    metrics = learner.update_agents(random_batch(4, 4, **data))
+    assert all(value.isfinite().all() for value in metrics.values())
+    assert {"world_model", "actor", "critic"} <= changed_parts(learner, before)
+    assert all(p.isfinite().all() for p in learner.world_model.parameters())
+
+
+def test_the_model_learns_what_the_mock_environment_does() -> None:
+    """A smoke test with teeth: after some updates the losses that can fall have fallen far."""
+    learner, replay = make_learner(randomize(make_model(hidden_size=32), 0.0), world_model_lr=3e-3), mock_replay()
+    history = [learner.update_world_model(replay.sequences.sample()) for _ in range(150)]
+    first, last = (torch.stack(part).mean(0) for part in (history[:5], history[-5:]))
+    assert last["loss_reconstruction"] < 0.3 * first["loss_reconstruction"]
+    print({k: (first[k].item(), last[k].item()) for k in first.keys()})
+    assert 0
