@@ -166,7 +166,7 @@ def total(losses: TensorDictBase) -> Tensor:
 def grads(loss: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
     """Gradients of a loss, zeros where the graph does not reach; the graph is kept."""
     parameters = list(parameters)
-    return list(torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True, allow_unused=True))
+    return list(torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)) if parameters else []
 
 
 def grad_norm(loss: Tensor, module: nn.Module) -> float:

@@ -97,12 +97,12 @@ def slow_lambda_return(
 ) -> list[float]:
     """Section 5 word for word; next_value[t] is V(s_{t+1})."""
 
-    def G(t: int) -> float:
+    def returned(t: int) -> float:
         if t == len(reward):
             return next_value[-1]
-        return reward[t] + gamma * continuation[t] * ((1 - lmbda) * next_value[t] + lmbda * G(t + 1))
+        return reward[t] + gamma * continuation[t] * ((1 - lmbda) * next_value[t] + lmbda * returned(t + 1))
 
-    return [G(t) for t in range(len(reward))]
+    return [returned(t) for t in range(len(reward))]
 
 
 @pytest.mark.parametrize(("gamma", "lmbda"), [(0.985, 0.95), (0.9, 0.0), (1.0, 1.0)])
@@ -120,7 +120,12 @@ def test_lambda_return_agrees_with_torchrl(float64: None) -> None:
     done = torch.zeros(4, 9, 1, dtype=torch.bool)
     done[:, -1] = True
     theirs = td_lambda_return_estimate(
-        0.9, 0.8, next_value.unsqueeze(-1), reward.unsqueeze(-1), done | terminated.unsqueeze(-1), terminated.unsqueeze(-1)
+        0.9,
+        0.8,
+        next_value.unsqueeze(-1),
+        reward.unsqueeze(-1),
+        done | terminated.unsqueeze(-1),
+        terminated.unsqueeze(-1),
     )
     ours = F.lambda_return(reward, (~terminated).double(), next_value, 0.9, 0.8)
     torch.testing.assert_close(ours, theirs.squeeze(-1))

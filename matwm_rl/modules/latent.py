@@ -20,11 +20,12 @@ class LatentCode(nn.Module):
     Attributes:
         encoder_size: number of features the encoder must deliver.
         latent_size: size Z of the feature vector z.
-        logits_size: number of logits the dynamics predictor must deliver, K * C.
+        logits_size: number of outputs the dynamics predictor must deliver.
     """
 
     encoder_size: int
     latent_size: int
+    logits_size: int
 
     def __init__(self, num_dims: int, num_classes: int) -> None:
         super().__init__()
@@ -123,10 +124,10 @@ class CategoricalLatent(LatentCode):
 class FSQLatent(LatentCode):
     """Finite scalar quantisation (arXiv:2309.15505): K numbers, each rounded to one of C levels in [-1, 1].
 
-    Keeps the fine geometry of low-dimensional observations that one-hot categoricals lose. The dynamics predictor still
-    gives a categorical per dimension, so the model stays discrete. z is the nearest level, straight-through. The
-    posterior is a narrow bell over the levels around the encoder's value: it makes the KL terms of the paper
-    well-defined and differentiable.
+    Keeps the fine geometry of low-dimensional observations that one-hot categoricals lose. z is the nearest level,
+    straight-through. The posterior is a narrow bell over the levels around the encoder's value, so that the KL terms of
+    the paper are well-defined and differentiable. The prior is a bell too: the dynamics predictor gives a centre and a
+    width per dimension, and so knows that neighbouring levels are alike; the model stays discrete.
 
     Args:
         num_dims: K.
@@ -146,16 +147,33 @@ class FSQLatent(LatentCode):
         super().__init__(num_dims, num_classes)
         self.width = width
         self.encoder_size = self.latent_size = num_dims
-        self.register_buffer("levels", torch.arange(num_classes, dtype=torch.get_default_dtype()), persistent=False)
+        self.logits_size = 2 * num_dims
+        self.register_buffer("levels", torch.arange(num_classes, dtype=torch.float32), persistent=False)
 
     def _scale(self, features: Tensor) -> Tensor:
         return (features.tanh() + 1) * (0.5 * (self.num_classes - 1))
 
+    def _bell(self, centre: Tensor, width: Tensor | float) -> Tensor:
+        distance = (centre.unsqueeze(-1) - self.levels) / width
+        # Probabilities below e^-30 are denormal numbers, on which CPUs are twenty times slower, and mean nothing.
+        return (-0.5 * distance.square()).clamp(min=-30.0)
+
     def posterior(self, features: Tensor) -> Tensor:
         """Log-probabilities ``[..., K, C]`` of a bell of ``width`` levels around the value before rounding."""
-        distance = (self._scale(features).unsqueeze(-1) - self.levels) / self.width
-        # Probabilities below e^-30 are denormal numbers, on which CPUs are twenty times slower, and mean nothing.
-        return (-0.5 * distance.square()).clamp(min=-30.0).log_softmax(-1)
+        return self._bell(self._scale(features), self.width).log_softmax(-1)
+
+    def _prior_bell(self, logits: Tensor) -> Tensor:
+        centre, width = logits.chunk(2, -1)
+        width = nn.functional.softplus(width) + 0.5 * self.width
+        return self._bell(self._scale(centre), width.unsqueeze(-1))
+
+    def prior(self, logits: Tensor) -> Tensor:
+        """Centres and widths ``[..., 2 K]`` to log-probabilities ``[..., K, C]``."""
+        return self._prior_bell(logits).log_softmax(-1)
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """Centres and widths ``[..., 2 K]`` to probabilities ``[..., K, C]``."""
+        return self._prior_bell(logits).softmax(-1)
 
     def sample_posterior(self, features: Tensor) -> Tensor:
         """Nearest level; gradients pass as if there were no rounding (straight-through)."""

@@ -22,7 +22,7 @@ def plot_learning_curves(
     *,
     references: Mapping[str, Mapping[str, float]] | None = None,
     title: str | None = None,
-) -> None:
+) -> Any:
     """Draw every metric of a run over env steps: evaluation returns first, then what training logged.
 
     Returns named ``evaluation/<match>/<group>`` share one panel per match; each other metric has a panel of its own.
@@ -33,6 +33,9 @@ def plot_learning_curves(
         references: horizontal lines for evaluation panels, as ``{match: {label: value}}``; a match that the run did not
             play is left out. For names without a match, ``evaluation/<group>``, the match is ``"evaluation"``.
         title: above all panels; by default the name of the run's folder.
+
+    Returns:
+        the matplotlib figure.
 
     Raises:
         FileNotFoundError: if the run has no metrics file.
@@ -60,7 +63,15 @@ def plot_learning_curves(
         if name in matches:
             axis.set_ylabel("mean return", fontsize=9)
             axis.legend(fontsize=7, frameon=False)
+        elif _spans_magnitudes([value for points in lines.values() for _, value in points]):
+            axis.set_yscale("log")
     figure.savefig(path, dpi=120)
+    return figure
+
+
+def _spans_magnitudes(values: list[float]) -> bool:
+    """Whether a linear axis would show the first values of a curve and flatten all that follows."""
+    return min(values) > 0 and max(values) > 30 * min(values)
 
 
 def _run_name(run_dir: Path) -> str:

@@ -32,7 +32,7 @@ def plot_open_loop(
     horizon: int = 10,
     num_samples: int = 6,
     num_dims: int = 6,
-) -> None:
+) -> Any:
     """Draw what really happened to one agent, and what the model imagines when given the agent's real actions.
 
     Vector observations: the entries that vary most, over time, with several imagined futures; images: strips of frames.
@@ -50,6 +50,9 @@ def plot_open_loop(
         num_samples: imagined futures.
         num_dims: number of entries drawn of a vector observation.
 
+    Returns:
+        the matplotlib figure.
+
     Raises:
         ValueError: if the episode is not ``[T]`` or too short, or there is no such agent.
         ImportError: if matplotlib is not installed.
@@ -58,6 +61,10 @@ def plot_open_loop(
         raise ValueError(f"plot_open_loop draws one rollout [T], got a batch of {tuple(episode.shape)}")
     if not 0 <= agent < layout.num_agents:
         raise ValueError(f"agent must be an index below {layout.num_agents}, got {agent}")
+    if len(episode) < context_length + horizon:
+        raise ValueError(
+            f"got an episode of {len(episode)} steps, expected context_length + horizon = {context_length} + {horizon}"
+        )
     # The samples are the batch: the same window several times.
     window = to_focal(episode[: context_length + horizon]).expand(num_samples, context_length + horizon)
     result = open_loop(world_model, window, context_length=context_length, horizon=horizon)
@@ -74,6 +81,7 @@ def plot_open_loop(
         fontsize=12,
     )
     figure.savefig(path, dpi=120)
+    return figure
 
 
 @torch.no_grad()

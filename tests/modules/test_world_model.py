@@ -82,7 +82,11 @@ def test_sequence_pass_is_every_agents_every_episode_alone(float64: None, latent
             for key in NOT_OF_THE_SUCCESSOR[1:] + [keys.POSTERIOR]:
                 # Rotary angles are float32 and positions differ.
                 torch.testing.assert_close(
-                    out[key][b, begin:end, n], expected[key[-1]], rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}"
+                    out[key][b, begin:end, n],
+                    expected[key[-1]],
+                    rtol=1e-5,
+                    atol=1e-6,
+                    msg=lambda m, key=key: f"{key}: {m}",
                 )
 
 
@@ -212,9 +216,7 @@ def prefill_and_step(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("context", "end"), [(0, None), (1, None), (1, 0), (4, None), (4, 0), (4, 2), (4, 3)], ids=str
-)
+@pytest.mark.parametrize(("context", "end"), [(0, None), (1, None), (1, 0), (4, None), (4, 0), (4, 2), (4, 3)], ids=str)
 def test_prefill_and_steps_equal_the_sequence_pass(
     float64: None, context: int, end: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -253,11 +253,16 @@ def test_losses_accept_any_module_with_the_keys() -> None:
     def predict(observation: Tensor) -> tuple[Tensor, ...]:
         log_probs = (weight + torch.zeros(3, 7, N, 2, 3)).log_softmax(-1)
         teammates = 50.0 * torch.nn.functional.one_hot(batch[keys.TEAMMATE_ACTION], max(COUNTS))
-        return observation, weight + torch.zeros(3, 7, N, 255), weight + torch.zeros(3, 7, N, 1), teammates, log_probs, log_probs
+        return (
+            observation,
+            weight + torch.zeros(3, 7, N, 255),
+            weight + torch.zeros(3, 7, N, 1),
+            teammates,
+            log_probs,
+            log_probs,
+        )
 
-    world_model = TensorDictModule(
-        predict, in_keys=[keys.OBSERVATION], out_keys=[*outputs, keys.POSTERIOR, keys.PRIOR]
-    )
+    world_model = TensorDictModule(predict, in_keys=[keys.OBSERVATION], out_keys=[*outputs, keys.POSTERIOR, keys.PRIOR])
     loss = WorldModelLoss(world_model)
     assert isinstance(loss.two_hot, SymExpTwoHot)
     losses = loss(batch)
@@ -275,7 +280,9 @@ def test_keys_can_be_renamed() -> None:
     expected = total(loss(batch))
     loss.set_keys(reward=("next", "agents", "my_reward"))
     assert ("next", "agents", "my_reward") in loss.in_keys and keys.REWARD not in loss.in_keys
-    torch.testing.assert_close(total(loss(batch.clone().rename_key_(keys.REWARD, ("next", "agents", "my_reward")))), expected)
+    torch.testing.assert_close(
+        total(loss(batch.clone().rename_key_(keys.REWARD, ("next", "agents", "my_reward")))), expected
+    )
     with pytest.raises(ValueError):
         loss.set_keys(rewards="reward")
 

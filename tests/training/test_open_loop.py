@@ -11,7 +11,7 @@ from matwm_rl import keys
 from matwm_rl.data import make_replay
 from matwm_rl.envs import MockEnv, MultiAgentEnv, make_env
 from matwm_rl.functional import agents_first
-from matwm_rl.modules import Context, State, Step, WorldModel, WorldModelConfig, make_actor, make_critic, latent
+from matwm_rl.modules import Context, State, Step, WorldModel, WorldModelConfig, latent, make_actor, make_critic
 from matwm_rl.training.learner import Learner, LearnerConfig
 from matwm_rl.training.open_loop import episode_windows, open_loop, open_loop_errors
 

@@ -169,6 +169,15 @@ def test_summary_is_plain_json_and_replaced_as_a_whole(tmp_path: Path, monkeypat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.csv", "summary.json"]
 
 
+def test_whoever_reads_while_it_is_replaced_sees_a_whole_file(tmp_path: Path) -> None:
+    path, reader = tmp_path / "a.txt", tmp_path / "reader"
+    files.write_text(path, "old")
+    # A second name stands for a reader who has opened the file: writing into it would change what is read.
+    reader.hardlink_to(path)
+    files.write_text(path, "new")
+    assert (reader.read_text(), path.read_text()) == ("old", "new")
+
+
 @pytest.mark.parametrize(("package", "option"), [("tqdm", "progress"), ("tensorboard", "tensorboard")])
 def test_a_missing_package_is_named_with_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, option: str
