@@ -109,6 +109,15 @@ def test_fsq_posterior_is_a_bell_around_the_value(float64: None) -> None:
         assert int(probs[b, k].argmax()) == int(taken[b, k])
 
 
+def test_fsq_prior_is_a_bell_of_predicted_centre_and_width(float64: None) -> None:
+    code = FSQLatent(2, 6, width=0.7)
+    logits = torch.randn(10, code.logits_size)
+    probs = code.prior(logits).exp()
+    for b, k in itertools.product(range(10), range(2)):
+        centre, width = float(logits[b, k]), math.log1p(math.exp(float(logits[b, 2 + k]))) + 0.35
+        assert probs[b, k].tolist() == pytest.approx(slow_bell(centre, 6, width), rel=1e-6)
+
+
 def test_make_latent() -> None:
     assert isinstance(make_latent("fsq", 2, 3), FSQLatent)
     assert isinstance(make_latent("categorical", 2, 3), CategoricalLatent)
