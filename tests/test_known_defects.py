@@ -317,7 +317,7 @@ def test_kl_vanishes_if_the_prior_foresees_the_posterior_and_then_alone() -> Non
     foreseen = model(batch.clone())[keys.POSTERIOR].movedim(2, 0).detach()
     loss = WorldModelLoss(model, free_nats=0.0)
     assert loss(batch)["kl"] > 0.01
-    model.latent.prior = lambda logits: foreseen
+    model.latent.prior = lambda output, latent: foreseen
     losses = loss(batch)
     for name in ("kl", "loss_dynamics", "loss_representation"):
         assert losses[name].item() == pytest.approx(0.0, abs=1e-5)
@@ -404,5 +404,7 @@ def operations(B: int, T: int, num_agents: int) -> dict[str, int]:
 
 def test_losses_have_no_loops_over_batch_time_or_agents() -> None:
     small = operations(2, 3, 2)
-    for bigger in ((7, 3, 2), (2, 9, 2), (2, 3, 5)):
-        assert operations(*bigger) == small, bigger
+    for bigger in ((22, 3, 2), (2, 23, 2), (2, 3, 12)):
+        # A few more to copy what lies in memory in another order; a loop would add twenty, and more for the gradient.
+        for name, count in operations(*bigger).items():
+            assert count <= small[name] + 8, (name, bigger)

@@ -20,12 +20,12 @@ class LatentCode(nn.Module):
     Attributes:
         encoder_size: number of features the encoder must deliver.
         latent_size: size Z of the feature vector z.
-        logits_size: number of outputs the dynamics predictor must deliver.
+        dynamics_size: number of outputs the dynamics predictor must deliver.
     """
 
     encoder_size: int
     latent_size: int
-    logits_size: int
+    dynamics_size: int
 
     def __init__(self, num_dims: int, num_classes: int) -> None:
         super().__init__()
@@ -33,7 +33,6 @@ class LatentCode(nn.Module):
             raise ValueError(f"a code needs >= 1 dimension and >= 2 classes, got {num_dims} x {num_classes}")
         self.num_dims = num_dims
         self.num_classes = num_classes
-        self.logits_size = num_dims * num_classes
 
     def posterior(self, features: Tensor) -> Tensor:
         """Encoder features ``[..., encoder_size]`` to posterior log-probabilities ``[..., K, C]``."""
@@ -51,17 +50,15 @@ class LatentCode(nn.Module):
         """Invert :meth:`from_index`: z ``[..., Z]`` to class indices ``[..., K]``."""
         raise NotImplementedError
 
-    def prior(self, logits: Tensor) -> Tensor:
-        """Logits of the dynamics predictor ``[..., K * C]`` to log-probabilities ``[..., K, C]``."""
-        return logits.unflatten(-1, (self.num_dims, self.num_classes)).log_softmax(-1)
+    def prior(self, output: Tensor, latent: Tensor) -> Tensor:
+        """Output of the dynamics predictor ``[..., dynamics_size]`` at z_t ``[..., Z]`` to log-probabilities of z_{t+1}
+        ``[..., K, C]``.
+        """
+        raise NotImplementedError
 
-    def probs(self, logits: Tensor) -> Tensor:
-        """Logits ``[..., K * C]`` to the probabilities ``[..., K, C]`` that are sampled."""
-        return logits.unflatten(-1, (self.num_dims, self.num_classes)).softmax(-1)
-
-    def sample_prior(self, logits: Tensor) -> Tensor:
-        """Draw z_{t+1} ``[..., Z]`` from logits of the dynamics predictor ``[..., K * C]``."""
-        return self.from_index(sample_index(self.probs(logits)))
+    def sample_prior(self, output: Tensor, latent: Tensor) -> Tensor:
+        """Draw z_{t+1} ``[..., Z]`` from what :meth:`prior` describes."""
+        return self.from_index(sample_index(self.prior(output, latent).exp()))
 
 
 class CategoricalLatent(LatentCode):
@@ -82,31 +79,32 @@ class CategoricalLatent(LatentCode):
     def __init__(self, num_dims: int = 32, num_classes: int = 32, *, unimix: float = 0.01) -> None:
         super().__init__(num_dims, num_classes)
         self.unimix = unimix
-        self.encoder_size = self.latent_size = num_dims * num_classes
+        self.encoder_size = self.latent_size = self.dynamics_size = num_dims * num_classes
 
-    def _mix(self, logits: Tensor) -> Tensor:
-        log_probs = logits.unflatten(-1, (self.num_dims, self.num_classes)).log_softmax(-1)
+    def _probs(self, logits: Tensor) -> Tensor:
+        probs = logits.unflatten(-1, (self.num_dims, self.num_classes)).softmax(-1)
+        return (1 - self.unimix) * probs + self.unimix / self.num_classes
+
+    def posterior(self, features: Tensor) -> Tensor:
+        """Log-probabilities ``[..., K, C]`` with unimix."""
+        # Computed apart from the probabilities: without unimix their logarithm would underflow.
+        log_probs = features.unflatten(-1, (self.num_dims, self.num_classes)).log_softmax(-1)
         if not self.unimix:
             return log_probs
         uniform = math.log(self.unimix / self.num_classes)
         return torch.logaddexp(log_probs + math.log1p(-self.unimix), torch.full_like(log_probs, uniform))
 
-    def posterior(self, features: Tensor) -> Tensor:
-        """Log-probabilities ``[..., K, C]`` with unimix."""
-        return self._mix(features)
+    def prior(self, output: Tensor, latent: Tensor) -> Tensor:
+        """Logits to log-probabilities ``[..., K, C]`` with unimix; z_t plays no part."""
+        return self.posterior(output)
 
-    def prior(self, logits: Tensor) -> Tensor:
-        """Log-probabilities ``[..., K, C]`` with unimix."""
-        return self._mix(logits)
-
-    def probs(self, logits: Tensor) -> Tensor:
-        """Probabilities ``[..., K, C]`` with unimix."""
-        probs = super().probs(logits)
-        return (1 - self.unimix) * probs + self.unimix / self.num_classes
+    def sample_prior(self, output: Tensor, latent: Tensor) -> Tensor:
+        """Sample one-hots ``[..., Z]``."""
+        return self.from_index(sample_index(self._probs(output)))
 
     def sample_posterior(self, features: Tensor) -> Tensor:
         """Sample one-hots; gradients pass to the probabilities (straight-through)."""
-        probs = self.probs(features)
+        probs = self._probs(features)
         sample = self.from_index(sample_index(probs.detach()))
         probs = probs.flatten(-2)
         return sample + probs - probs.detach()
@@ -126,8 +124,9 @@ class FSQLatent(LatentCode):
 
     Keeps the fine geometry of low-dimensional observations that one-hot categoricals lose. z is the nearest level,
     straight-through. The posterior is a narrow bell over the levels around the encoder's value, so that the KL terms of
-    the paper are well-defined and differentiable. The prior is a bell too: the dynamics predictor gives a centre and a
-    width per dimension, and so knows that neighbouring levels are alike; the model stays discrete.
+    the paper are well-defined and differentiable. The prior is a bell too: for every dimension the dynamics predictor
+    gives by how much it moves on from z_t, and a width. So neighbouring levels are alike, an untrained model predicts
+    that nothing moves, and the model stays discrete.
 
     Args:
         num_dims: K.
@@ -143,11 +142,11 @@ class FSQLatent(LatentCode):
 
     levels: Tensor
 
-    def __init__(self, num_dims: int = 64, num_classes: int = 16, *, width: float = 0.4) -> None:
+    def __init__(self, num_dims: int = 64, num_classes: int = 16, *, width: float = 0.25) -> None:
         super().__init__(num_dims, num_classes)
         self.width = width
         self.encoder_size = self.latent_size = num_dims
-        self.logits_size = 2 * num_dims
+        self.dynamics_size = 2 * num_dims
         self.register_buffer("levels", torch.arange(num_classes, dtype=torch.float32), persistent=False)
 
     def _scale(self, features: Tensor) -> Tensor:
@@ -162,18 +161,12 @@ class FSQLatent(LatentCode):
         """Log-probabilities ``[..., K, C]`` of a bell of ``width`` levels around the value before rounding."""
         return self._bell(self._scale(features), self.width).log_softmax(-1)
 
-    def _prior_bell(self, logits: Tensor) -> Tensor:
-        centre, width = logits.chunk(2, -1)
+    def prior(self, output: Tensor, latent: Tensor) -> Tensor:
+        """Movements and widths ``[..., 2 K]`` from z_t to log-probabilities ``[..., K, C]``."""
+        movement, width = output.chunk(2, -1)
         width = nn.functional.softplus(width) + 0.5 * self.width
-        return self._bell(self._scale(centre), width.unsqueeze(-1))
-
-    def prior(self, logits: Tensor) -> Tensor:
-        """Centres and widths ``[..., 2 K]`` to log-probabilities ``[..., K, C]``."""
-        return self._prior_bell(logits).log_softmax(-1)
-
-    def probs(self, logits: Tensor) -> Tensor:
-        """Centres and widths ``[..., 2 K]`` to probabilities ``[..., K, C]``."""
-        return self._prior_bell(logits).softmax(-1)
+        centre = (latent + movement + 1) * (0.5 * (self.num_classes - 1))
+        return self._bell(centre, width.unsqueeze(-1)).log_softmax(-1)
 
     def sample_posterior(self, features: Tensor) -> Tensor:
         """Nearest level; gradients pass as if there were no rounding (straight-through)."""

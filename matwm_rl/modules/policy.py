@@ -50,6 +50,8 @@ class WorldModelPolicy(TensorDictModuleBase):
 
     def __init__(self, world_model: WorldModel, actor: nn.Module, *, context_length: int = 16) -> None:
         super().__init__()
+        if context_length < 1:
+            raise ValueError(f"context_length must be at least 1, got {context_length}")
         self.world_model = world_model
         self.actor = actor
         self.context_length = context_length

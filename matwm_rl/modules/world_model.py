@@ -123,7 +123,7 @@ class WorldModel(TensorDictModuleBase):
         decoder: ``[N, *batch, Z]`` to observations.
         action_mixer: latents and actions to tokens ``[N, *batch, F]``.
         transformer: the causal sequence model.
-        dynamics: ``[N, *batch, F]`` to ``latent.logits_size`` logits of z_{t+1}.
+        dynamics: ``[N, *batch, F]`` to ``latent.dynamics_size`` outputs that describe z_{t+1}.
         reward: head with ``two_hot.num_bins`` outputs.
         continuation: head with one output, the logit of c_t.
         two_hot: code of the reward.
@@ -268,7 +268,7 @@ class WorldModel(TensorDictModuleBase):
             decoder=decoder,
             action_mixer=ActionMixer(size, width, action_counts=action_counts, scaled=cfg.action_scaling),
             transformer=Transformer(width, **blocks),
-            dynamics=Head(width, latent.logits_size, **head),
+            dynamics=Head(width, latent.dynamics_size, **head),
             reward=Head(width if cfg.reward_input == "hidden" else size, two_hot.num_bins, zero_init=True, **head),
             continuation=Head(width, 1, **head),
             two_hot=two_hot,
@@ -350,7 +350,7 @@ class WorldModel(TensorDictModuleBase):
         shape = action.shape
         tokens = self.action_mixer(state.latent, action).flatten(0, 1).unsqueeze(1)
         hidden = self.transformer.cached(tokens, context.sequence).view(*shape, -1)
-        latent = self.latent.sample_prior(self.dynamics(hidden))
+        latent = self.latent.sample_prior(self.dynamics(hidden), state.latent)
         if self.teammates is not None and context.teammates is not None:
             logits = self.teammates.cached(latent.unsqueeze(2), context.teammates)
         else:
@@ -385,7 +385,7 @@ class WorldModel(TensorDictModuleBase):
             keys.TEAMMATE_LOGITS: self._no_teammates(latent) if self.teammates is None else self.teammates(latent, mask),
             keys.RECONSTRUCTION: self.decode(latent),
             keys.POSTERIOR: self.latent.posterior(next_features),
-            keys.PRIOR: self.latent.prior(self.dynamics(hidden)),
+            keys.PRIOR: self.latent.prior(self.dynamics(hidden), latent),
             keys.REWARD_LOGITS: self.reward(reward_input),
             keys.CONTINUATION_LOGITS: self.continuation(hidden),
         }

@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
+from matwm_rl.functional import balanced_kl
 from matwm_rl.modules import CategoricalLatent, FSQLatent, LatentCode, make_latent
 
 
@@ -14,16 +16,21 @@ def slow_unimix(logits: list[float], share: float) -> list[float]:
     return [(1 - share) * x / sum(exponentials) + share / len(logits) for x in exponentials]
 
 
-@pytest.mark.parametrize("side", ["posterior", "prior"])
-def test_categorical_mixes_one_percent_uniform_into_both_sides(float64: None, side: str) -> None:
+def sides(code: CategoricalLatent, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior of features and prior of the dynamics predictor's output: categoricals treat both alike."""
+    return code.posterior(logits), code.prior(logits, torch.randn(*logits.shape[:-1], code.latent_size))
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["posterior", "prior"])
+def test_categorical_mixes_one_percent_uniform_into_both_sides(float64: None, side: int) -> None:
     code = CategoricalLatent(3, 4)
     features = 5 * torch.randn(6, 12)
-    log_probs = getattr(code, side)(features)
+    log_probs = sides(code, features)[side]
     assert log_probs.shape == (6, 3, 4)
     for b, k in itertools.product(range(6), range(3)):
         expected = slow_unimix(features[b, 4 * k : 4 * k + 4].tolist(), 0.01)
         assert log_probs[b, k].exp().tolist() == pytest.approx(expected, rel=1e-9)
-    extreme = getattr(code, side)(torch.tensor([1e4, 0.0, 0.0, 0.0] * 3))
+    extreme = sides(code, torch.tensor([1e4, 0.0, 0.0, 0.0] * 3))[side]
     assert extreme.exp().min() == pytest.approx(0.01 / 4)
 
 
@@ -66,7 +73,9 @@ def test_indices_and_vectors_are_inverse(code: LatentCode) -> None:
 def test_distributions_are_normalised_and_finite(code: LatentCode) -> None:
     for log_probs in (
         code.posterior(100 * torch.randn(20, code.encoder_size)),
-        code.prior(100 * torch.randn(20, code.logits_size)),
+        code.prior(
+            100 * torch.randn(20, code.dynamics_size), code.sample_posterior(torch.randn(20, code.encoder_size))
+        ),
     ):
         assert log_probs.shape == (20, 3, code.num_classes)
         torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(20, 3))
@@ -75,11 +84,10 @@ def test_distributions_are_normalised_and_finite(code: LatentCode) -> None:
 
 @pytest.mark.parametrize("code", CODES)
 def test_prior_is_sampled_from_what_the_loss_sees(code: LatentCode) -> None:
-    logits = torch.randn(20, code.logits_size)
-    torch.testing.assert_close(code.probs(logits), code.prior(logits).exp())
-    one = logits[:1].expand(20_000, -1)
-    drawn = torch.nn.functional.one_hot(code.to_index(code.sample_prior(one)), code.num_classes).float().mean(0)
-    assert (drawn - code.prior(logits[0]).exp()).abs().max() < 5 * 0.5 / math.sqrt(20_000)
+    output, latent = torch.randn(code.dynamics_size), code.from_index(torch.randint(code.num_classes, (3,)))
+    many = code.sample_prior(output.expand(20_000, -1), latent.expand(20_000, -1))
+    drawn = torch.nn.functional.one_hot(code.to_index(many), code.num_classes).float().mean(0)
+    assert (drawn - code.prior(output, latent).exp()).abs().max() < 5 * 0.5 / math.sqrt(20_000)
 
 
 def test_fsq_takes_the_nearest_level_straight_through(float64: None) -> None:
@@ -93,8 +101,9 @@ def test_fsq_takes_the_nearest_level_straight_through(float64: None) -> None:
     torch.testing.assert_close(grad, 1 - features.detach().tanh().square())
 
 
-def slow_bell(x: float, classes: int, width: float) -> list[float]:
-    position = (math.tanh(x) + 1) / 2 * (classes - 1)
+def slow_bell(centre: float, classes: int, width: float) -> list[float]:
+    """Over levels; ``centre`` counts from -1, the first level, to 1, the last."""
+    position = (centre + 1) / 2 * (classes - 1)
     bells = [math.exp(max(-30.0, -0.5 * ((position - c) / width) ** 2)) for c in range(classes)]
     return [bell / sum(bells) for bell in bells]
 
@@ -105,17 +114,31 @@ def test_fsq_posterior_is_a_bell_around_the_value(float64: None) -> None:
     probs = code.posterior(features).exp()
     taken = code.to_index(code.sample_posterior(features))
     for b, k in itertools.product(range(10), range(2)):
-        assert probs[b, k].tolist() == pytest.approx(slow_bell(float(features[b, k]), 6, 0.7), rel=1e-6)
+        assert probs[b, k].tolist() == pytest.approx(slow_bell(math.tanh(float(features[b, k])), 6, 0.7), rel=1e-6)
         assert int(probs[b, k].argmax()) == int(taken[b, k])
 
 
-def test_fsq_prior_is_a_bell_of_predicted_centre_and_width(float64: None) -> None:
+def test_fsq_prior_is_a_bell_moved_on_from_the_present_latent(float64: None) -> None:
     code = FSQLatent(2, 6, width=0.7)
-    logits = torch.randn(10, code.logits_size)
-    probs = code.prior(logits).exp()
+    output, latent = 0.5 * torch.randn(10, code.dynamics_size), code.sample_posterior(torch.randn(10, 2))
+    probs = code.prior(output, latent).exp()
     for b, k in itertools.product(range(10), range(2)):
-        centre, width = float(logits[b, k]), math.log1p(math.exp(float(logits[b, 2 + k]))) + 0.35
-        assert probs[b, k].tolist() == pytest.approx(slow_bell(centre, 6, width), rel=1e-6)
+        width = math.log1p(math.exp(float(output[b, 2 + k]))) + 0.35
+        expected = slow_bell(float(latent[b, k] + output[b, k]), 6, width)
+        assert probs[b, k].tolist() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.xfail(reason="the clamp of far levels leaves the prior no gradient back to them", strict=True)
+@pytest.mark.parametrize("distance", [2, 5, 9])
+def test_fsq_prior_is_drawn_to_a_posterior_at_any_distance(distance: int) -> None:
+    """A confident and wrong prior must be moved, and widened until it is right."""
+    code = FSQLatent(1, 16)
+    seen = code.from_index(torch.tensor([[3 + distance]])).clamp(-0.999, 0.999).atanh()
+    output = torch.tensor([[0.0, -4.0]], requires_grad=True)
+    log_probs = code.prior(output, code.from_index(torch.tensor([[3]])))
+    balanced_kl(code.posterior(seen), log_probs)[0].sum().backward()
+    movement, width = output.grad[0].tolist()
+    assert movement < -1e-2 and width < -1e-2
 
 
 def test_make_latent() -> None:
@@ -129,5 +152,5 @@ def test_make_latent() -> None:
 
 def test_prior_samples_carry_no_gradient() -> None:
     code = CategoricalLatent(2, 3)
-    logits = torch.randn(4, 6, requires_grad=True)
-    assert not code.sample_prior(logits).requires_grad
+    output = torch.randn(4, 6, requires_grad=True)
+    assert not code.sample_prior(output, torch.randn(4, 6)).requires_grad

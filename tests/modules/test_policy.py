@@ -213,3 +213,8 @@ def test_missing_primer_is_explained() -> None:
     policy = make_policy()
     with pytest.raises(KeyError, match="make_tensordict_primer"):
         mock_env().rollout(2, policy)
+
+
+def test_a_policy_without_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match="context_length must be at least 1, got 0"):
+        make_policy(context_length=0)

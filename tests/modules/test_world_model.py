@@ -62,7 +62,7 @@ def alone(model: WorldModel, n: int, agents: TensorDict, latent: Tensor) -> dict
         "reconstruction": for_agent(model.decoder, n, latent),
         "mask_logits": for_agent(model.action_mask, n, latent),
         "posterior_log_probs": model.latent.posterior(successor),
-        "prior_log_probs": model.latent.prior(for_agent(model.dynamics, n, hidden)),
+        "prior_log_probs": model.latent.prior(for_agent(model.dynamics, n, hidden), latent),
         "reward_logits": for_agent(model.reward, n, hidden),
         "continuation_logits": for_agent(model.continuation, n, hidden),
     }
@@ -208,7 +208,7 @@ def prefill_and_step(
     state, context = model.prefill(latent[:, :, : C + 1], action[:, :, :C], valid, H)
     states, rewards = [state], []
     for t in range(C, C + H):
-        monkeypatch.setattr(model.latent, "sample_prior", lambda logits, t=t: latent[:, :, t + 1])
+        monkeypatch.setattr(model.latent, "sample_prior", lambda output, z, t=t: latent[:, :, t + 1])
         step = model.step(states[-1], action[:, :, t], context)
         states.append(step.state)
         rewards.append(step.reward)
@@ -275,7 +275,7 @@ def test_step_decodes_reward_and_continuation_and_samples_the_prior(float64: Non
     torch.testing.assert_close(step.state.hidden[:, :1], hidden)
     torch.testing.assert_close(step.continuation[:, :1], model.continuation(hidden).squeeze(-1).sigmoid())
     torch.testing.assert_close(step.reward[:, :1], model.two_hot.decode(model.reward(hidden)))
-    probs = model.latent.prior(model.dynamics(hidden)).exp().flatten(-2).squeeze(1)
+    probs = model.latent.prior(model.dynamics(hidden), latent[:, :1, -1]).exp().flatten(-2).squeeze(1)
     assert (step.state.latent.mean(1) - probs).abs().max() < 5 * 0.5 / 2000**0.5
 
 
