@@ -4,7 +4,7 @@
     python examples/simple_tag.py env=vmas/simple_tag seed=1   # any entry of conf/ can be overridden
     python examples/simple_tag.py preset=paper device=cuda     # the paper's sizes; the default where there is a GPU
 
-The run folder gets summary.json, metrics.csv, TensorBoard events, a checkpoint to resume from, the policy, and pictures.
+The run folder gets summary.json, metrics.csv, TensorBoard events, a checkpoint to resume from, the policy, pictures.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from matwm_rl.training import (
     save_policy,
 )
 
-# Mean returns of mpe2's pursuers, for the picture: random ones, scripted chasers, the best model-free method at 25,000 steps.
+# Mean returns of mpe2's pursuers, for the picture: random, scripted, and the best model-free method's after 25k steps.
 REFERENCES = {
     "adversaries_vs_random_prey": {"random": 4.5, "scripted": 45.8, "model-free, 25k": 10.5},
     "adversaries_vs_fleeing_prey": {"random": 1.6, "scripted": 14.5, "model-free, 25k": 5.4},
@@ -112,7 +112,6 @@ def main(cfg: DictConfig) -> None:
         log.note(f"{env_steps} steps: {matches}")
         save_checkpoint(run_dir, learner=learner, replay=replay, env_steps=env_steps)
         save_policy(run_dir / "policy.pt", policy, layout=layout, world_model=model_config, actor=cfg.actor_critic)
-        draw_pictures(cfg, run_dir, policy, log)
         log.write_summary(
             {
                 "env": cfg.env,
@@ -125,6 +124,7 @@ def main(cfg: DictConfig) -> None:
                 "evaluation_episodes": matches.episodes,
             }
         )
+        draw_pictures(cfg, run_dir, policy, log)
         log.note(f"results in {run_dir}")
 
 

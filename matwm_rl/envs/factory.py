@@ -102,6 +102,8 @@ def _make_butterfly(task: str, *, device: torch.device | str | None, **kwargs: A
     # pygame opens a window at import otherwise, which fails on a machine without a screen.
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     package = _import("pettingzoo.butterfly", extra="butterfly")
+    # Without a render mode some of them never draw what their agents observe.
+    kwargs.setdefault("render_mode", "rgb_array")
     if task.startswith("pistonball"):
         kwargs.setdefault("continuous", False)
     return _wrap_pettingzoo(_module(package, task, "butterfly"), device=device, **kwargs)

@@ -9,7 +9,8 @@ from matwm_rl.modules.policy import CONTEXT_KEYS, WorldModelPolicy
 from matwm_rl.modules.stacked import StackedLayerNorm, StackedLinear, StackedMLP
 from matwm_rl.modules.transformer import KVCache, Transformer
 from matwm_rl.modules.two_hot import TwoHot
-from matwm_rl.modules.world_model import Context, State, Step, WorldModel, WorldModelConfig
+from matwm_rl.modules.world_model import Context, State, Step, WorldModel
+from matwm_rl.modules.world_model_config import WorldModelConfig
 
 __all__ = [
     "CONTEXT_KEYS",

@@ -81,8 +81,8 @@ def make_actor(world_model: WorldModel, *, num_cells: int = 512, depth: int = 2)
         num_cells: width of the hidden layers.
         depth: number of hidden layers.
 
-    Keys read: ``("agents", "latent" | "hidden" | "teammate_logits" | "action_mask")``; written: ``("agents", "logits")``,
-    ``("agents", "action")``. The distribution never gives weight to an action that the mask forbids.
+    Keys read: ``("agents", "latent" | "hidden" | "teammate_logits" | "action_mask")``; written:
+    ``("agents", "logits" | "action")``. The distribution never gives weight to an action that the mask forbids.
 
     Examples:
         >>> from matwm_rl.envs import make_env

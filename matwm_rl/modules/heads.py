@@ -20,8 +20,8 @@ ILLEGAL_LOGIT = -1e9
 class ActionMixer(nn.Module):
     """Mix latent and action into one token: ``e_t = z_t W + E[offset_i + a_t]`` (section 2, action scaling).
 
-    The linear map of a one-hot is a row look-up. With scaling, agent i's rows start at ``A_0 + .. + A_{i-1}``: this alone
-    tells the shared model which agent is focal. Without it all agents use the same rows.
+    The linear map of a one-hot is a row look-up. With scaling, agent i's rows start at ``A_0 + .. + A_{i-1}``: this
+    alone tells the shared model which agent is focal. Without it all agents use the same rows.
 
     Args:
         latent_size: Z.
@@ -91,8 +91,8 @@ class Head(nn.Module):
 class TeammatePredictor(nn.Module):
     """Predicts what every other agent does, from the focal agent's latents alone (section 2).
 
-    A transformer of its own over z_0..z_t. The latents enter with stop-gradient. Logits of actions that an agent does not
-    have are :data:`ILLEGAL_LOGIT`.
+    A transformer of its own over z_0..z_t. The latents enter with stop-gradient. Logits of actions that an agent does
+    not have are :data:`ILLEGAL_LOGIT`.
 
     Args:
         latent_size: Z.

@@ -7,6 +7,7 @@ turns class indices drawn from the dynamics predictor into the same feature vect
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,11 @@ class LatentCode(nn.Module):
         raise NotImplementedError
 
     def prior(self, output: Tensor, latent: Tensor) -> Tensor:
-        """Output of the dynamics predictor ``[..., dynamics_size]`` at z_t ``[..., Z]`` to log-probabilities of z_{t+1}
-        ``[..., K, C]``.
+        """Log-probabilities of z_{t+1} ``[..., K, C]``, given the dynamics predictor's output and z_t.
+
+        Args:
+            output: ``[..., dynamics_size]``.
+            latent: z_t, ``[..., Z]``.
         """
         raise NotImplementedError
 
@@ -190,7 +194,7 @@ def make_latent(kind: str, num_dims: int, num_classes: int) -> LatentCode:
         >>> make_latent("fsq", 8, 4).latent_size
         8
     """
-    codes = {"categorical": CategoricalLatent, "fsq": FSQLatent}
+    codes: dict[str, Callable[[int, int], LatentCode]] = {"categorical": CategoricalLatent, "fsq": FSQLatent}
     if kind not in codes:
         raise ValueError(f"unknown latent code {kind!r}; choose one of {sorted(codes)}")
     return codes[kind](num_dims, num_classes)

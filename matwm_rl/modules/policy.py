@@ -22,11 +22,10 @@ CONTEXT_KEYS = [CONTEXT_CODE, CONTEXT_ACTION, CONTEXT_LENGTH]
 class WorldModelPolicy(TensorDictModuleBase):
     """All agents act: the posterior of the current observation, the history of this episode, then the actors.
 
-    Decentralised: agent i's action depends on agent i's observations and actions alone. The policy is stateless; the last
-    ``context_length`` steps travel in the tensordict as class indices and actions, and the transformer runs over them
-    again at every step. So every step of an episode costs the same, and a context never holds what an older version of
-    the weights had made of it. Append :meth:`make_tensordict_primer` to the environment: it starts the context with every
-    episode.
+    Decentralised: agent i's action depends on agent i's observations and actions alone. The policy is stateless; the
+    last ``context_length`` steps travel in the tensordict as class indices and actions, and the transformer runs over
+    them again at every step. So every step of an episode costs the same, and the context is always read with the
+    newest weights. Append :meth:`make_tensordict_primer` to the environment: it starts the context with every episode.
 
     Args:
         world_model: the shared world model.

@@ -50,7 +50,9 @@ class StackedLinear(nn.Module):
         if len(self.runs) == 1:
             return nn.functional.linear(x, self.weight[0].T, self.bias[0])
         if x.shape[0] != self.num_agents:
-            raise ValueError(f"expected {self.num_agents} agents in dimension 0, got a tensor of shape {tuple(x.shape)}")
+            raise ValueError(
+                f"expected {self.num_agents} agents in dimension 0, got a tensor of shape {tuple(x.shape)}"
+            )
         if self.per_agent:
             out = torch.baddbmm(self.bias.unsqueeze(1), x.reshape(self.num_agents, -1, x.shape[-1]), self.weight)
             return out.view(*x.shape[:-1], -1)

@@ -53,11 +53,11 @@ class TransformerBlock(nn.Module):
         self.qkv = nn.Linear(features, 3 * features, bias=False)
         self.out = nn.Linear(features, features, bias=False)
         self.norm_feedforward = nn.LayerNorm(features)
-        self.feedforward = nn.Sequential(
-            nn.Linear(features, feedforward), nn.SiLU(), nn.Linear(feedforward, features)
-        )
+        self.feedforward = nn.Sequential(nn.Linear(features, feedforward), nn.SiLU(), nn.Linear(feedforward, features))
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None, layer: int
+    ) -> Tensor:
         """``x [M, T, D]``; ``mask`` bool, broadcastable to ``[M, 1, T, keys]``, true where attention is allowed."""
         dropout = self.dropout if self.training and cache is None else 0.0
         qkv = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.num_heads, -1))
@@ -82,8 +82,8 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """Causal transformer with rotary positions: a whole sequence at once, or step by step over a cache.
 
-    Attention depends on relative positions alone, so positions restart with every episode by masking, and a context that
-    rolls over costs nothing.
+    Attention depends on relative positions alone: where it is masked to an episode, positions count within it, and a
+    context may roll on for ever.
 
     Args:
         features: D, size of input and output.

@@ -17,60 +17,14 @@ from torch import Tensor, nn
 
 from matwm_rl import keys
 from matwm_rl.functional import agents_first, agents_last, causal_segment_mask, segment_ids, shift_within_segments
-from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, MLPDecoder, MLPEncoder
-from matwm_rl.modules.heads import ActionMixer, Head, TeammatePredictor
-from matwm_rl.modules.latent import LatentCode, make_latent
+from matwm_rl.modules.heads import TeammatePredictor
+from matwm_rl.modules.latent import LatentCode
 from matwm_rl.modules.transformer import KVCache, Transformer
 from matwm_rl.modules.two_hot import TwoHot
+from matwm_rl.modules.world_model_config import WorldModelConfig, build_parts
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
-
-
-@dataclass(kw_only=True)
-class WorldModelConfig:
-    """Sizes and switches of :meth:`WorldModel.from_layout`; the defaults are the paper's (Table C.6).
-
-    Attributes:
-        hidden_size: width of the transformers and of all MLPs.
-        num_layers: blocks of each transformer.
-        num_heads: attention heads of each transformer.
-        dropout: dropout of the transformers.
-        latent: ``"categorical"`` (the paper's) or ``"fsq"`` (finer, for vector observations).
-        num_dims: K, code dimensions.
-        num_classes: C, classes (levels) per code dimension.
-        encoder_depth: hidden layers of the MLP encoder and decoder.
-        fourier_features: frequencies of the sines and cosines of vector observations that the encoder also reads
-            (ours); 0 is the paper's.
-        head_depth: hidden layers of the heads.
-        channels: channels of the first convolution, for images.
-        reward_input: what the reward predictor reads: ``"hidden"`` (h_t, the paper's) or ``"next_latent"`` (z_{t+1}).
-        reward_interpolation: see :class:`~matwm_rl.modules.TwoHot`.
-        group_layers: own first encoder layer and own last layers per group of unlike agents (ours); off = the paper's.
-        teammate_predictor: switch of the paper's ablation.
-        teammate_hidden_size: width of the teammate predictor; ``None``: that of the world model.
-        action_scaling: switch of the paper's ablation.
-        predict_mask: whether to learn the legal-action mask; ``None``: if the environment has one.
-    """
-
-    hidden_size: int = 512
-    num_layers: int = 2
-    num_heads: int = 8
-    dropout: float = 0.1
-    latent: str = "categorical"
-    num_dims: int = 32
-    num_classes: int = 32
-    encoder_depth: int = 3
-    fourier_features: int = 0
-    head_depth: int = 2
-    channels: int = 32
-    reward_input: str = "hidden"
-    reward_interpolation: str = "raw"
-    group_layers: bool = True
-    teammate_predictor: bool = True
-    teammate_hidden_size: int | None = None
-    action_scaling: bool = True
-    predict_mask: bool | None = None
 
 
 @dataclass
@@ -114,8 +68,8 @@ class Step:
 class WorldModel(TensorDictModuleBase):
     """The one world model of all agents (section 2), made of exchangeable parts.
 
-    Build it with :meth:`from_env` or :meth:`from_layout`, or give the parts yourself. Agents are a batch dimension: every
-    part sees tensors ``[N, *batch, F]``.
+    Build it with :meth:`from_env` or :meth:`from_layout`, or give the parts yourself. Agents are a batch dimension:
+    every part sees tensors ``[N, *batch, F]``.
 
     Args:
         encoder: observations ``[N, *batch, *O]`` to ``[N, *batch, latent.encoder_size]``.
@@ -171,8 +125,6 @@ class WorldModel(TensorDictModuleBase):
         reward_input: str = "hidden",
         observation_dims: int = 1,
     ) -> None:
-        if reward_input not in ("hidden", "next_latent"):
-            raise ValueError(f"reward_input must be 'hidden' or 'next_latent', got {reward_input!r}")
         super().__init__()
         self.encoder, self.latent, self.decoder = encoder, latent, decoder
         self.action_mixer, self.transformer = action_mixer, transformer
@@ -242,50 +194,10 @@ class WorldModel(TensorDictModuleBase):
             has_action_mask: whether legal actions change from step to step.
             config: sizes and switches.
         """
-        cfg = config or WorldModelConfig()
-        image = len(observation_shape) == 3
-        num_agents, num_actions = len(action_counts), max(action_counts)
-        # Images have one common layout, so their agents are alike for the encoder whatever their groups.
-        groups = list(group_index) if cfg.group_layers and not image else [0] * num_agents
-        latent = make_latent(cfg.latent, cfg.num_dims, cfg.num_classes)
-        size, width = latent.latent_size, cfg.hidden_size
-        encoder: nn.Module
-        decoder: nn.Module
-        if image:
-            encoder = CNNEncoder(observation_shape, latent.encoder_size, channels=cfg.channels)
-            decoder = CNNDecoder(size, observation_shape, channels=cfg.channels)
-        else:
-            shape = {"group_index": groups, "num_cells": width, "depth": cfg.encoder_depth}
-            encoder = MLPEncoder(observation_shape[0], latent.encoder_size, fourier_features=cfg.fourier_features, **shape)
-            decoder = MLPDecoder(size, observation_shape[0], **shape)
-        blocks = {"num_layers": cfg.num_layers, "num_heads": cfg.num_heads, "dropout": cfg.dropout}
-        head = {"group_index": groups, "num_cells": width, "depth": cfg.head_depth}
-        two_hot = TwoHot(interpolation=cfg.reward_interpolation)
-        predict_mask = has_action_mask if cfg.predict_mask is None else cfg.predict_mask
-        return cls(
-            encoder=encoder,
-            latent=latent,
-            decoder=decoder,
-            action_mixer=ActionMixer(size, width, action_counts=action_counts, scaled=cfg.action_scaling),
-            transformer=Transformer(width, **blocks),
-            dynamics=Head(width, latent.dynamics_size, **head),
-            reward=Head(width if cfg.reward_input == "hidden" else size, two_hot.num_bins, zero_init=True, **head),
-            continuation=Head(width, 1, **head),
-            two_hot=two_hot,
-            legal=torch.arange(num_actions) < torch.tensor(list(action_counts)).unsqueeze(-1),
-            action_mask=Head(size, num_actions, **head) if predict_mask else None,
-            teammates=TeammatePredictor(
-                size,
-                action_counts=action_counts,
-                group_index=groups,
-                features=cfg.teammate_hidden_size or width,
-                **blocks,
-            )
-            if cfg.teammate_predictor and num_agents > 1
-            else None,
-            reward_input=cfg.reward_input,
-            observation_dims=len(observation_shape),
+        parts = build_parts(
+            config or WorldModelConfig(), observation_shape, action_counts, group_index, has_action_mask
         )
+        return cls(**parts)
 
     # -- verbs -------------------------------------------------------------------------------------------------------
 
@@ -382,7 +294,9 @@ class WorldModel(TensorDictModuleBase):
         outputs = {
             keys.LATENT: latent,
             keys.HIDDEN: shift_within_segments(hidden, segments),
-            keys.TEAMMATE_LOGITS: self._no_teammates(latent) if self.teammates is None else self.teammates(latent, mask),
+            keys.TEAMMATE_LOGITS: self._no_teammates(latent)
+            if self.teammates is None
+            else self.teammates(latent, mask),
             keys.RECONSTRUCTION: self.decode(latent),
             keys.POSTERIOR: self.latent.posterior(next_features),
             keys.PRIOR: self.latent.prior(self.dynamics(hidden), latent),
@@ -403,9 +317,9 @@ class WorldModel(TensorDictModuleBase):
         if value is None or value.ndim != expected or value.shape[tensordict.ndim] != self.num_agents:
             found = "no entry" if value is None else f"shape {tuple(value.shape)}"
             raise ValueError(
-                f"WorldModel reads {key} as [*batch, T, {self.num_agents} agents] with {event_dims} dimension(s) behind, "
-                f"from a tensordict of batch size {tuple(tensordict.batch_size)}; found {found}. Rollouts get the "
-                "per-agent entries from matwm_rl.data.to_focal"
+                f"WorldModel reads {key} as [*batch, T, {self.num_agents} agents] with {event_dims} dimension(s) "
+                f"behind, from a tensordict of batch size {tuple(tensordict.batch_size)}; found {found}. "
+                "Rollouts get the per-agent entries from matwm_rl.data.to_focal"
             )
         value = agents_first(value, event_dims)
         return value.reshape(value.shape[0], -1, tensordict.shape[-1], *value.shape[1 + tensordict.ndim :])

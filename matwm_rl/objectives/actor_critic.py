@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -154,6 +155,7 @@ class CriticLoss(LossModule):
     critic_network: TensorDictModuleBase
     critic_network_params: TensorDictParams
     target_critic_network_params: TensorDictParams
+    two_hot: Any
 
     def __init__(self, critic_network: TensorDictModuleBase, *, two_hot: nn.Module | None = None) -> None:
         super().__init__()

@@ -31,7 +31,8 @@ class LambdaReturn(TensorDictModuleBase):
         >>> from tensordict import TensorDict
         >>> from tensordict.nn import TensorDictModule
         >>> critic = TensorDictModule(torch.zeros_like, in_keys=[("agents", "x")], out_keys=[("agents", "state_value")])
-        >>> step = {"reward": torch.ones(1, 3, 2, 1), "continuation": torch.ones(1, 3, 2, 1), "x": torch.zeros(1, 3, 2, 1)}
+        >>> one = torch.ones(1, 3, 2, 1)
+        >>> step = {"reward": one, "continuation": one, "x": one}
         >>> imagined = TensorDict({"agents": {"x": step["x"]}, "next": {"agents": step}}, batch_size=[1, 3])
         >>> LambdaReturn(critic, gamma=0.5, lmbda=1.0)(imagined)["agents", "lambda_return"][0, :, 0, 0].tolist()
         [1.75, 1.5, 1.0]
@@ -57,7 +58,7 @@ class LambdaReturn(TensorDictModuleBase):
         values = self.critic(torch.cat([states, last], 1)).get(keys.STATE_VALUE)
         reward, continuation = tensordict.get(keys.REWARD), tensordict.get(keys.CONTINUATION)
         returns = lambda_return(
-            *(x.movedim(1, -1) for x in (reward, continuation, values[:, 1:])), gamma=self.gamma, lmbda=self.lmbda
+            reward.movedim(1, -1), continuation.movedim(1, -1), values[:, 1:].movedim(1, -1), self.gamma, self.lmbda
         )
         reached = torch.cat([torch.ones_like(continuation[:, :1]), continuation[:, :-1]], 1).cumprod(1)
         tensordict.set(keys.STATE_VALUE, values[:, :-1])

@@ -32,9 +32,9 @@ class WorldModelLossWeights:
 class WorldModelLoss(LossModule):
     """Loss of the shared world model, and the only loss that holds its parameters.
 
-    ``L = L_rec + L_rew + L_con + L_team + b1 (L_mask + L_dyn) + b2 L_rep``, each a mean over sequences, steps and living
-    agents. Nothing is asked for across an episode's end; a truncated episode goes on (c = 1); the death of the focal
-    agent ends its own future (c = 0).
+    ``L = L_rec + L_rew + L_con + L_team + b1 (L_mask + L_dyn) + b2 L_rep``, each a mean over sequences, steps and
+    living agents. Nothing is asked for across an episode's end; a truncated episode goes on (c = 1); the death of the
+    focal agent ends its own future (c = 0).
 
     Args:
         world_model: any module with the keys of :class:`~matwm_rl.modules.WorldModel`.
@@ -46,9 +46,9 @@ class WorldModelLoss(LossModule):
     "action_mask")``, ``("next", "agents", "reward" | "terminated" | "alive")``. The alive entries are optional, the
     action mask is read where the model predicts one.
 
-    Keys written: ``loss_reconstruction``, ``loss_reward``, ``loss_continuation``, ``loss_teammate``, ``loss_mask`` (where
-    predicted), ``loss_dynamics``, ``loss_representation``: weighted scalars, to be summed; and ``kl``, the unclamped KL
-    in nats, for logs.
+    Keys written: ``loss_reconstruction``, ``loss_reward``, ``loss_continuation``, ``loss_teammate``, ``loss_mask``
+    (where predicted), ``loss_dynamics``, ``loss_representation``: weighted scalars, to be summed; and ``kl``, the
+    unclamped KL in nats, for logs.
 
     Examples:
         >>> from matwm_rl.data import to_focal

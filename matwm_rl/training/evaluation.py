@@ -34,7 +34,9 @@ class Returns:
     def per_group(self) -> dict[str, float]:
         """Mean return of an agent of each original group."""
         means = self.per_agent()
-        return {group: sum(means[name] for name in names) / len(names) for group, names in self.layout.group_map.items()}
+        return {
+            group: sum(means[name] for name in names) / len(names) for group, names in self.layout.group_map.items()
+        }
 
 
 @torch.no_grad()
@@ -50,7 +52,7 @@ def evaluate(
     Every environment of a batched one plays the same number, so that short episodes are not over-represented.
 
     Args:
-        env: made by :func:`~matwm_rl.envs.make_env`, with the policy's primer if it has one; any number of environments.
+        env: made by :func:`~matwm_rl.envs.make_env`, one or a batch, with the policy's primer if it has one.
         policy: writes ``("agents", "action")``.
         episodes: at least so many; rounded up to a multiple of the number of environments.
         exploration: sample actions (default) or take the likeliest (``ExplorationType.DETERMINISTIC``).

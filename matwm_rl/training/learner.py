@@ -88,7 +88,7 @@ class Learner:
         >>> world_model = WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
         >>> learner = Learner(world_model, make_actor(world_model), make_critic(world_model), LearnerConfig(horizon=3))
         >>> replay = make_replay(
-        ...     capacity=100, num_agents=3, sequence_length=8, sequences_per_agent=2, starts_per_agent=4, context_length=2
+        ...     num_agents=3, sequences_per_agent=2, starts_per_agent=4, sequence_length=8, context_length=2
         ... )
         >>> replay.extend(env.rollout(50, break_when_any_done=False))
         >>> metrics = learner.update(replay)

@@ -42,11 +42,11 @@ class RandomActions(TensorDictModuleBase):
 class TagScript(TensorDictModuleBase):
     """Scripted agents of simple_tag (mpe2 and VMAS): pursuers chase, the evader flees.
 
-    A pursuer steps along the larger axis towards the evader. The evader steps along the larger axis away from the nearest
-    pursuer, and back towards the centre when it has left the arena (a coordinate beyond 0.9, where mpe2's penalty begins).
-    Observations of both are ``[velocity 2, position 2, landmarks 2 each, other agents 2 each, ...]``, all
-    relative but the first two. Actions of mpe2 are 0 stay, 1 left, 2 right, 3 down, 4 up; VMAS has nine, ``3 x + y`` with
-    x and y each 0 stay, 1 down, 2 up.
+    A pursuer steps along the larger axis towards the evader. The evader steps along the larger axis away from the
+    nearest pursuer, and back towards the centre when it has left the arena (a coordinate beyond 0.9, where mpe2's
+    penalty begins). Observations of both are ``[velocity 2, position 2, landmarks 2 each, other agents 2 each, ...]``,
+    all relative but the first two. Actions of mpe2 are 0 stay, 1 left, 2 right, 3 down, 4 up; VMAS has nine,
+    ``3 x + y`` with x and y each 0 stay, 1 down, 2 up.
 
     Args:
         layout: of a simple_tag environment with one evader.

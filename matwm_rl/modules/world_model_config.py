@@ -1,0 +1,132 @@
+"""Sizes and switches of the world model, and the parts that they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, MLPDecoder, MLPEncoder
+from matwm_rl.modules.heads import ActionMixer, Head, TeammatePredictor
+from matwm_rl.modules.latent import make_latent
+from matwm_rl.modules.transformer import Transformer
+from matwm_rl.modules.two_hot import TwoHot
+
+
+@dataclass(kw_only=True)
+class WorldModelConfig:
+    """Sizes and switches of :meth:`WorldModel.from_layout`; the defaults are the paper's (Table C.6).
+
+    Attributes:
+        hidden_size: width of the transformers and of all MLPs.
+        num_layers: blocks of each transformer.
+        num_heads: attention heads of each transformer.
+        dropout: dropout of the transformers.
+        latent: ``"categorical"`` (the paper's) or ``"fsq"`` (finer, for vector observations).
+        num_dims: K, code dimensions.
+        num_classes: C, classes (levels) per code dimension.
+        encoder_depth: hidden layers of the MLP encoder and decoder.
+        fourier_features: frequencies of the sines and cosines of vector observations that the encoder also reads
+            (ours); 0 is the paper's.
+        head_depth: hidden layers of the heads.
+        channels: channels of the first convolution, for images.
+        reward_input: what the reward predictor reads: ``"hidden"`` (h_t, the paper's) or ``"next_latent"`` (z_{t+1}).
+        reward_interpolation: see :class:`~matwm_rl.modules.TwoHot`.
+        group_layers: own first encoder layer and own last layers per group of unlike agents (ours); off = the paper's.
+        teammate_predictor: switch of the paper's ablation.
+        teammate_hidden_size: width of the teammate predictor; ``None``: that of the world model.
+        action_scaling: switch of the paper's ablation.
+        predict_mask: whether to learn the legal-action mask; ``None``: if the environment has one.
+    """
+
+    hidden_size: int = 512
+    num_layers: int = 2
+    num_heads: int = 8
+    dropout: float = 0.1
+    latent: str = "categorical"
+    num_dims: int = 32
+    num_classes: int = 32
+    encoder_depth: int = 3
+    fourier_features: int = 0
+    head_depth: int = 2
+    channels: int = 32
+    reward_input: str = "hidden"
+    reward_interpolation: str = "raw"
+    group_layers: bool = True
+    teammate_predictor: bool = True
+    teammate_hidden_size: int | None = None
+    action_scaling: bool = True
+    predict_mask: bool | None = None
+
+
+def build_parts(
+    cfg: WorldModelConfig,
+    observation_shape: Sequence[int],
+    action_counts: Sequence[int],
+    group_index: Sequence[int],
+    has_action_mask: bool,
+) -> dict[str, Any]:
+    """The parts of a :class:`~matwm_rl.modules.WorldModel`, by the names of its arguments.
+
+    Args:
+        cfg: sizes and switches.
+        observation_shape: ``[D]`` or ``[channels, S, S]``, after padding.
+        action_counts: number of actions of each agent.
+        group_index: group of each agent.
+        has_action_mask: whether legal actions change from step to step.
+    """
+    if cfg.reward_input not in ("hidden", "next_latent"):
+        raise ValueError(f"reward_input must be 'hidden' or 'next_latent', got {cfg.reward_input!r}")
+    image = len(observation_shape) == 3
+    num_agents, num_actions = len(action_counts), max(action_counts)
+    # Images have one common layout, so their agents are alike for the encoder whatever their groups.
+    groups = list(group_index) if cfg.group_layers and not image else [0] * num_agents
+    latent = make_latent(cfg.latent, cfg.num_dims, cfg.num_classes)
+    size, width = latent.latent_size, cfg.hidden_size
+    encoder: nn.Module
+    decoder: nn.Module
+    if image:
+        encoder = CNNEncoder(observation_shape, latent.encoder_size, channels=cfg.channels)
+        decoder = CNNDecoder(size, observation_shape, channels=cfg.channels)
+    else:
+        encoder = MLPEncoder(
+            observation_shape[0],
+            latent.encoder_size,
+            group_index=groups,
+            num_cells=width,
+            depth=cfg.encoder_depth,
+            fourier_features=cfg.fourier_features,
+        )
+        decoder = MLPDecoder(size, observation_shape[0], group_index=groups, num_cells=width, depth=cfg.encoder_depth)
+    head = partial(Head, group_index=groups, num_cells=width, depth=cfg.head_depth)
+    two_hot = TwoHot(interpolation=cfg.reward_interpolation)
+    teammates = TeammatePredictor(
+        size,
+        action_counts=action_counts,
+        group_index=groups,
+        features=cfg.teammate_hidden_size or width,
+        num_layers=cfg.num_layers,
+        num_heads=cfg.num_heads,
+        dropout=cfg.dropout,
+    )
+    predict_mask = has_action_mask if cfg.predict_mask is None else cfg.predict_mask
+    return {
+        "encoder": encoder,
+        "latent": latent,
+        "decoder": decoder,
+        "action_mixer": ActionMixer(size, width, action_counts=action_counts, scaled=cfg.action_scaling),
+        "transformer": Transformer(width, num_layers=cfg.num_layers, num_heads=cfg.num_heads, dropout=cfg.dropout),
+        "dynamics": head(width, latent.dynamics_size),
+        "reward": head(width if cfg.reward_input == "hidden" else size, two_hot.num_bins, zero_init=True),
+        "reward_input": cfg.reward_input,
+        "continuation": head(width, 1),
+        "two_hot": two_hot,
+        "action_mask": head(size, num_actions) if predict_mask else None,
+        "teammates": teammates if cfg.teammate_predictor and num_agents > 1 else None,
+        "legal": torch.arange(num_actions) < torch.tensor(list(action_counts)).unsqueeze(-1),
+        "observation_dims": len(observation_shape),
+    }
