@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from matwm_rl.functional import sample_index
 
 
+MIN_LOG_PROB = -30.0
+"""Smaller probabilities mean nothing, and soon are denormal numbers, on which CPUs are twenty times slower."""
+
+
 class LatentCode(nn.Module):
     """Interface of a latent code with ``num_dims`` (K) dimensions of ``num_classes`` (C) classes.
 
@@ -151,26 +155,30 @@ class FSQLatent(LatentCode):
         self.width = width
         self.encoder_size = self.latent_size = num_dims
         self.dynamics_size = 2 * num_dims
-        self.register_buffer("levels", torch.arange(num_classes, dtype=torch.float32), persistent=False)
+        self.register_buffer("levels", torch.arange(num_classes, dtype=torch.get_default_dtype()), persistent=False)
 
     def _scale(self, features: Tensor) -> Tensor:
         return (features.tanh() + 1) * (0.5 * (self.num_classes - 1))
 
     def _bell(self, centre: Tensor, width: Tensor | float) -> Tensor:
-        distance = (centre.unsqueeze(-1) - self.levels) / width
-        # Probabilities below e^-30 are denormal numbers, on which CPUs are twenty times slower, and mean nothing.
-        return (-0.5 * distance.square()).clamp(min=-30.0)
+        return -0.5 * ((centre.unsqueeze(-1) - self.levels) / width).square()
 
     def posterior(self, features: Tensor) -> Tensor:
         """Log-probabilities ``[..., K, C]`` of a bell of ``width`` levels around the value before rounding."""
-        return self._bell(self._scale(features), self.width).log_softmax(-1)
+        bell = self._bell(self._scale(features), self.width)
+        return bell.clamp(min=MIN_LOG_PROB).log_softmax(-1)
 
     def prior(self, output: Tensor, latent: Tensor) -> Tensor:
         """Movements and widths ``[..., 2 K]`` from z_t to log-probabilities ``[..., K, C]``."""
         movement, width = output.chunk(2, -1)
         width = nn.functional.softplus(width) + 0.5 * self.width
         centre = (latent + movement + 1) * (0.5 * (self.num_classes - 1))
+        # Not clamped: a prior that was sure and wrong must feel how far off it was.
         return self._bell(centre, width.unsqueeze(-1)).log_softmax(-1)
+
+    def sample_prior(self, output: Tensor, latent: Tensor) -> Tensor:
+        """Draw levels, ``[..., Z]``."""
+        return self.from_index(sample_index(self.prior(output, latent).clamp(min=MIN_LOG_PROB).exp()))
 
     def sample_posterior(self, features: Tensor) -> Tensor:
         """Nearest level; gradients pass as if there were no rounding (straight-through)."""

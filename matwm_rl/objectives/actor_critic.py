@@ -127,7 +127,7 @@ class CriticLoss(LossModule):
 
     Args:
         critic_network: writes ``("agents", "state_value_logits")`` and ``("agents", "state_value")``.
-        two_hot: code of the value logits; TorchRL's ``SymExpTwoHot`` with as many bins by default.
+        two_hot: code of the value logits; by default the critic's own, else TorchRL's ``SymExpTwoHot``.
 
     Keys read (batch ``[S, H]``): the critic's, ``("agents", "lambda_return" | "weight")``, optionally
     ``("agents", "alive")``. Keys written: ``loss_critic``, ``value`` (mean V, for logs).
@@ -160,7 +160,9 @@ class CriticLoss(LossModule):
     def __init__(self, critic_network: TensorDictModuleBase, *, two_hot: nn.Module | None = None) -> None:
         super().__init__()
         self.convert_to_functional(critic_network, "critic_network", create_target_params=True)
-        self.two_hot = two_hot or SymExpTwoHot()
+        codes = (module for module in critic_network.modules() if isinstance(module, SymExpTwoHot))
+        # Held beside the registered modules: it is the critic's.
+        self.__dict__["two_hot"] = two_hot or next(codes, None) or SymExpTwoHot()
         self._set_in_keys()
 
     def _set_in_keys(self) -> None:

@@ -69,8 +69,8 @@ class LambdaReturn(TensorDictModuleBase):
 class ReturnScale(PercentileValueNorm):
     """EMA of the 95th minus the 5th percentile of the returns, one per agent (section 5).
 
-    TorchRL's ``PercentileValueNorm`` with two additions: values of dead agents do not count, and the first update sets
-    the percentiles instead of moving them by 1% from zero.
+    TorchRL's ``PercentileValueNorm`` with two additions: values of dead agents do not count, and an agent's
+    first update sets its percentiles instead of moving them by 1% from zero.
 
     Args:
         num_agents: N.
@@ -83,11 +83,11 @@ class ReturnScale(PercentileValueNorm):
         [90.0, 1.0]
     """
 
-    updates: Tensor
+    seen: Tensor
 
     def __init__(self, num_agents: int, *, decay: float = 0.99) -> None:
         super().__init__(shape=num_agents, rate=1 - decay)
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self.register_buffer("seen", torch.zeros(num_agents, dtype=torch.bool))
 
     @torch.no_grad()
     def update(self, value_target: Tensor, mask: Tensor | None = None) -> None:
@@ -96,8 +96,8 @@ class ReturnScale(PercentileValueNorm):
         if mask is not None:
             flat = torch.where(mask.reshape(flat.shape), flat, torch.nan)
         low, high = torch.nanquantile(flat, self._q.to(flat), dim=0)
-        rate = torch.where(self.updates == 0, 1.0, self.rate)
+        rate = torch.where(self.seen, self.rate, 1.0)
         for average, batch in ((self.low, low), (self.high, high)):
             # An agent that is dead in the whole batch keeps its scale.
             average.lerp_(torch.where(batch.isnan(), average, batch), rate)
-        self.updates += 1
+        self.seen |= ~low.isnan()

@@ -203,7 +203,7 @@ def test_images_are_the_raw_ones_resized() -> None:
     from pettingzoo.butterfly import pistonball_v6
 
     env = make_env("butterfly/pistonball_v6", n_pistons=4)
-    raw = pistonball_v6.parallel_env(continuous=False, n_pistons=4)
+    raw = pistonball_v6.parallel_env(continuous=False, n_pistons=4, render_mode="rgb_array")
     env.set_seed(1)
     raw.reset(seed=1)
     data, (raw_observation, _) = env.reset(), raw.reset()
@@ -216,6 +216,13 @@ def test_images_are_the_raw_ones_resized() -> None:
         expected = torch.nn.functional.interpolate(image, size=(64, 64), mode="bilinear", antialias=True)[0]
         assert (data[OBSERVATION][agent].float() - expected).abs().max() <= 1.5
     assert env.is_image and env.observation_sizes == [3 * 64 * 64] * 4
+
+
+def test_images_show_what_happens() -> None:
+    """Without a render mode, butterfly's environments hand out pictures that never change."""
+    env = make_env("butterfly/pistonball_v6", n_pistons=4, seed=0)
+    images = env.rollout(8)[OBSERVATION].float()
+    assert (images[1:] - images[:-1]).abs().amax((1, 2, 3, 4)).min() > 20
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 6, 1), (2, 8, 6, 4), (2, 3, 8, 6), (8, 6, 3)])

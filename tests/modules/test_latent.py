@@ -128,7 +128,6 @@ def test_fsq_prior_is_a_bell_moved_on_from_the_present_latent(float64: None) -> 
         assert probs[b, k].tolist() == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.xfail(reason="the clamp of far levels leaves the prior no gradient back to them", strict=True)
 @pytest.mark.parametrize("distance", [2, 5, 9])
 def test_fsq_prior_is_drawn_to_a_posterior_at_any_distance(distance: int) -> None:
     """A confident and wrong prior must be moved, and widened until it is right."""

@@ -99,10 +99,10 @@ def test_return_scale_moves_in_training_alone() -> None:
     loss, td = make_actor_loss(), imagined()
     loss.eval()
     loss(td)
-    assert int(loss.return_scale.updates) == 0
+    assert not loss.return_scale.seen.any()
     loss.train()
     out = loss(td)
-    assert int(loss.return_scale.updates) == 1
+    assert loss.return_scale.seen.all()
     assert torch.equal(out["return_scale"], loss.return_scale.scale())
 
 
@@ -164,7 +164,7 @@ def test_agents_are_trained_in_isolation(make: type) -> None:
         other_loss = make()
         other_loss.load_state_dict(loss.state_dict())
         if isinstance(loss, ActorLoss):
-            other_loss.return_scale.updates.zero_()
+            other_loss.return_scale.seen.zero_()
         again = grads(other_loss(other)[name], [p for p in other_loss.parameters() if p.requires_grad])
         for g, h in zip(plain, again, strict=True):
             rest = [j for j in range(N) if j != n]
