@@ -52,6 +52,7 @@ class MLPEncoder(nn.Module):
         num_cells: width of the hidden layers.
         depth: number of hidden layers.
         fourier_features: frequencies of :class:`FourierFeatures` before the first layer; 0 is the paper's.
+        linear_skip: add a linear map of the observation (each group's own) to the output.
 
     Examples:
         >>> MLPEncoder(4, 6, group_index=[0, 0, 1], num_cells=8)(torch.zeros(3, 5, 4)).shape
@@ -67,16 +68,19 @@ class MLPEncoder(nn.Module):
         num_cells: int = 512,
         depth: int = 3,
         fourier_features: int = 0,
+        linear_skip: bool = False,
     ) -> None:
         super().__init__()
         self.features = FourierFeatures(fourier_features)
         self.input = StackedLinear(observation_size * self.features.size_factor, num_cells, group_index)
         self.trunk = nn.Sequential(nn.LayerNorm(num_cells), nn.SiLU(), mlp(num_cells, num_cells, depth - 1))
         self.output = nn.Linear(num_cells, out_features)
+        self.skip = StackedLinear(observation_size, out_features, group_index) if linear_skip else None
 
     def forward(self, observation: Tensor) -> Tensor:
         """``[N, *batch, D] -> [N, *batch, out_features]``."""
-        return self.output(self.trunk(self.input(self.features(observation))))
+        out = self.output(self.trunk(self.input(self.features(observation))))
+        return out if self.skip is None else out + self.skip(observation)
 
 
 class MLPDecoder(nn.Module):
@@ -88,6 +92,7 @@ class MLPDecoder(nn.Module):
         group_index: group of each of the N agents.
         num_cells: width of the hidden layers.
         depth: number of hidden layers.
+        linear_skip: add a linear map of the latent (each group's own) to the output.
 
     Examples:
         >>> MLPDecoder(6, 4, group_index=[0, 0, 1], num_cells=8)(torch.zeros(3, 5, 6)).shape
@@ -102,14 +107,17 @@ class MLPDecoder(nn.Module):
         group_index: Sequence[int],
         num_cells: int = 512,
         depth: int = 3,
+        linear_skip: bool = False,
     ) -> None:
         super().__init__()
         self.trunk = mlp(latent_size, num_cells, depth)
         self.output = StackedLinear(num_cells, observation_size, group_index)
+        self.skip = StackedLinear(latent_size, observation_size, group_index) if linear_skip else None
 
     def forward(self, latent: Tensor) -> Tensor:
         """``[N, *batch, Z] -> [N, *batch, D]``."""
-        return self.output(self.trunk(latent))
+        out = self.output(self.trunk(latent))
+        return out if self.skip is None else out + self.skip(latent)
 
 
 def _check_image(shape: Sequence[int], depth: int) -> None:

@@ -63,6 +63,7 @@ class Head(nn.Module):
         num_cells: width of the hidden layers.
         depth: number of hidden layers.
         zero_init: start the last layer at zero.
+        linear_skip: add a linear map of the input (each group's own) to the output.
 
     Examples:
         >>> Head(4, 6, group_index=[0, 0, 1], num_cells=8, depth=1)(torch.zeros(3, 5, 4)).shape
@@ -78,14 +79,17 @@ class Head(nn.Module):
         num_cells: int = 512,
         depth: int = 2,
         zero_init: bool = False,
+        linear_skip: bool = False,
     ) -> None:
         super().__init__()
         self.trunk = mlp(in_features, num_cells, depth)
+        self.skip = StackedLinear(in_features, out_features, group_index) if linear_skip else None
         self.output = StackedLinear(num_cells if depth else in_features, out_features, group_index, zero_init=zero_init)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, *batch, in] -> [N, *batch, out]``."""
-        return self.output(self.trunk(x))
+        out = self.output(self.trunk(x))
+        return out if self.skip is None else out + self.skip(x)
 
 
 class TeammatePredictor(nn.Module):

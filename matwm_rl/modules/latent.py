@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from matwm_rl.functional import sample_index
 
-
 MIN_LOG_PROB = -30.0
 """Smaller probabilities mean nothing, and soon are denormal numbers, on which CPUs are twenty times slower."""
 

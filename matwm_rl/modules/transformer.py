@@ -91,6 +91,7 @@ class Transformer(nn.Module):
         num_heads: h; must divide D into an even head size.
         feedforward: width of the feed-forward layers; ``2 * features`` by default, as in STORM.
         dropout: see :class:`TransformerBlock`.
+        final_norm: normalise the output. Without, the output keeps the input as a summand.
 
     Examples:
         >>> transformer = Transformer(16, num_layers=2, num_heads=2).eval()
@@ -110,6 +111,7 @@ class Transformer(nn.Module):
         num_heads: int = 8,
         feedforward: int | None = None,
         dropout: float = 0.1,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         if features % (2 * num_heads):
@@ -119,7 +121,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(
             TransformerBlock(features, num_heads, feedforward or 2 * features, dropout) for _ in range(num_layers)
         )
-        self.norm = nn.LayerNorm(features)
+        self.norm = nn.LayerNorm(features) if final_norm else nn.Identity()
 
     def _rotary(self, start: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         half = self.features // self.num_heads // 2
@@ -147,7 +149,7 @@ class Transformer(nn.Module):
 
     def make_cache(self, num_sequences: int, length: int) -> KVCache:
         """Empty cache for exactly ``length`` positions, on the device and in the type of the parameters."""
-        weight = self.norm.weight
+        weight = self.blocks[0].qkv.weight
         shape = (len(self.blocks), num_sequences, self.num_heads, length, self.features // self.num_heads)
         valid = torch.ones(num_sequences, length, dtype=torch.bool, device=weight.device)
         return KVCache(weight.new_empty(shape), weight.new_empty(shape), valid)

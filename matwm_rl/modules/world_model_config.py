@@ -37,6 +37,8 @@ class WorldModelConfig:
         reward_input: what the reward predictor reads: ``"hidden"`` (h_t, the paper's) or ``"next_latent"`` (z_{t+1}).
         reward_interpolation: see :class:`~matwm_rl.modules.TwoHot`.
         group_layers: own first encoder layer and own last layers per group of unlike agents (ours); off = the paper's.
+        linear_skips: linear maps beside the MLPs of vector encoder, decoder and dynamics predictor (ours), so that what
+            is nearly linear, such as positions that move on, need not be learnt by them; off = the paper's.
         teammate_predictor: switch of the paper's ablation.
         teammate_hidden_size: width of the teammate predictor; ``None``: that of the world model.
         action_scaling: switch of the paper's ablation.
@@ -57,6 +59,7 @@ class WorldModelConfig:
     reward_input: str = "hidden"
     reward_interpolation: str = "raw"
     group_layers: bool = True
+    linear_skips: bool = False
     teammate_predictor: bool = True
     teammate_hidden_size: int | None = None
     action_scaling: bool = True
@@ -100,8 +103,16 @@ def build_parts(
             num_cells=width,
             depth=cfg.encoder_depth,
             fourier_features=cfg.fourier_features,
+            linear_skip=cfg.linear_skips,
         )
-        decoder = MLPDecoder(size, observation_shape[0], group_index=groups, num_cells=width, depth=cfg.encoder_depth)
+        decoder = MLPDecoder(
+            size,
+            observation_shape[0],
+            group_index=groups,
+            num_cells=width,
+            depth=cfg.encoder_depth,
+            linear_skip=cfg.linear_skips,
+        )
     head = partial(Head, group_index=groups, num_cells=width, depth=cfg.head_depth)
     two_hot = TwoHot(interpolation=cfg.reward_interpolation)
     teammates = TeammatePredictor(
@@ -119,8 +130,14 @@ def build_parts(
         "latent": latent,
         "decoder": decoder,
         "action_mixer": ActionMixer(size, width, action_counts=action_counts, scaled=cfg.action_scaling),
-        "transformer": Transformer(width, num_layers=cfg.num_layers, num_heads=cfg.num_heads, dropout=cfg.dropout),
-        "dynamics": head(width, latent.dynamics_size),
+        "transformer": Transformer(
+            width,
+            num_layers=cfg.num_layers,
+            num_heads=cfg.num_heads,
+            dropout=cfg.dropout,
+            final_norm=not cfg.linear_skips,
+        ),
+        "dynamics": head(width, latent.dynamics_size, linear_skip=cfg.linear_skips),
         "reward": head(width if cfg.reward_input == "hidden" else size, two_hot.num_bins, zero_init=True),
         "reward_input": cfg.reward_input,
         "continuation": head(width, 1),
