@@ -84,6 +84,7 @@ class WorldModel(TensorDictModuleBase):
         action_mask: head from z_t to A logits of m_t; ``None`` where there is no mask to learn.
         teammates: the teammate predictor, or ``None`` (ablation).
         reward_input: see :class:`WorldModelConfig`.
+        reencode: see :class:`WorldModelConfig`.
         legal: bool ``[N, A]``, which actions each agent has at all.
         observation_dims: 1 for vectors, 3 for images.
 
@@ -123,6 +124,7 @@ class WorldModel(TensorDictModuleBase):
         action_mask: nn.Module | None = None,
         teammates: TeammatePredictor | None = None,
         reward_input: str = "hidden",
+        reencode: bool = False,
         observation_dims: int = 1,
     ) -> None:
         super().__init__()
@@ -132,6 +134,7 @@ class WorldModel(TensorDictModuleBase):
         self.action_mask, self.teammates = action_mask, teammates
         self.two_hot = two_hot
         self.reward_input = reward_input
+        self.reencode = reencode
         self.observation_dims = observation_dims
         self.register_buffer("legal", legal, persistent=False)
         self.num_agents, self.num_actions = legal.shape
@@ -263,6 +266,8 @@ class WorldModel(TensorDictModuleBase):
         tokens = self.action_mixer(state.latent, action).flatten(0, 1).unsqueeze(1)
         hidden = self.transformer.cached(tokens, context.sequence).view(*shape, -1)
         latent = self.latent.sample_prior(self.dynamics(hidden), state.latent)
+        if self.reencode:
+            latent = self.encode(self.decode(latent))
         if self.teammates is not None and context.teammates is not None:
             logits = self.teammates.cached(latent.unsqueeze(2), context.teammates)
         else:

@@ -35,6 +35,9 @@ class WorldModelConfig:
         head_depth: hidden layers of the heads.
         channels: channels of the first convolution, for images.
         reward_input: what the reward predictor reads: ``"hidden"`` (h_t, the paper's) or ``"next_latent"`` (z_{t+1}).
+        reencode: imagined latents are decoded and encoded again (ours), so that they stay codes of observations. The code
+            dimensions of a sample are drawn independently; a policy finds combinations that no observation has, for
+            which the reward predictor dreams up rewards. For vector observations.
         reward_interpolation: see :class:`~matwm_rl.modules.TwoHot`.
         group_layers: own first encoder layer and own last layers per group of unlike agents (ours); off = the paper's.
         linear_skips: linear maps beside the MLPs of vector encoder, decoder and dynamics predictor (ours), so that what
@@ -57,6 +60,7 @@ class WorldModelConfig:
     head_depth: int = 2
     channels: int = 32
     reward_input: str = "hidden"
+    reencode: bool = False
     reward_interpolation: str = "raw"
     group_layers: bool = True
     linear_skips: bool = False
@@ -140,6 +144,7 @@ def build_parts(
         "dynamics": head(width, latent.dynamics_size, linear_skip=cfg.linear_skips),
         "reward": head(width if cfg.reward_input == "hidden" else size, two_hot.num_bins, zero_init=True),
         "reward_input": cfg.reward_input,
+        "reencode": cfg.reencode and not image,
         "continuation": head(width, 1),
         "two_hot": two_hot,
         "action_mask": head(size, num_actions) if predict_mask else None,

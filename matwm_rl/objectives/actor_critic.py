@@ -36,6 +36,8 @@ class ActorLoss(LossModule):
         num_agents: N.
         entropy_coeff: eta.
         scale_decay: decay of the moving average of the return scale S.
+        center_advantage: subtract each agent's mean advantage over the batch (ours). While a young critic lags behind
+            the returns, all advantages have one sign, and every sampled action would be reinforced alike.
 
     Keys read (batch ``[S, H]``): the actor's, ``("agents", "action" | "lambda_return" | "state_value" | "weight")``,
     optionally ``("agents", "alive")``. Keys written: ``loss_actor``, ``entropy`` in nats, ``return_scale`` ``[N]``.
@@ -72,10 +74,12 @@ class ActorLoss(LossModule):
         num_agents: int,
         entropy_coeff: float = 3e-4,
         scale_decay: float = 0.99,
+        center_advantage: bool = False,
     ) -> None:
         super().__init__()
         self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
         self.entropy_coeff = entropy_coeff
+        self.center_advantage = center_advantage
         self.return_scale = ReturnScale(num_agents, decay=scale_decay)
         self._set_in_keys()
 
@@ -104,11 +108,14 @@ class ActorLoss(LossModule):
         alive = torch.ones_like(returns, dtype=torch.bool) if alive is None else alive
         if self.training:
             self.return_scale.update(returns, alive)
+        weight = tensordict.get(k.weight).squeeze(-1)
         advantage = ((returns - value) / self.return_scale.scale()).detach()
+        if self.center_advantage:
+            counted = torch.where(alive, weight, 0.0)
+            advantage = advantage - (advantage * counted).sum((0, 1)) / counted.sum((0, 1)).clamp(min=1e-6)
         with self.actor_network_params.to_module(self.actor_network):
             dist = self.actor_network.get_dist(tensordict)
         log_prob, entropy = dist.log_prob(tensordict.get(k.action)), dist.entropy()
-        weight = tensordict.get(k.weight).squeeze(-1)
         loss = _per_agent_mean(-advantage * log_prob - self.entropy_coeff * entropy, weight, alive).sum()
         return TensorDict(
             {

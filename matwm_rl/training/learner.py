@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
 from torch import Tensor
-from torchrl.objectives import SoftUpdate
+from torchrl.objectives import LossModule, SoftUpdate
 
 from matwm_rl.data import Replay
 from matwm_rl.functional import clip_grad_norm_per_agent_
@@ -26,11 +26,13 @@ class LearnerConfig:
         world_model_lr: learning rate of the world model.
         world_model_clip: largest gradient norm of the world model.
         actor_critic_lr: learning rate of actors and critics.
+        critic_lr: learning rate of the critics, if another.
         actor_critic_clip: largest gradient norm of one agent's actor, and of its critic.
         horizon: imagined steps H.
         gamma: discount factor.
         lmbda: lambda of the return.
         entropy_coeff: weight eta of the entropy bonus.
+        center_advantage: see :class:`~matwm_rl.objectives.ActorLoss`.
         critic_decay: decay of the EMA critic.
         free_nats: clamp of the KL terms.
         loss_weights: factors of the world-model loss's terms.
@@ -39,11 +41,13 @@ class LearnerConfig:
     world_model_lr: float = 3e-5
     world_model_clip: float = 1000.0
     actor_critic_lr: float = 3e-4
+    critic_lr: float | None = None
     actor_critic_clip: float = 100.0
     horizon: int = 16
     gamma: float = 0.985
     lmbda: float = 0.95
     entropy_coeff: float = 3e-4
+    center_advantage: bool = False
     critic_decay: float = 0.98
     free_nats: float = 1.0
     loss_weights: WorldModelLossWeights = field(default_factory=WorldModelLossWeights)
@@ -108,22 +112,26 @@ class Learner:
         self.world_model_loss = WorldModelLoss(world_model, weights=cfg.loss_weights, free_nats=cfg.free_nats)
         self.imagination = Imagination(world_model, actor, horizon=cfg.horizon)
         self.returns = LambdaReturn(critic, gamma=cfg.gamma, lmbda=cfg.lmbda)
-        self.actor_loss = ActorLoss(actor, num_agents=world_model.num_agents, entropy_coeff=cfg.entropy_coeff)
+        self.actor_loss = ActorLoss(
+            actor,
+            num_agents=world_model.num_agents,
+            entropy_coeff=cfg.entropy_coeff,
+            center_advantage=cfg.center_advantage,
+        )
         self.critic_loss = CriticLoss(critic)
         device = next(world_model.parameters()).device
         for loss in (self.actor_loss, self.critic_loss):
             loss.to(device)
         self.target_updater = SoftUpdate(self.critic_loss, eps=cfg.critic_decay)
-        self.world_model_optimizer = torch.optim.Adam(
-            self.world_model_loss.parameters(), lr=cfg.world_model_lr, fused=True
-        )
-        self.actor_optimizer = self._actor_critic_optimizer(self.actor_loss)
-        self.critic_optimizer = self._actor_critic_optimizer(self.critic_loss)
+        self.world_model_optimizer = self._optimizer(self.world_model_loss, cfg.world_model_lr)
+        self.actor_optimizer = self._optimizer(self.actor_loss, cfg.actor_critic_lr)
+        self.critic_optimizer = self._optimizer(self.critic_loss, cfg.critic_lr or cfg.actor_critic_lr)
         self.updates = 0
 
-    def _actor_critic_optimizer(self, loss: ActorLoss | CriticLoss) -> torch.optim.Optimizer:
+    @staticmethod
+    def _optimizer(loss: LossModule, lr: float) -> torch.optim.Optimizer:
         trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-        return torch.optim.Adam(trained, lr=self.config.actor_critic_lr, fused=True)
+        return torch.optim.Adam(trained, lr=lr, fused=True)
 
     def update(self, replay: Replay) -> TensorDict:
         """One update of the world model, then one of every actor and critic.
