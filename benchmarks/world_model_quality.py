@@ -4,7 +4,7 @@
 
 Prints, and writes as JSON: the average precision with which the predicted rewards of pursuers rank "this step brings
 contact", from the true and from the sampled next latent; and the error of open-loop imagination against the trivial
-predictors (last observation, mean reward, action frequencies). Fresh data: random agents and scripted ones in all pairings.
+predictors (last observation, mean reward, action frequencies). Fresh data: random and scripted agents in all pairings.
 """
 
 from __future__ import annotations

@@ -35,9 +35,9 @@ class WorldModelConfig:
         head_depth: hidden layers of the heads.
         channels: channels of the first convolution, for images.
         reward_input: what the reward predictor reads: ``"hidden"`` (h_t, the paper's) or ``"next_latent"`` (z_{t+1}).
-        reencode: imagined latents are decoded and encoded again (ours), so that they stay codes of observations. The code
-            dimensions of a sample are drawn independently; a policy finds combinations that no observation has, for
-            which the reward predictor dreams up rewards. For vector observations.
+        reencode: imagined latents of vector observations are decoded and encoded again (ours), so that they stay codes
+            of observations. The dimensions of a sample are drawn independently; a policy finds combinations that no
+            observation has, and for which the reward predictor dreams up rewards.
         reward_interpolation: see :class:`~matwm_rl.modules.TwoHot`.
         group_layers: own first encoder layer and own last layers per group of unlike agents (ours); off = the paper's.
         linear_skips: linear maps beside the MLPs of vector encoder, decoder and dynamics predictor (ours), so that what

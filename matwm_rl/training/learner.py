@@ -26,7 +26,6 @@ class LearnerConfig:
         world_model_lr: learning rate of the world model.
         world_model_clip: largest gradient norm of the world model.
         actor_critic_lr: learning rate of actors and critics.
-        critic_lr: learning rate of the critics, if another.
         actor_critic_clip: largest gradient norm of one agent's actor, and of its critic.
         horizon: imagined steps H.
         gamma: discount factor.
@@ -41,7 +40,6 @@ class LearnerConfig:
     world_model_lr: float = 3e-5
     world_model_clip: float = 1000.0
     actor_critic_lr: float = 3e-4
-    critic_lr: float | None = None
     actor_critic_clip: float = 100.0
     horizon: int = 16
     gamma: float = 0.985
@@ -125,7 +123,7 @@ class Learner:
         self.target_updater = SoftUpdate(self.critic_loss, eps=cfg.critic_decay)
         self.world_model_optimizer = self._optimizer(self.world_model_loss, cfg.world_model_lr)
         self.actor_optimizer = self._optimizer(self.actor_loss, cfg.actor_critic_lr)
-        self.critic_optimizer = self._optimizer(self.critic_loss, cfg.critic_lr or cfg.actor_critic_lr)
+        self.critic_optimizer = self._optimizer(self.critic_loss, cfg.actor_critic_lr)
         self.updates = 0
 
     @staticmethod

@@ -35,6 +35,19 @@ def test_only_the_outer_layer_is_each_groups_own(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_linear_skip_adds_each_groups_own_linear_map(kind: str) -> None:
+    make_net = MLPEncoder if kind == "encoder" else MLPDecoder
+    net, x = make_net(4, 6, group_index=GROUPS, num_cells=8, linear_skip=True), torch.randn(3, 5, 2, 4)
+    with torch.no_grad():
+        difference = net(x)
+        skip, net.skip = net.skip, None
+        difference = difference - net(x)
+    for agent, group in enumerate(GROUPS):
+        expected = x[agent] @ skip.weight[group] + skip.bias[group]
+        torch.testing.assert_close(difference[agent], expected)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
 def test_one_group_is_the_papers_fully_shared_model(kind: str) -> None:
     net, x = make(kind, [0, 0, 0])
     same = x[:1].expand_as(x)

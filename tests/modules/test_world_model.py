@@ -10,7 +10,7 @@ from torch import Tensor
 
 from matwm_rl import keys
 from matwm_rl.modules import CategoricalLatent, State, WorldModel
-from tests.helpers import COUNTS, GROUPS, SIZE, grads, make_model, mock_env, random_batch
+from tests.helpers import COUNTS, GROUPS, SIZE, SMALL, grads, make_model, mock_env, random_batch
 
 N = len(COUNTS)
 OUTPUTS = [
@@ -280,6 +280,23 @@ def test_step_decodes_reward_and_continuation_and_samples_the_prior(float64: Non
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("reencode", [False, True])
+def test_imagined_latents_are_encoded_again_if_wanted(monkeypatch: pytest.MonkeyPatch, reencode: bool) -> None:
+    """Drawn code by code, a latent may be one that no observation has; the reward must not be read from it."""
+    model = make_model(latent="fsq", reward_input="next_latent", reencode=reencode)
+    drawn = model.latent.from_index(torch.randint(SMALL["num_classes"], (len(COUNTS), 50, SMALL["num_dims"])))
+    again = model.encode(model.decode(drawn))
+    assert not torch.equal(drawn, again)
+    monkeypatch.setattr(model.latent, "sample_prior", lambda output, latent: drawn)
+    action = torch.zeros(len(COUNTS), 50, dtype=torch.long)
+    no_context = torch.zeros(len(COUNTS), 50, 0, dtype=torch.long)
+    state, context = model.prefill(drawn.unsqueeze(2), no_context, no_context.bool(), horizon=1)
+    step = model.step(state, action, context)
+    expected = again if reencode else drawn
+    assert torch.equal(step.state.latent, expected)
+    torch.testing.assert_close(step.reward, model.two_hot.decode(model.reward(expected)))
+
+
 def test_predicted_mask_is_thresholded_and_leaves_an_action() -> None:
     model = make_model()
     latent = 3 * torch.randn(N, 500, 20)

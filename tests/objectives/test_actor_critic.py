@@ -43,7 +43,7 @@ def log_softmax(logits: list[float]) -> list[float]:
     return [x - total for x in logits]
 
 
-def slow_actor_loss(loss: ActorLoss, td: TensorDict, entropy_coeff: float) -> float:
+def slow_actor_loss(loss: ActorLoss, td: TensorDict, entropy_coeff: float, center: bool = False) -> float:
     """Section 5, one step of one agent at a time; returns are scaled by their own percentiles."""
     with torch.no_grad():
         logits = loss.actor_network(td.clone())[keys.LOGITS]
@@ -54,11 +54,15 @@ def slow_actor_loss(loss: ActorLoss, td: TensorDict, entropy_coeff: float) -> fl
             continue
         returns = [float(td[keys.LAMBDA_RETURN][s, t, n]) for s, t in itertools.product(alive, range(H))]
         scale = max(1.0, slow_quantile(returns, 0.95) - slow_quantile(returns, 0.05))
-        agent = 0.0
+        agent = mean = 0.0
+        if center:
+            pairs = [(float(td[keys.WEIGHT][s, t, n]), s, t) for s, t in itertools.product(alive, range(H))]
+            mean = sum(w * float(td[keys.LAMBDA_RETURN][s, t, n] - td[keys.STATE_VALUE][s, t, n]) for w, s, t in pairs)
+            mean /= scale * sum(w for w, _, _ in pairs)
         for s, t in itertools.product(alive, range(H)):
             legal = [a for a in range(logits.shape[-1]) if td[keys.ACTION_MASK][s, t, n, a]]
             log_probs = dict(zip(legal, log_softmax([float(logits[s, t, n, a]) for a in legal]), strict=True))
-            advantage = float(td[keys.LAMBDA_RETURN][s, t, n] - td[keys.STATE_VALUE][s, t, n]) / scale
+            advantage = float(td[keys.LAMBDA_RETURN][s, t, n] - td[keys.STATE_VALUE][s, t, n]) / scale - mean
             entropy = -sum(math.exp(p) * p for p in log_probs.values())
             step = -advantage * log_probs[int(td[keys.ACTION][s, t, n])] - entropy_coeff * entropy
             agent += float(td[keys.WEIGHT][s, t, n]) * step
@@ -72,6 +76,15 @@ def test_actor_loss(float64: None, entropy_coeff: float) -> None:
     expected = slow_actor_loss(loss, td, entropy_coeff)
     assert loss(td)["loss_actor"].item() == pytest.approx(expected, rel=1e-9)
     assert not td[keys.ALIVE].all()
+
+
+def test_centred_advantages_have_mean_zero_for_every_agent(float64: None) -> None:
+    loss, td = make_actor_loss(entropy_coeff=0.01, center_advantage=True), imagined()
+    expected = slow_actor_loss(loss, td, 0.01, center=True)
+    assert loss(td)["loss_actor"].item() == pytest.approx(expected, rel=1e-9)
+    # One sign of all advantages, as with a critic that lags behind, changes nothing.
+    td[keys.STATE_VALUE] -= 100.0
+    assert loss.eval()(td)["loss_actor"].item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_actor_gradient_is_the_policy_gradient(float64: None) -> None:
