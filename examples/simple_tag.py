@@ -79,6 +79,7 @@ def main(cfg: DictConfig) -> None:
         frames_per_batch=cfg.frames_per_batch,
         total_frames=cfg.total_steps - first_step,
         init_random_frames=max(0, cfg.init_random_steps - first_step),
+        auto_register_policy_transforms=False,
     )
     test_env = make_env(cfg.env, seed=cfg.seed + 1, num_envs=cfg.evaluation.num_envs, device=cfg.device)
     test_env = TransformedEnv(test_env, policy.make_tensordict_primer())
