@@ -22,7 +22,7 @@ from torchrl.envs import TransformedEnv
 
 from matwm_rl.data import make_replay
 from matwm_rl.envs import make_env
-from matwm_rl.modules import WorldModel, WorldModelConfig, WorldModelPolicy, make_actor, make_critic
+from matwm_rl.modules import RandomEpisodes, WorldModel, WorldModelConfig, WorldModelPolicy, make_actor, make_critic
 from matwm_rl.training import (
     DrawTag,
     Learner,
@@ -73,9 +73,10 @@ def main(cfg: DictConfig) -> None:
         **cfg.replay,
     )
     first_step = load_checkpoint(run_dir, learner=learner, replay=replay)["env_steps"] if cfg.resume else 0
+    explorer = RandomEpisodes(policy, probability=cfg.random_episodes)
     collector = Collector(
-        TransformedEnv(env, policy.make_tensordict_primer()),
-        policy,
+        TransformedEnv(env, explorer.make_tensordict_primer()),
+        explorer,
         frames_per_batch=cfg.frames_per_batch,
         total_frames=cfg.total_steps - first_step,
         init_random_frames=max(0, cfg.init_random_steps - first_step),

@@ -2,6 +2,7 @@
 
 from matwm_rl.modules.actor_critic import STATE_KEYS, StateMLP, make_actor, make_critic
 from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, FourierFeatures, MLPDecoder, MLPEncoder
+from matwm_rl.modules.exploration import RandomEpisodes
 from matwm_rl.modules.heads import ActionMixer, Head, TeammatePredictor
 from matwm_rl.modules.imagination import Imagination
 from matwm_rl.modules.latent import CategoricalLatent, FSQLatent, LatentCode, make_latent
@@ -26,6 +27,7 @@ __all__ = [
     "Imagination",
     "KVCache",
     "LatentCode",
+    "RandomEpisodes",
     "MLPDecoder",
     "MLPEncoder",
     "StackedLayerNorm",

@@ -149,7 +149,7 @@ class Transformer(nn.Module):
 
     def make_cache(self, num_sequences: int, length: int) -> KVCache:
         """Empty cache for exactly ``length`` positions, on the device and in the type of the parameters."""
-        weight = self.blocks[0].qkv.weight
+        weight = next(self.parameters())
         shape = (len(self.blocks), num_sequences, self.num_heads, length, self.features // self.num_heads)
         valid = torch.ones(num_sequences, length, dtype=torch.bool, device=weight.device)
         return KVCache(weight.new_empty(shape), weight.new_empty(shape), valid)
