@@ -2,22 +2,35 @@
 
 Layout of the entries (N agents, A actions of the agent that has most, D features):
 
-===================================  ======================  ==================================================
-key                                  shape after batch dims  meaning
-===================================  ======================  ==================================================
-``("agents", "observation")``        ``[N, D]``/``[N,C,H,W]``  padded vectors (float32) or resized images (uint8)
-``("agents", "action")``             ``[N]``                 categorical action (int64)
-``("agents", "action_mask")``        ``[N, A]``              legal actions; padding of smaller agents is illegal
-``("agents", "alive")``              ``[N]``                 the agent is alive, its observation is real
-``("agents", "teammate_action")``    ``[N, N-1]``            what the others did, in agent order without oneself
-``("agents", "latent")``             ``[N, Z]``              z_t as a feature vector
-``("agents", "hidden")``             ``[N, F]``              h, the transformer's summary of the steps before t
-``("agents", "teammate_logits")``    ``[N, N-1, A]``         p_t, predicted action logits of the others at t
-``("next", "agents", "reward")``     ``[N, 1]``              reward of the step
-``("next", "agents", "done")``       ``[N, 1]``              the focal agent's slice changes episode after the step
-``("next", "agents", "terminated")`` ``[N, 1]``              ... because the episode terminated (not truncated)
-``("next", "agents", "continuation")`` ``[N, 1]``            predicted probability that the episode goes on
-===================================  ======================  ==================================================
+=============================================  ========================  =============================================
+key                                            shape after batch dims    meaning
+=============================================  ========================  =============================================
+``("agents", "observation")``                  ``[N, D]``/``[N,C,S,S]``  padded vectors (float32) or images (uint8)
+``("agents", "action")``                       ``[N]``                   categorical action (int64)
+``("agents", "action_mask")``                  ``[N, A]``                legal actions; False beyond an agent's own
+``("agents", "alive")``                        ``[N]``                   the agent lives, its observation is real
+``("agents", "teammate_action")``              ``[N, N-1]``              what the others did, in agent order
+``("agents", "teammate_alive")``               ``[N, N-1]``              which of the others were alive
+``("agents", "latent")``                       ``[N, Z]``                z_t as a feature vector
+``("agents", "hidden")``                       ``[N, F]``                h_t, the summary of the steps before t
+``("agents", "teammate_logits")``              ``[N, N-1, A]``           p_t, predicted action logits of the others
+``("agents", "reconstruction")``               as the observation        decoded z_t; images from 0 to 1
+``("agents", "mask_logits")``                  ``[N, A]``                predicted logits of the legal actions
+``("agents", "logits")``                       ``[N, A]``                the actors' action logits
+``("agents", "state_value_logits")``           ``[N, bins]``             the critics' two-hot logits
+``("agents", "state_value")``                  ``[N, 1]``                V(s_t)
+``("agents", "lambda_return")``                ``[N, 1]``                G_t
+``("agents", "weight")``                       ``[N, 1]``                probability that the dream has not ended
+``("next", "agents", "reward")``               ``[N, 1]``                reward of the step
+``("next", "agents", "alive")``                ``[N]``                   the agent lives after the step
+``("next", "agents", "done")``                 ``[N, 1]``                the agent's slice changes episode next
+``("next", "agents", "terminated")``           ``[N, 1]``                ... by termination, not by truncation
+``("next", "agents", "posterior_log_probs")``  ``[N, K, C]``             of z_{t+1}, from o_{t+1}
+``("next", "agents", "prior_log_probs")``      ``[N, K, C]``             of z_{t+1}, predicted from h
+``("next", "agents", "reward_logits")``        ``[N, bins]``             predicted two-hot logits of the reward
+``("next", "agents", "continuation_logits")``  ``[N, 1]``                predicted logit of c_t
+``("next", "agents", "continuation")``         ``[N, 1]``                predicted probability of c_t
+=============================================  ========================  =============================================
 """
 
 from tensordict import NestedKey
