@@ -10,10 +10,10 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictParams, dispatch
 from torch import Tensor, nn
 from torchrl.modules import SymExpTwoHot
-from torchrl.objectives import LossModule
 
 from matwm_rl import keys
 from matwm_rl.functional import masked_mean
+from matwm_rl.objectives.common import KeyedLoss
 from matwm_rl.objectives.returns import ReturnScale
 
 
@@ -22,7 +22,7 @@ def _per_agent_mean(value: Tensor, weight: Tensor, alive: Tensor) -> Tensor:
     return torch.where(alive, value * weight, 0.0).sum((0, 1)) / alive.sum((0, 1)).clamp(min=1)
 
 
-class ActorLoss(LossModule):
+class ActorLoss(KeyedLoss):
     r"""REINFORCE with the critic as baseline, returns scaled per agent, and an entropy bonus.
 
     .. math::
@@ -83,21 +83,9 @@ class ActorLoss(LossModule):
         self.return_scale = ReturnScale(num_agents, decay=scale_decay)
         self._set_in_keys()
 
-    def _set_in_keys(self) -> None:
+    def _read_keys(self) -> list[NestedKey]:
         k = self.tensor_keys
-        self._in_keys = [*self.actor_network.in_keys, k.action, k.alive, k.lambda_return, k.state_value, k.weight]
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Keys read."""
-        return self._in_keys
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        self._in_keys = values
-
-    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        self._set_in_keys()
+        return [*self.actor_network.in_keys, k.action, k.alive, k.lambda_return, k.state_value, k.weight]
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -126,7 +114,7 @@ class ActorLoss(LossModule):
         )
 
 
-class CriticLoss(LossModule):
+class CriticLoss(KeyedLoss):
     """Two-hot regression of V(s_t) towards the lambda-return, and towards the value of an EMA copy of the critic.
 
     Weighted and averaged as :class:`ActorLoss`. The EMA copy lies in ``target_critic_network_params``; move it with
@@ -172,21 +160,9 @@ class CriticLoss(LossModule):
         self.__dict__["two_hot"] = two_hot or next(codes, None) or SymExpTwoHot()
         self._set_in_keys()
 
-    def _set_in_keys(self) -> None:
+    def _read_keys(self) -> list[NestedKey]:
         k = self.tensor_keys
-        self._in_keys = [*self.critic_network.in_keys, k.alive, k.lambda_return, k.weight]
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Keys read."""
-        return self._in_keys
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        self._in_keys = values
-
-    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        self._set_in_keys()
+        return [*self.critic_network.in_keys, k.alive, k.lambda_return, k.weight]
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -10,10 +10,10 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchrl.modules import SymExpTwoHot
-from torchrl.objectives import LossModule
 
 from matwm_rl import keys
 from matwm_rl.functional import balanced_kl, masked_mean
+from matwm_rl.objectives.common import KeyedLoss
 
 
 @dataclass(kw_only=True)
@@ -29,7 +29,7 @@ class WorldModelLossWeights:
     representation: float = 0.1
 
 
-class WorldModelLoss(LossModule):
+class WorldModelLoss(KeyedLoss):
     """Loss of the shared world model, and the only loss that holds its parameters.
 
     ``L = L_rec + L_rew + L_con + L_team + b1 (L_mask + L_dyn) + b2 L_rep``, each a mean over sequences, steps and
@@ -100,27 +100,15 @@ class WorldModelLoss(LossModule):
         self.free_nats = free_nats
         self._set_in_keys()
 
-    def _set_in_keys(self) -> None:
+    def _read_keys(self) -> list[NestedKey]:
         k = self.tensor_keys
         read = [k.action_mask, k.alive, k.next_alive, k.teammate_action, k.teammate_alive, k.reward, k.terminated]
-        self._in_keys = [*self.world_model.in_keys, *read]
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Keys read."""
-        return self._in_keys
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        self._in_keys = values
+        return [*self.world_model.in_keys, *read]
 
     @property
     def out_keys(self) -> list[NestedKey]:
         """Keys written."""
         return [*(f"loss_{name}" for name in asdict(self.weights)), "kl"]
-
-    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        self._set_in_keys()
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
