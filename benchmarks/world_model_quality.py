@@ -57,7 +57,7 @@ def contact_precision(world_model: WorldModel, rollout: TensorDictBase, pursuers
     rewards = {"true latent": world_model.two_hot.decode(outputs["next", "agents", "reward_logits"])}
     if world_model.reward_input == "next_latent":
         index = sample_index(outputs["next", "agents", "prior_log_probs"].exp())
-        latent = agents_first(world_model.latent.from_index(index))
+        latent = agents_first(world_model.latent.from_index(index).value)
         rewards["sampled latent"] = agents_last(world_model.two_hot.decode(world_model.reward(latent)), 0)
     return {name: average_precision(value[..., :pursuers].flatten(), contact) for name, value in rewards.items()}
 

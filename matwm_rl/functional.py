@@ -6,9 +6,11 @@ Dimension letters: N agents, B batch, T time, H horizon, S starts, K code dimens
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def agents_first(value: Tensor, event_dims: int = 1) -> Tensor:
@@ -36,6 +38,44 @@ def agents_last(value: Tensor, event_dims: int = 1) -> Tensor:
         torch.Size([5, 7, 3, 2])
     """
     return value.movedim(0, value.ndim - 1 - event_dims)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Type in which matrix products of ``tensor`` are taken: autocast's where it is on, else the tensor's own.
+
+    Examples:
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     compute_dtype(torch.zeros(1))
+        torch.bfloat16
+    """
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Context in which matrix products on ``device`` are taken in ``"float32"`` (as they come) or ``"bfloat16"``.
+
+    Raises:
+        ValueError: for any other precision.
+
+    Examples:
+        >>> with autocast(torch.device("cpu"), "bfloat16"):
+        ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+        torch.bfloat16
+    """
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def widen(value: Tensor) -> Tensor:
+    """At least float32: what probabilities and losses are computed in, whatever precision the products were taken in.
+
+    Examples:
+        >>> widen(torch.zeros(1, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def segment_ids(done: Tensor) -> Tensor:
@@ -113,6 +153,27 @@ def categorical_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     return (log_q.exp() * (log_q - log_p)).sum((-2, -1))
 
 
+class _BalancedKL(torch.autograd.Function):
+    """The KL divergence twice over: once with the gradient to the prior only, once to the posterior only.
+
+    Autograd would compute the value twice, and keep four tensors of K x C numbers where two do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        q, difference = log_q.exp(), log_q - log_p
+        ctx.save_for_backward(q, difference)
+        kl = (q * difference).sum((-2, -1))
+        return kl, kl.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dynamics: Tensor, representation: Tensor) -> tuple[Tensor, Tensor]:
+        q, difference = ctx.saved_tensors
+        to_q = (difference + 1).mul_(q).mul_(representation[..., None, None])
+        return to_q, q * -dynamics[..., None, None]
+
+
 def balanced_kl(log_q: Tensor, log_p: Tensor, free_nats: float = 1.0) -> tuple[Tensor, Tensor]:
     """The two KL losses of section 2, each clamped at ``free_nats`` per element.
 
@@ -129,8 +190,7 @@ def balanced_kl(log_q: Tensor, log_p: Tensor, free_nats: float = 1.0) -> tuple[T
         >>> [round(x.item(), 3) for x in balanced_kl(q, p)]
         [1.614, 1.614]
     """
-    dynamics = categorical_kl(log_q.detach(), log_p)
-    representation = categorical_kl(log_q, log_p.detach())
+    dynamics, representation = _BalancedKL.apply(log_q, log_p)
     return dynamics.clamp(min=free_nats), representation.clamp(min=free_nats)
 
 
@@ -168,25 +228,39 @@ def lambda_return(reward: Tensor, continuation: Tensor, next_value: Tensor, gamm
     return returns
 
 
-def sample_index(probs: Tensor) -> Tensor:
+def softmax_over_few(logits: Tensor) -> Tensor:
+    """Softmax over a last dimension of few entries, such as actions.
+
+    The same as ``logits.softmax(-1)``, which on CPU takes 15 times as long where rows are shorter than its vectors.
+
+    Examples:
+        >>> softmax_over_few(torch.zeros(2, 4))
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500],
+                [0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1)
+
+
+def sample_index(weights: Tensor) -> Tensor:
     """Draw category indices by the inverse of the cumulative distribution.
 
-    One uniform number per draw: about ten times faster than ``OneHotCategorical.sample`` on CPU.
+    One uniform number per draw: ten to thirty times faster than ``OneHotCategorical.sample`` on CPU.
 
     Args:
-        probs: ``[..., C]``, probabilities.
+        weights: ``[..., C]``, probabilities up to a factor.
 
     Returns:
         int64 ``[...]``.
 
     Examples:
-        >>> sample_index(torch.tensor([[0.0, 1.0], [1.0, 0.0]])).tolist()
+        >>> sample_index(torch.tensor([[0.0, 1.0], [3.0, 0.0]])).tolist()
         [1, 0]
     """
-    cumulative = probs.cumsum(-1)
+    cumulative = weights.detach().cumsum(-1)
     # Of the total that rounding left, so that no draw lies beyond the last class.
     threshold = torch.rand_like(cumulative[..., :1]) * cumulative[..., -1:]
-    return (cumulative <= threshold).sum(-1).clamp_(max=probs.shape[-1] - 1)
+    # Compared in place: sums of numbers take a third of the time that sums of booleans take on CPU.
+    return cumulative.le_(threshold).sum(-1).long().clamp_(max=weights.shape[-1] - 1)
 
 
 def masked_mean(value: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ key                                            shape after batch dims    meaning
 ``("agents", "teammate_action")``              ``[N, N-1]``              what the others did, in agent order
 ``("agents", "teammate_alive")``               ``[N, N-1]``              which of the others were alive
 ``("agents", "latent")``                       ``[N, Z]``                z_t as a feature vector
+``("agents", "latent_ones")``                  ``[N, K]``                where z_t is multi-hot: positions of its ones
 ``("agents", "hidden")``                       ``[N, F]``                h_t, the summary of the steps before t
 ``("agents", "teammate_logits")``              ``[N, N-1, A]``           p_t, predicted action logits of the others
 ``("agents", "reconstruction")``               as the observation        decoded z_t; images from 0 to 1
@@ -45,6 +46,7 @@ TEAMMATE_ACTION: NestedKey = (AGENTS, "teammate_action")
 TEAMMATE_ALIVE: NestedKey = (AGENTS, "teammate_alive")
 
 LATENT: NestedKey = (AGENTS, "latent")
+LATENT_ONES: NestedKey = (AGENTS, "latent_ones")
 HIDDEN: NestedKey = (AGENTS, "hidden")
 TEAMMATE_LOGITS: NestedKey = (AGENTS, "teammate_logits")
 

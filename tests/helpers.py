@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 
+from matwm_rl import keys
 from matwm_rl.data import Replay, make_replay
 from matwm_rl.envs import MultiAgentEnv, make_env
-from matwm_rl.modules import WorldModel, WorldModelConfig, make_actor, make_critic
+from matwm_rl.modules import Latent, LatentCode, WorldModel, WorldModelConfig, make_actor, make_critic
 from matwm_rl.training.learner import Learner, LearnerConfig
 
 COUNTS, GROUPS, SIZE = (4, 4, 3), (0, 0, 1), 5
@@ -119,14 +120,26 @@ def random_batch(
     return TensorDict({"agents": agents, "next": {"agents": after}}, batch_size=[B, T])
 
 
+def random_latent(code: LatentCode, *shape: int) -> Latent:
+    """Latents that a code can have."""
+    return code.from_index(torch.randint(code.num_classes, (*shape, code.num_dims)))
+
+
+def read_keys(model: WorldModel) -> list[NestedKey]:
+    """What actors and critics read of s_t: of a multi-hot latent the positions of its ones."""
+    return [keys.LATENT_ONES if model.latent.multi_hot else keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS]
+
+
 def random_imagined(S: int = 4, H: int = 5, *, model: WorldModel, deaths: bool = True) -> TensorDict:
     """What Imagination and LambdaReturn give, [S, H], with random numbers in it."""
     N, A = model.num_agents, model.num_actions
     teammates = 0 if model.teammates is None else N - 1
 
     def state() -> dict[str, Tensor]:
+        latent = random_latent(model.latent, S, H, N)
         return {
-            "latent": torch.randn(S, H, N, model.latent.latent_size),
+            "latent": latent.value,
+            **({} if latent.ones is None else {"latent_ones": latent.ones}),
             "hidden": torch.randn(S, H, N, model.transformer.features),
             "teammate_logits": torch.randn(S, H, N, teammates, A),
         }

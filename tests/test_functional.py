@@ -11,6 +11,7 @@ from torch import Tensor
 from torchrl.objectives.value.functional import td_lambda_return_estimate
 
 from matwm_rl import functional as F
+from tests.helpers import grads
 
 
 def test_agents_first_and_last_are_inverse_and_keep_events() -> None:
@@ -86,10 +87,26 @@ def test_balanced_kl_clamps_each_element_and_routes_gradients(float64: None) -> 
     assert values[0, 0] == 1.0 and values[0, 1] > 1.0
 
     for loss, moved, still in ((dynamics, p_logits, q_logits), (representation, q_logits, p_logits)):
-        grad, none = torch.autograd.grad(loss.sum(), [moved, still], retain_graph=True, allow_unused=True)
-        assert none is None
+        grad, none = grads(loss.sum(), [moved, still])
+        assert not none.any()
         assert not grad[0].any(), "free bits pull at nothing"
         assert grad[1].any() and grad[2].any()
+
+
+def test_balanced_kl_has_the_gradients_of_two_kls_that_stop_one_each(float64: None) -> None:
+    log_q, log_p = (torch.randn(5, 2, 3, 4).log_softmax(-1).requires_grad_() for _ in range(2))
+    weights = torch.randn(2, 5, 2)
+    ours = F.balanced_kl(log_q, log_p, free_nats=0.0)
+    theirs = F.categorical_kl(log_q.detach(), log_p), F.categorical_kl(log_q, log_p.detach())
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+    combined = [sum((w * value).sum() for w, value in zip(weights, pair, strict=True)) for pair in (ours, theirs)]
+    for one, other in zip(*(grads(value, [log_q, log_p]) for value in combined), strict=True):
+        assert other.any()
+        torch.testing.assert_close(one, other)
+    # One side may be a constant.
+    (grad,) = grads(F.balanced_kl(log_q.detach(), log_p, 0.0)[0].sum(), [log_p])
+    torch.testing.assert_close(grad, -log_q.detach().exp())
 
 
 def slow_lambda_return(
@@ -131,13 +148,47 @@ def test_lambda_return_agrees_with_torchrl(float64: None) -> None:
     torch.testing.assert_close(ours, theirs.squeeze(-1))
 
 
-def test_sample_index_has_the_right_frequencies() -> None:
+@pytest.mark.parametrize("factor", [1.0, 7.5, 1e-12])
+def test_sample_index_has_the_right_frequencies(factor: float) -> None:
     probs = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.0, 0.5]])
-    draws = F.sample_index(probs.expand(40_000, 2, 3))
+    draws = F.sample_index((factor * probs).expand(40_000, 2, 3))
+    assert draws.shape == (40_000, 2) and draws.dtype == torch.int64
     counts = torch.nn.functional.one_hot(draws, 3).float().mean(0)
     # Five standard deviations of the mean of 40,000 draws.
     assert (counts - probs).abs().max() < 5 * 0.5 / math.sqrt(40_000)
     assert counts[1, 1] == 0
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 5, 1), (2, 0, 3)], ids=str)
+def test_softmax_over_few_is_softmax(float64: None, shape: tuple[int, ...]) -> None:
+    logits = 3 * torch.randn(shape, requires_grad=True)
+    ours, theirs = F.softmax_over_few(logits), logits.softmax(-1)
+    torch.testing.assert_close(ours, theirs)
+    weight = torch.randn(shape)
+    for one, other in zip(*(grads((weight * value).sum(), [logits]) for value in (ours, theirs)), strict=True):
+        torch.testing.assert_close(one, other)
+    masked = logits.detach().masked_fill(torch.arange(shape[-1]) == 1, -torch.inf)
+    torch.testing.assert_close(F.softmax_over_few(masked), masked.softmax(-1))
+
+
+def test_sample_index_of_rows_with_different_sums() -> None:
+    weights = torch.tensor([[2.0, 6.0], [0.25, 0.75]])
+    drawn = F.sample_index(weights.expand(40_000, 2, 2)).float().mean(0)
+    assert (drawn - 0.75).abs().max() < 5 * 0.5 / math.sqrt(40_000)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (3, 1), (2, 3, 5)], ids=str)
+def test_sample_index_leaves_its_argument_alone(shape: tuple[int, ...]) -> None:
+    weights = torch.rand(shape, requires_grad=True)
+    before = weights.detach().clone()
+    assert F.sample_index(weights).shape == shape[:-1]
+    assert torch.equal(weights.detach(), before)
+    assert weights._version == 0
+    # And the graph that gave the weights may still be walked back.
+    probs = weights.softmax(-1)
+    F.sample_index(probs)
+    probs.square().sum().backward()
+    assert weights.grad is not None
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
@@ -147,6 +198,38 @@ def test_sample_index_draws_no_impossible_class_at_the_edges(uniform: float, mon
     legal[:, 3] = True
     probs = torch.randn(2_000, 7).masked_fill(~legal, -torch.inf).softmax(-1)
     assert legal.gather(-1, F.sample_index(probs).unsqueeze(-1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compute_dtype_is_that_of_a_product(dtype: torch.dtype) -> None:
+    x = torch.ones(2, 2, dtype=dtype)
+    assert F.compute_dtype(x) == (x @ x).dtype == dtype
+    if dtype == torch.float32:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert F.compute_dtype(x) == (x @ x).dtype == torch.bfloat16
+
+
+def test_autocast_takes_products_in_the_precision_asked_for() -> None:
+    x = torch.ones(2, 2)
+    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        with F.autocast(x.device, precision):
+            assert (x @ x).dtype == dtype
+        assert (x @ x).dtype == torch.float32
+    for precision in ("float16", "bf16", ""):
+        with pytest.raises(ValueError, match=f"'float32' or 'bfloat16', got '{precision}'"):
+            F.autocast(x.device, precision)
+
+
+def test_widen_narrows_nothing() -> None:
+    for dtype, expected in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        value = torch.randn(5).to(dtype)
+        assert F.widen(value).dtype == expected
+        assert torch.equal(F.widen(value).double(), value.double())
 
 
 def test_masked_mean_takes_no_part_of_what_is_masked() -> None:

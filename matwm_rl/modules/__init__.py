@@ -1,21 +1,22 @@
 """Networks: the world model and its parts, actors and critics, acting, imagination."""
 
-from matwm_rl.modules.actor_critic import STATE_KEYS, StateMLP, make_actor, make_critic
+from matwm_rl.modules.actor_critic import STATE_KEYS, ActionDistribution, StateMLP, make_actor, make_critic
 from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, FourierFeatures, MLPDecoder, MLPEncoder
 from matwm_rl.modules.exploration import RandomEpisodes
 from matwm_rl.modules.heads import ActionMixer, Head, TeammatePredictor
 from matwm_rl.modules.imagination import Imagination
-from matwm_rl.modules.latent import CategoricalLatent, FSQLatent, LatentCode, make_latent
+from matwm_rl.modules.latent import CategoricalLatent, FSQLatent, Latent, LatentCode, make_latent, read_latent
 from matwm_rl.modules.policy import CONTEXT_KEYS, WorldModelPolicy
 from matwm_rl.modules.stacked import StackedLayerNorm, StackedLinear, StackedMLP
 from matwm_rl.modules.transformer import KVCache, Transformer
 from matwm_rl.modules.two_hot import TwoHot
-from matwm_rl.modules.world_model import Context, State, Step, WorldModel
+from matwm_rl.modules.world_model import Context, State, WorldModel
 from matwm_rl.modules.world_model_config import WorldModelConfig
 
 __all__ = [
     "CONTEXT_KEYS",
     "STATE_KEYS",
+    "ActionDistribution",
     "ActionMixer",
     "CNNDecoder",
     "CNNEncoder",
@@ -26,6 +27,7 @@ __all__ = [
     "Head",
     "Imagination",
     "KVCache",
+    "Latent",
     "LatentCode",
     "RandomEpisodes",
     "MLPDecoder",
@@ -35,7 +37,6 @@ __all__ = [
     "StackedMLP",
     "State",
     "StateMLP",
-    "Step",
     "TeammatePredictor",
     "Transformer",
     "TwoHot",
@@ -45,4 +46,5 @@ __all__ = [
     "make_actor",
     "make_critic",
     "make_latent",
+    "read_latent",
 ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from tensordict import NestedKey
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.modules import MaskedCategorical, ProbabilisticActor
 
 from matwm_rl import keys
-from matwm_rl.functional import agents_first, agents_last
+from matwm_rl.functional import agents_first, agents_last, sample_index, softmax_over_few, widen
 from matwm_rl.modules.stacked import StackedMLP
 from matwm_rl.modules.two_hot import TwoHot
 from matwm_rl.modules.world_model import WorldModel
@@ -53,9 +56,49 @@ class StateMLP(nn.Module):
         self.mlp = StackedMLP(size, out_features, num_agents=num_agents, num_cells=num_cells, depth=depth)
 
     def forward(self, latent: Tensor, hidden: Tensor, teammate_logits: Tensor) -> Tensor:
-        """``[*batch, N, Z]``, ``[*batch, N, F]``, ``[*batch, N, N-1, A]`` to ``[*batch, N, out_features]``."""
-        state = torch.cat([latent, hidden, teammate_logits.softmax(-1).flatten(-2)], -1)
-        return agents_last(self.mlp(agents_first(state)))
+        """Apply each agent's MLP.
+
+        Args:
+            latent: ``[*batch, N, Z]``, or for a multi-hot z the positions of its ones, int64 ``[*batch, N, K]``.
+            hidden: ``[*batch, N, F]``.
+            teammate_logits: ``[*batch, N, N-1, A]``.
+
+        Returns:
+            ``[*batch, N, out_features]``.
+        """
+        latent, hidden, teammates = agents_first(latent), agents_first(hidden), agents_first(teammate_logits, 2)
+        behind = [hidden, softmax_over_few(teammates).flatten(-2)]
+        if latent.is_floating_point():
+            out = self.mlp(torch.cat([latent, *behind], -1))
+        else:
+            out = self.mlp(torch.cat(behind, -1), ones=latent)
+        # In the order of the keys, so that what is done to 255 logits of every state runs over memory in order.
+        return agents_last(widen(out)).contiguous()
+
+
+class ActionDistribution(MaskedCategorical):
+    """TorchRL's ``MaskedCategorical``, drawn by the inverse of the cumulative distribution.
+
+    ``torch.multinomial`` takes four times as long, and the checks that distributions make by default would have a GPU
+    waited for at every step.
+
+    Examples:
+        >>> mask = torch.tensor([False, True, False])
+        >>> ActionDistribution(logits=torch.zeros(3), mask=mask).sample()
+        tensor(1)
+    """
+
+    _validate_args = False
+
+    def sample(self, sample_shape: torch.Size | Sequence[int] | None = None) -> Tensor:
+        """Draw actions ``[*sample_shape, *batch]``."""
+        probs = softmax_over_few(self.logits)
+        return sample_index(probs.expand(*(sample_shape or ()), *probs.shape))
+
+
+def _state_keys(world_model: WorldModel) -> list[NestedKey]:
+    """What :class:`StateMLP` reads: of a multi-hot z the positions of its ones, which it looks up."""
+    return [keys.LATENT_ONES if world_model.latent.multi_hot else keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS]
 
 
 def _state_mlp(world_model: WorldModel, out_features: int, num_cells: int, depth: int) -> StateMLP:
@@ -81,8 +124,9 @@ def make_actor(world_model: WorldModel, *, num_cells: int = 512, depth: int = 2)
         num_cells: width of the hidden layers.
         depth: number of hidden layers.
 
-    Keys read: ``("agents", "latent" | "hidden" | "teammate_logits" | "action_mask")``; written:
-    ``("agents", "logits" | "action")``. The distribution never gives weight to an action that the mask forbids.
+    Keys read: ``("agents", "latent" | "hidden" | "teammate_logits" | "action_mask")``, of a multi-hot code
+    ``("agents", "latent_ones")`` in place of the latent; written: ``("agents", "logits" | "action")``. The distribution
+    never gives weight to an action that the mask forbids.
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -92,10 +136,10 @@ def make_actor(world_model: WorldModel, *, num_cells: int = 512, depth: int = 2)
     """
     network = _state_mlp(world_model, world_model.num_actions, num_cells, depth)
     return ProbabilisticActor(
-        TensorDictModule(network, in_keys=STATE_KEYS, out_keys=[keys.LOGITS]),
+        TensorDictModule(network, in_keys=_state_keys(world_model), out_keys=[keys.LOGITS]),
         in_keys={"logits": keys.LOGITS, "mask": keys.ACTION_MASK},
         out_keys=[keys.ACTION],
-        distribution_class=MaskedCategorical,
+        distribution_class=ActionDistribution,
     )
 
 
@@ -110,7 +154,8 @@ def make_critic(
         depth: number of hidden layers.
         two_hot: code of the value; 255 bins by default.
 
-    Keys read: ``("agents", "latent" | "hidden" | "teammate_logits")``; written: ``("agents", "state_value_logits")``
+    Keys read: ``("agents", "latent" | "hidden" | "teammate_logits")``, of a multi-hot code
+    ``("agents", "latent_ones")`` in place of the latent; written: ``("agents", "state_value_logits")``
     ``[*batch, N, bins]`` and ``("agents", "state_value")`` ``[*batch, N, 1]``.
 
     Examples:
@@ -122,6 +167,6 @@ def make_critic(
     two_hot = two_hot or TwoHot()
     network = _state_mlp(world_model, two_hot.num_bins, num_cells, depth)
     return TensorDictSequential(
-        TensorDictModule(network, in_keys=STATE_KEYS, out_keys=[keys.STATE_VALUE_LOGITS]),
+        TensorDictModule(network, in_keys=_state_keys(world_model), out_keys=[keys.STATE_VALUE_LOGITS]),
         TensorDictModule(two_hot, in_keys=[keys.STATE_VALUE_LOGITS], out_keys=[keys.STATE_VALUE]),
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from matwm_rl.functional import widen
 from matwm_rl.modules.stacked import StackedLinear, mlp
 
 
@@ -28,17 +29,19 @@ class FourierFeatures(nn.Module):
         torch.Size([3, 20])
     """
 
+    frequency: Tensor
+
     def __init__(self, num_frequencies: int) -> None:
         super().__init__()
         self.num_frequencies = num_frequencies
         self.size_factor = 2 * num_frequencies + 1
+        self.register_buffer("frequency", 0.5 * math.pi * 2.0 ** torch.arange(num_frequencies), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         if not self.num_frequencies:
             return x
-        octaves = torch.arange(self.num_frequencies, device=x.device)
-        angle = (x.unsqueeze(-1) * (0.5 * math.pi * 2.0**octaves)).flatten(-2)
+        angle = (x.unsqueeze(-1) * self.frequency).flatten(-2)
         return torch.cat([x, angle.sin(), angle.cos()], -1)
 
 
@@ -80,7 +83,7 @@ class MLPEncoder(nn.Module):
     def forward(self, observation: Tensor) -> Tensor:
         """``[N, *batch, D] -> [N, *batch, out_features]``."""
         out = self.output(self.trunk(self.input(self.features(observation))))
-        return out if self.skip is None else out + self.skip(observation)
+        return widen(out if self.skip is None else out + self.skip(observation))
 
 
 class MLPDecoder(nn.Module):
@@ -117,7 +120,7 @@ class MLPDecoder(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         """``[N, *batch, Z] -> [N, *batch, D]``."""
         out = self.output(self.trunk(latent))
-        return out if self.skip is None else out + self.skip(latent)
+        return widen(out if self.skip is None else out + self.skip(latent))
 
 
 def _check_image(shape: Sequence[int], depth: int) -> None:
@@ -160,7 +163,7 @@ class CNNEncoder(nn.Module):
         """``[N, *batch, C, S, S]`` uint8 (0 to 255) or float (0 to 1) to ``[N, *batch, out_features]``."""
         images = observation.flatten(0, -4)
         images = images.float() / 255 if images.dtype == torch.uint8 else images
-        features = self.output(self.convolutions(images).flatten(1))
+        features = widen(self.output(self.convolutions(images).flatten(1)))
         return features.unflatten(0, observation.shape[:-3])
 
 
@@ -195,4 +198,4 @@ class CNNDecoder(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         """``[N, *batch, Z] -> [N, *batch, C, S, S]``."""
         images = self.input(latent).flatten(0, -2).unflatten(-1, (self.width, self.size, self.size))
-        return self.convolutions(images).unflatten(0, latent.shape[:-1])
+        return widen(self.convolutions(images)).unflatten(0, latent.shape[:-1])

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from matwm_rl.functional import widen
+from matwm_rl.modules.latent import Latent, read_latent
 from matwm_rl.modules.stacked import StackedLinear, mlp
 from matwm_rl.modules.transformer import KVCache, Transformer
 
@@ -33,7 +35,7 @@ class ActionMixer(nn.Module):
         >>> mixer = ActionMixer(4, 8, action_counts=[5, 3])
         >>> mixer.action_rows.num_embeddings
         8
-        >>> mixer(torch.zeros(2, 7, 4), torch.zeros(2, 7, dtype=torch.long)).shape
+        >>> mixer(Latent(torch.zeros(2, 7, 4)), torch.zeros(2, 7, dtype=torch.long)).shape
         torch.Size([2, 7, 8])
     """
 
@@ -44,13 +46,13 @@ class ActionMixer(nn.Module):
         counts = torch.tensor(list(action_counts))
         offset = counts.cumsum(0) - counts if scaled else torch.zeros_like(counts)
         self.register_buffer("offset", offset, persistent=False)
-        self.latent = nn.Linear(latent_size, features)
+        self.latent = StackedLinear(latent_size, features, [0])
         self.action_rows = nn.Embedding(int(counts.sum() if scaled else counts.max()), features)
 
-    def forward(self, latent: Tensor, action: Tensor) -> Tensor:
-        """``latent [N, *batch, Z]``, ``action [N, *batch]`` to ``[N, *batch, F]``."""
+    def forward(self, latent: Latent, action: Tensor) -> Tensor:
+        """Latents ``[N, *batch, Z]`` and actions ``[N, *batch]`` to ``[N, *batch, F]``."""
         offset = self.offset.view(-1, *[1] * (action.ndim - 1))
-        return self.latent(latent) + self.action_rows(action + offset)
+        return read_latent(self.latent, latent) + self.action_rows(action + offset)
 
 
 class Head(nn.Module):
@@ -89,7 +91,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, *batch, in] -> [N, *batch, out]``."""
         out = self.output(self.trunk(x))
-        return out if self.skip is None else out + self.skip(x)
+        return widen(out if self.skip is None else out + self.skip(x))
 
 
 class TeammatePredictor(nn.Module):
@@ -110,7 +112,7 @@ class TeammatePredictor(nn.Module):
     Examples:
         >>> predictor = TeammatePredictor(4, action_counts=[5, 5, 3], group_index=[0, 0, 1], features=8, num_heads=2)
         >>> mask = torch.ones(6, 6, dtype=torch.bool).tril()
-        >>> predictor(torch.zeros(3, 2, 6, 4), mask).shape
+        >>> predictor(Latent(torch.zeros(3, 2, 6, 4)), mask).shape
         torch.Size([3, 2, 6, 2, 5])
     """
 
@@ -132,16 +134,16 @@ class TeammatePredictor(nn.Module):
         others = [[n for j, n in enumerate(action_counts) if j != i] for i in range(self.num_agents)]
         counts = torch.tensor(others, dtype=torch.long).view(self.num_agents, self.num_agents - 1, 1)
         self.register_buffer("legal", torch.arange(self.num_actions) < counts, persistent=False)
-        self.input = nn.Linear(latent_size, features)
+        self.input = StackedLinear(latent_size, features, [0])
         self.transformer = Transformer(features, num_layers=num_layers, num_heads=num_heads, dropout=dropout)
         self.output = StackedLinear(features, (self.num_agents - 1) * self.num_actions, group_index)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.output(hidden).unflatten(-1, (self.num_agents - 1, self.num_actions))
+        logits = widen(self.output(hidden)).unflatten(-1, (self.num_agents - 1, self.num_actions))
         legal = self.legal.view(self.num_agents, *[1] * (logits.ndim - 3), *self.legal.shape[1:])
         return logits.masked_fill(~legal, ILLEGAL_LOGIT)
 
-    def forward(self, latent: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, latent: Latent, mask: Tensor) -> Tensor:
         """Logits at every step of whole sequences.
 
         Args:
@@ -151,11 +153,16 @@ class TeammatePredictor(nn.Module):
         Returns:
             ``[N, B, T, N-1, A]``.
         """
-        tokens = self.input(latent.detach())
+        tokens = read_latent(self.input, latent.detach())
         return self._logits(self.transformer(tokens.flatten(0, 1), mask).view(tokens.shape))
 
-    def cached(self, latent: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
-        """Logits at the last of the new steps ``latent [N, S, T, Z]``: ``[N, S, N-1, A]``."""
-        tokens = self.input(latent.detach())
-        hidden = self.transformer.cached(tokens.flatten(0, 1), cache, mask)[:, -1]
-        return self._logits(hidden.view(*tokens.shape[:2], -1))
+    def prefill(self, latent: Latent, mask: Tensor, room: int) -> tuple[Tensor, KVCache]:
+        """Logits ``[N, S, N-1, A]`` at the last of the steps ``[N, S, T, Z]``, and a cache for ``room`` more."""
+        tokens = read_latent(self.input, latent.detach())
+        hidden, cache = self.transformer.prefill(tokens.flatten(0, 1), mask, room)
+        return self._logits(hidden.view(*tokens.shape[:2], -1)), cache
+
+    def step(self, latent: Latent, cache: KVCache) -> Tensor:
+        """Logits ``[N, S, N-1, A]`` at the next step ``latent [N, S, Z]``."""
+        tokens = read_latent(self.input, latent.detach())
+        return self._logits(self.transformer.step(tokens.flatten(0, 1), cache).view(tokens.shape))

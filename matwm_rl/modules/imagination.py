@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import keys
-from matwm_rl.functional import agents_first, agents_last, segment_ids
+from matwm_rl.functional import agents_first, agents_last, autocast, segment_ids
 from matwm_rl.modules.world_model import State, WorldModel
 
 
@@ -22,12 +22,14 @@ class Imagination(TensorDictModuleBase):
         world_model: the shared world model.
         actor: reads s_t and ``("agents", "action_mask")``, writes ``("agents", "action")``.
         horizon: H, number of imagined steps.
+        precision: ``"float32"``, or ``"bfloat16"`` for the matrix products (states and rewards stay float32).
 
     Keys read (batch ``[S, C+1]``: C steps of context, then the start):
     ``("agents", "observation" | "action")``, ``("next", "agents", "done")``, optionally ``("agents", "alive")``.
 
     Keys written to the returned tensordict (batch ``[S, H]``): s_t as ``("agents", "latent" | "hidden" |
-    "teammate_logits")``, ``("agents", "action" | "action_mask")``, s_{t+1} under ``"next"``,
+    "teammate_logits")`` and, of a multi-hot code, ``("agents", "latent_ones")``;
+    ``("agents", "action" | "action_mask")``, s_{t+1} under ``"next"``,
     ``("next", "agents", "reward" | "continuation")`` as ``[S, H, N, 1]``, and ``("agents", "alive")`` ``[S, H, N]``:
     false where the start was of a dead agent.
 
@@ -43,15 +45,17 @@ class Imagination(TensorDictModuleBase):
         torch.Size([1, 5, 3, 1])
     """
 
-    def __init__(self, world_model: WorldModel, actor: nn.Module, *, horizon: int) -> None:
+    def __init__(self, world_model: WorldModel, actor: nn.Module, *, horizon: int, precision: str = "float32") -> None:
         super().__init__()
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1, got {horizon}")
+        autocast(torch.device("cpu"), precision)  # refuses what is no precision
         self.world_model = world_model
         self.actor = actor
         self.horizon = horizon
+        self.precision = precision
         self.in_keys: list[NestedKey] = [keys.OBSERVATION, keys.ACTION, keys.AGENT_DONE]
-        state = [keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS]
+        state = world_model.state_keys
         self.out_keys: list[NestedKey] = [
             *state,
             keys.ACTION,
@@ -67,53 +71,39 @@ class Imagination(TensorDictModuleBase):
         """Imagine from every start: see the class for keys."""
         if tensordict.ndim != 2:
             raise ValueError(f"Imagination reads starts of batch size [S, context + 1], got {tuple(tensordict.shape)}")
-        model = self.world_model
-        observation = agents_first(tensordict.get(keys.OBSERVATION), model.observation_dims)
+        observation = agents_first(tensordict.get(keys.OBSERVATION), self.world_model.observation_dims)
         action = agents_first(tensordict.get(keys.ACTION), 0)
         segments = segment_ids(agents_first(tensordict.get(keys.AGENT_DONE)).squeeze(-1))
-        same_episode = segments[..., :-1] == segments[..., -1:]
-        state, context = model.prefill(model.encode(observation), action[..., :-1], same_episode, self.horizon)
-
-        states, actions, masks, rewards, continuations = [state], [], [], [], []
-        for _ in range(self.horizon):
-            mask = model.legal_actions(state.latent)
-            action = self._act(state, mask)
-            step = model.step(state, action, context)
-            state = step.state
-            states.append(state)
-            actions.append(action)
-            masks.append(mask)
-            rewards.append(step.reward)
-            continuations.append(step.continuation)
+        with autocast(observation.device, self.precision), set_exploration_type(ExplorationType.RANDOM):
+            states, actions, masks = self._dream(
+                observation, action[..., :-1], segments[..., :-1] == segments[..., -1:]
+            )
+            reward, continuation = self.world_model.outcome(states[:, :, 1:])
 
         shape = (tensordict.shape[0], self.horizon)
         imagined = TensorDict({}, batch_size=shape, device=tensordict.device)
-        for key, name, event_dims in (
-            (keys.LATENT, "latent", 1),
-            (keys.HIDDEN, "hidden", 1),
-            (keys.TEAMMATE_LOGITS, "teammate_logits", 2),
-        ):
-            whole = agents_last(torch.stack([getattr(s, name) for s in states], 2), event_dims)
+        for key, whole in states.entries().items():
             imagined.set(key, whole[:, :-1])
             imagined.set(("next", *key), whole[:, 1:])
-        imagined.set(keys.ACTION, agents_last(torch.stack(actions, 2), 0))
-        imagined.set(keys.ACTION_MASK, agents_last(torch.stack(masks, 2)))
-        imagined.set(keys.REWARD, agents_last(torch.stack(rewards, 2), 0).unsqueeze(-1))
-        imagined.set(keys.CONTINUATION, agents_last(torch.stack(continuations, 2), 0).unsqueeze(-1))
+        imagined.set(keys.ACTION, agents_last(actions, 0))
+        imagined.set(keys.ACTION_MASK, agents_last(masks))
+        imagined.set(keys.REWARD, agents_last(reward, 0).unsqueeze(-1))
+        imagined.set(keys.CONTINUATION, agents_last(continuation, 0).unsqueeze(-1))
         alive = tensordict.get(keys.ALIVE, None)
         alive = torch.ones_like(imagined[keys.ACTION], dtype=torch.bool) if alive is None else alive[:, -1:]
         return imagined.set(keys.ALIVE, alive.expand(*shape, -1))
 
-    def _act(self, state: State, mask: Tensor) -> Tensor:
-        """Sample actions ``[N, S]``."""
-        inputs = TensorDict(
-            {
-                keys.LATENT: agents_last(state.latent),
-                keys.HIDDEN: agents_last(state.hidden),
-                keys.TEAMMATE_LOGITS: agents_last(state.teammate_logits, 2),
-                keys.ACTION_MASK: agents_last(mask),
-            },
-            batch_size=[mask.shape[1]],
-        )
-        with set_exploration_type(ExplorationType.RANDOM):
-            return agents_first(self.actor(inputs).get(keys.ACTION), 0)
+    def _dream(self, observation: Tensor, action: Tensor, valid: Tensor) -> tuple[State, Tensor, Tensor]:
+        """States ``[N, S, H+1]``, actions and legal actions ``[N, S, H]`` that follow a context."""
+        model = self.world_model
+        state, context = model.prefill(model.encode(observation), action, valid, self.horizon)
+        states, actions, masks = [state], [], []
+        for _ in range(self.horizon):
+            mask = model.legal_actions(state.latent)
+            inputs = TensorDict({**state.entries(), keys.ACTION_MASK: agents_last(mask)}, batch_size=mask.shape[1:2])
+            action = agents_first(self.actor(inputs).get(keys.ACTION), 0)
+            state = model.step(state, action, context)
+            states.append(state)
+            actions.append(action)
+            masks.append(mask)
+        return State.stack(states, 2), torch.stack(actions, 2), torch.stack(masks, 2)

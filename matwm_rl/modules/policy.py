@@ -85,27 +85,19 @@ class WorldModelPolicy(TensorDictModuleBase):
         length = self._flat(tensordict.get(CONTEXT_LENGTH), 0)
         # The context is right-aligned: its last `length` steps are this episode's.
         valid = torch.arange(self.context_length, device=length.device) >= self.context_length - length.unsqueeze(-1)
-        history = torch.cat([model.latent.from_index(code), latent.unsqueeze(2)], 2)
-        state, _ = model.prefill(history, action, valid)
+        newest = model.latent.to_index(latent).unsqueeze(2)
+        state, _ = model.prefill(model.latent.from_index(torch.cat([code, newest], 2)), action, valid)
 
-        inputs = TensorDict(
-            {
-                keys.LATENT: self._batched(state.latent, batch, 1),
-                keys.HIDDEN: self._batched(state.hidden, batch, 1),
-                keys.TEAMMATE_LOGITS: self._batched(state.teammate_logits, batch, 2),
-                keys.ACTION_MASK: tensordict.get(keys.ACTION_MASK),
-            },
-            batch_size=batch,
-        )
-        outputs = self.actor(inputs)
+        inputs = TensorDict(state.entries(), batch_size=state.hidden.shape[1:2]).reshape(batch)
+        outputs = self.actor(inputs.set(keys.ACTION_MASK, tensordict.get(keys.ACTION_MASK)))
         tensordict.set(keys.ACTION, outputs.get(keys.ACTION))
         if (logits := outputs.get(keys.LOGITS, None)) is not None:
             tensordict.set(keys.LOGITS, logits)
 
-        newest = self._flat(outputs.get(keys.ACTION), 0).unsqueeze(-1)
-        code = torch.cat([code[:, :, 1:], model.latent.to_index(latent).to(code.dtype).unsqueeze(2)], 2)
+        chosen = self._flat(outputs.get(keys.ACTION), 0).unsqueeze(-1)
+        code = torch.cat([code[:, :, 1:], newest.to(code.dtype)], 2)
         tensordict.set(("next", *CONTEXT_CODE), self._batched(code, batch, 2))
-        tensordict.set(("next", *CONTEXT_ACTION), self._batched(torch.cat([action[:, :, 1:], newest], 2), batch, 1))
+        tensordict.set(("next", *CONTEXT_ACTION), self._batched(torch.cat([action[:, :, 1:], chosen], 2), batch, 1))
         tensordict.set(("next", *CONTEXT_LENGTH), self._batched((length + 1).clamp(max=self.context_length), batch, 0))
         return tensordict
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ class StackedLinear(nn.Module):
         (torch.Size([2, 3, 5]), torch.Size([3, 7, 5]))
     """
 
+    stack_index: Tensor
+
     def __init__(
         self, in_features: int, out_features: int, stack_index: Sequence[int], *, zero_init: bool = False
     ) -> None:
@@ -41,25 +44,44 @@ class StackedLinear(nn.Module):
         self.per_agent = list(stack_index) == list(range(stack)) and stack > 1
         # Neighbours that share weights are one product: agents of one group stand together.
         self.runs = [(index, len(list(run))) for index, run in groupby(stack_index)]
+        # One shared layer does not ask how many agents there are.
+        self.register_buffer("stack_index", torch.tensor(list(stack_index) if stack > 1 else [0]), persistent=False)
         bound = 0.0 if zero_init else 1 / math.sqrt(in_features)
         self.weight = nn.Parameter(torch.empty(stack, in_features, out_features).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(stack, out_features).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply agent n's weights to ``x[n]``."""
+        return self._product(x, self.weight)
+
+    def from_ones(self, ones: Tensor, behind: Tensor | None = None) -> Tensor:
+        """Apply the layer to a multi-hot input by adding up rows of weights: a hundredth of the arithmetic.
+
+        Args:
+            ones: int64 ``[N, *batch, K]``, positions of the ones in the input's first part.
+            behind: ``[N, *batch, R]``, the input's last R features, if it has any besides.
+        """
+        first_row = (self.stack_index * self.weight.shape[1]).view(-1, *[1] * (ones.ndim - 1))
+        rows = (ones + first_row).flatten(0, -2)
+        out = nn.functional.embedding_bag(rows, self.weight.flatten(0, 1), mode="sum").view(*ones.shape[:-1], -1)
+        if behind is None:
+            return out + self.bias[self.stack_index].view(-1, *[1] * (ones.ndim - 2), out.shape[-1])
+        return out + self._product(behind, self.weight[:, -behind.shape[-1] :])
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         if len(self.runs) == 1:
-            return nn.functional.linear(x, self.weight[0].T, self.bias[0])
+            return nn.functional.linear(x, weight[0].T, self.bias[0])
         if x.shape[0] != self.num_agents:
             raise ValueError(
                 f"expected {self.num_agents} agents in dimension 0, got a tensor of shape {tuple(x.shape)}"
             )
         if self.per_agent:
-            out = torch.baddbmm(self.bias.unsqueeze(1), x.reshape(self.num_agents, -1, x.shape[-1]), self.weight)
+            out = torch.baddbmm(self.bias.unsqueeze(1), x.reshape(self.num_agents, -1, x.shape[-1]), weight)
             return out.view(*x.shape[:-1], -1)
         parts = x.split([length for _, length in self.runs])
         return torch.cat(
             [
-                nn.functional.linear(part, self.weight[index].T, self.bias[index])
+                nn.functional.linear(part, weight[index].T, self.bias[index])
                 for part, (index, _) in zip(parts, self.runs, strict=True)
             ]
         )
@@ -114,6 +136,14 @@ class StackedMLP(nn.Sequential):
         # Zero: the policy starts uniform and the value at 0, whatever the seed.
         layers.append(StackedLinear(in_features, out_features, range(num_agents), zero_init=True))
         super().__init__(*layers)
+
+    def forward(self, x: Tensor, ones: Tensor | None = None) -> Tensor:
+        """Apply agent n's MLP to ``x[n]``; with ``ones``, to a multi-hot part and ``x[n]`` behind it."""
+        first, *rest = self.children()
+        x = first(x) if ones is None else cast(StackedLinear, first).from_ones(ones, x)
+        for layer in rest:
+            x = layer(x)
+        return x
 
 
 def mlp(in_features: int, num_cells: int, depth: int) -> nn.Sequential:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from matwm_rl import keys
 from matwm_rl.functional import agents_first, agents_last, causal_segment_mask, segment_ids, shift_within_segments
 from matwm_rl.modules.heads import TeammatePredictor
-from matwm_rl.modules.latent import LatentCode
+from matwm_rl.modules.latent import Latent, LatentCode
 from matwm_rl.modules.transformer import KVCache, Transformer
 from matwm_rl.modules.two_hot import TwoHot
 from matwm_rl.modules.world_model_config import WorldModelConfig, build_parts
@@ -32,14 +32,38 @@ class State:
     """What an actor sees of N agents (section 3): s_t = (z_t, h_t, p_t).
 
     Attributes:
-        latent: z_t, ``[N, S, Z]``.
-        hidden: h_t, the transformer's output after (z_{t-1}, a_{t-1}), zero at an episode's start; ``[N, S, F]``.
-        teammate_logits: p_t, ``[N, S, N-1, A]`` (``[N, S, 0, A]`` without teammate predictor).
+        latent: z_t, ``[N, *batch, Z]``.
+        hidden: h_t, the transformer's output after (z_{t-1}, a_{t-1}), zero at an episode's start; ``[N, *batch, F]``.
+        teammate_logits: p_t, ``[N, *batch, N-1, A]`` (``[N, *batch, 0, A]`` without teammate predictor).
     """
 
-    latent: Tensor
+    latent: Latent
     hidden: Tensor
     teammate_logits: Tensor
+
+    def __getitem__(self, index: Any) -> State:
+        """Index the batch dimensions."""
+        return State(self.latent[index], self.hidden[index], self.teammate_logits[index])
+
+    def entries(self) -> dict[NestedKey, Tensor]:
+        """The state by keys, in TorchRL's layout ``[*batch, N, ...]``; see :attr:`WorldModel.state_keys`."""
+        entries: dict[NestedKey, Tensor] = {
+            keys.LATENT: agents_last(self.latent.value),
+            keys.HIDDEN: agents_last(self.hidden),
+            keys.TEAMMATE_LOGITS: agents_last(self.teammate_logits, 2),
+        }
+        if self.latent.ones is not None:
+            entries[keys.LATENT_ONES] = agents_last(self.latent.ones)
+        return entries
+
+    @staticmethod
+    def stack(states: list[State], dim: int) -> State:
+        """Stack along a new batch dimension."""
+        return State(
+            Latent.stack([state.latent for state in states], dim),
+            torch.stack([state.hidden for state in states], dim),
+            torch.stack([state.teammate_logits for state in states], dim),
+        )
 
 
 @dataclass
@@ -48,21 +72,6 @@ class Context:
 
     sequence: KVCache
     teammates: KVCache | None
-
-
-@dataclass
-class Step:
-    """One imagined step: the next state, and what the step brought.
-
-    Attributes:
-        state: s_{t+1}.
-        reward: r_t, ``[N, S]``.
-        continuation: probability that the episode goes on, ``[N, S]``.
-    """
-
-    state: State
-    reward: Tensor
-    continuation: Tensor
 
 
 class WorldModel(TensorDictModuleBase):
@@ -87,6 +96,11 @@ class WorldModel(TensorDictModuleBase):
         reencode: see :class:`WorldModelConfig`.
         legal: bool ``[N, A]``, which actions each agent has at all.
         observation_dims: 1 for vectors, 3 for images.
+
+    Attributes:
+        successors: how many successors of every agent the parallel pass encodes apart: those at ends of slices and
+            episodes. ``None`` counts them in every batch, for which a GPU has to wait; set the number of steps per
+            agent, B * T, where shapes must never change and nothing may wait (CUDA graphs).
 
     Keys read by :meth:`forward` (batch ``[*B, T]``): ``("agents", "observation")``, ``("agents", "action")``,
     ``("next", "agents", "observation")``, ``("next", "agents", "done")``, the latter as bool ``[*B, T, N, 1]``.
@@ -136,6 +150,7 @@ class WorldModel(TensorDictModuleBase):
         self.reward_input = reward_input
         self.reencode = reencode
         self.observation_dims = observation_dims
+        self.successors: int | None = None
         self.register_buffer("legal", legal, persistent=False)
         self.num_agents, self.num_actions = legal.shape
         self.in_keys: list[NestedKey] = [
@@ -155,6 +170,11 @@ class WorldModel(TensorDictModuleBase):
             keys.REWARD_LOGITS,
             keys.CONTINUATION_LOGITS,
         ]
+
+    @property
+    def state_keys(self) -> list[NestedKey]:
+        """Keys of :meth:`State.entries`."""
+        return [keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS, *([keys.LATENT_ONES] if self.latent.multi_hot else [])]
 
     @classmethod
     def from_env(cls, env: EnvBase, **overrides: Any) -> WorldModel:
@@ -204,24 +224,24 @@ class WorldModel(TensorDictModuleBase):
 
     # -- verbs -------------------------------------------------------------------------------------------------------
 
-    def encode(self, observation: Tensor) -> Tensor:
+    def encode(self, observation: Tensor) -> Latent:
         """Observations ``[N, *batch, *O]`` to posterior latents ``[N, *batch, Z]``."""
         return self.latent.sample_posterior(self.encoder(observation))
 
-    def decode(self, latent: Tensor) -> Tensor:
+    def decode(self, latent: Latent) -> Tensor:
         """Latents ``[N, *batch, Z]`` to observations ``[N, *batch, *O]``."""
-        return self.decoder(latent)
+        return self.decoder(latent.value)
 
-    def legal_actions(self, latent: Tensor) -> Tensor:
+    def legal_actions(self, latent: Latent) -> Tensor:
         """Predicted legal actions at z ``[N, S, Z]``: bool ``[N, S, A]``, at least one true per row."""
         legal = self.legal.unsqueeze(1)
         if self.action_mask is None:
-            return legal.expand(-1, latent.shape[1], -1)
-        logits = self.action_mask(latent).masked_fill(~legal, -torch.inf)
+            return legal.expand(-1, latent.value.shape[1], -1)
+        logits = self.action_mask(latent.value).masked_fill(~legal, -torch.inf)
         # Where none passes the threshold, the likeliest is taken: some action must be.
         return (logits > 0) | (logits == logits.amax(-1, keepdim=True))
 
-    def prefill(self, latent: Tensor, action: Tensor, valid: Tensor, horizon: int = 0) -> tuple[State, Context]:
+    def prefill(self, latent: Latent, action: Tensor, valid: Tensor, horizon: int = 0) -> tuple[State, Context]:
         """Run a context through the model in parallel, and make room for ``horizon`` more steps.
 
         Args:
@@ -234,50 +254,56 @@ class WorldModel(TensorDictModuleBase):
             the current state s_C and the context for :meth:`step`.
         """
         num_agents, starts, length = action.shape
-        sequences = num_agents * starts
         with_current = torch.cat([valid, valid.new_ones(num_agents, starts, 1)], -1).flatten(0, 1)
         mask = causal_segment_mask(with_current)
-        cache = self.transformer.make_cache(sequences, length + horizon)
-        cache.valid[:, :length] = valid.flatten(0, 1)
-        hidden = latent.new_zeros(num_agents, starts, self.transformer.features)
+        current = latent[:, :, -1]
         if length:
             tokens = self.action_mixer(latent[:, :, :-1], action).flatten(0, 1)
-            hidden = self.transformer.cached(tokens, cache, mask[:, :-1, :-1])[:, -1].view_as(hidden)
-            hidden = hidden * valid[..., -1:]
-        current = latent[:, :, -1]
-        teammates = None
-        if self.teammates is not None:
-            teammates = self.teammates.transformer.make_cache(sequences, length + 1 + horizon)
-            teammates.valid[:, : length + 1] = with_current
-            logits = self.teammates.cached(latent, teammates, mask)
+            hidden, sequence = self.transformer.prefill(tokens, mask[:, :-1, :-1], horizon, valid.flatten(0, 1))
+            hidden = hidden.view(num_agents, starts, -1) * valid[..., -1:]
         else:
-            logits = self._no_teammates(current)
-        return State(current, hidden, logits), Context(cache, teammates)
+            sequence = self.transformer.empty_cache(num_agents * starts, horizon)
+            hidden = current.value.new_zeros(num_agents, starts, self.transformer.features)
+        if self.teammates is None:
+            return State(current, hidden, self._no_teammates(current)), Context(sequence, None)
+        logits, teammates = self.teammates.prefill(latent, mask, horizon)
+        return State(current, hidden, logits), Context(sequence, teammates)
 
-    def step(self, state: State, action: Tensor, context: Context) -> Step:
+    def step(self, state: State, action: Tensor, context: Context) -> State:
         """Imagine one step: sample z_{t+1} from the dynamics predictor.
 
         Args:
             state: s_t of N x S agents.
             action: ``[N, S]``.
             context: caches with room for one more step, written in place.
+
+        Returns:
+            s_{t+1}; :meth:`outcome` tells what the step brought.
         """
-        shape = action.shape
-        tokens = self.action_mixer(state.latent, action).flatten(0, 1).unsqueeze(1)
-        hidden = self.transformer.cached(tokens, context.sequence).view(*shape, -1)
+        tokens = self.action_mixer(state.latent, action)
+        hidden = self.transformer.step(tokens.flatten(0, 1), context.sequence).view(tokens.shape)
         latent = self.latent.sample_prior(self.dynamics(hidden), state.latent)
         if self.reencode:
             latent = self.encode(self.decode(latent))
-        if self.teammates is not None and context.teammates is not None:
-            logits = self.teammates.cached(latent.unsqueeze(2), context.teammates)
-        else:
-            logits = self._no_teammates(latent)
-        reward = self.two_hot.decode(self.reward(hidden if self.reward_input == "hidden" else latent))
-        continuation = self.continuation(hidden).squeeze(-1).sigmoid()
-        return Step(State(latent, hidden, logits), reward, continuation)
+        if self.teammates is None or context.teammates is None:
+            return State(latent, hidden, self._no_teammates(latent))
+        return State(latent, hidden, self.teammates.step(latent, context.teammates))
 
-    def _no_teammates(self, latent: Tensor) -> Tensor:
-        return latent.new_zeros(*latent.shape[:-1], 0, self.num_actions)
+    def outcome(self, reached: State) -> tuple[Tensor, Tensor]:
+        """What the steps brought that led to states s_{t+1}: h_{t+1} sums up (z_t, a_t).
+
+        Args:
+            reached: s_{t+1}, ``[N, *batch]``; of many steps at once, if wanted.
+
+        Returns:
+            rewards r_t, and probabilities that the episode goes on, ``[N, *batch]`` each.
+        """
+        reward_input = reached.hidden if self.reward_input == "hidden" else reached.latent.value
+        reward = self.two_hot.decode(self.reward(reward_input))
+        return reward, self.continuation(reached.hidden).squeeze(-1).sigmoid()
+
+    def _no_teammates(self, latent: Latent) -> Tensor:
+        return latent.value.new_zeros(*latent.value.shape[:-1], 0, self.num_actions)
 
     # -- the parallel pass -------------------------------------------------------------------------------------------
 
@@ -295,13 +321,12 @@ class WorldModel(TensorDictModuleBase):
         latent = self.latent.sample_posterior(features)
         tokens = self.action_mixer(latent, action)
         hidden = self.transformer(tokens.flatten(0, 1), mask).view(tokens.shape)
-        reward_input = hidden if self.reward_input == "hidden" else self.latent.sample_posterior(next_features)
+        reward_input = hidden if self.reward_input == "hidden" else self.latent.sample_posterior(next_features).value
+        teammates = self._no_teammates(latent) if self.teammates is None else self.teammates(latent, mask)
         outputs = {
-            keys.LATENT: latent,
+            keys.LATENT: latent.value,
             keys.HIDDEN: shift_within_segments(hidden, segments),
-            keys.TEAMMATE_LOGITS: self._no_teammates(latent)
-            if self.teammates is None
-            else self.teammates(latent, mask),
+            keys.TEAMMATE_LOGITS: teammates,
             keys.RECONSTRUCTION: self.decode(latent),
             keys.POSTERIOR: self.latent.posterior(next_features),
             keys.PRIOR: self.latent.prior(self.dynamics(hidden), latent),
@@ -309,7 +334,7 @@ class WorldModel(TensorDictModuleBase):
             keys.CONTINUATION_LOGITS: self.continuation(hidden),
         }
         if self.action_mask is not None:
-            outputs[keys.MASK_LOGITS] = self.action_mask(latent)
+            outputs[keys.MASK_LOGITS] = self.action_mask(latent.value)
         for key, value in outputs.items():
             value = value.view(value.shape[0], *batch, time, *value.shape[3:])
             tensordict.set(key, agents_last(value, value.ndim - 2 - len(batch)))
@@ -335,16 +360,22 @@ class WorldModel(TensorDictModuleBase):
         Inside an episode the successor stands in the slice. At the slice's end and at an episode's end (where it is the
         true final observation) it is encoded apart, in the same call: per agent as many as the agent with most has.
         """
-        num_agents, time = observation.shape[0], observation.shape[2]
+        num_agents, sequences, time = done.shape
         boundary = done.clone()
         boundary[..., -1] = True
         boundary = boundary.flatten(1)
-        count = int(boundary.sum(1).max())
+        count = self.successors or self._count(boundary)
         where = boundary.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
         agent = torch.arange(num_agents, device=where.device).unsqueeze(-1)
         flat = torch.cat([observation.flatten(1, 2), following.flatten(1, 2)[agent, where]], 1)
-        features, apart = self.encoder(flat).split([flat.shape[1] - count, count], 1)
+        features, apart = self.encoder(flat).split([flat.shape[1] - where.shape[1], where.shape[1]], 1)
         # Agents with fewer boundaries also re-encode inner successors: the same value, so that nothing changes.
         successors = torch.roll(features, -1, 1).index_put((agent, where), apart)
-        shape = (*observation.shape[:2], time, -1)
+        shape = (num_agents, sequences, time, -1)
         return features.view(shape), successors.view(shape)
+
+    @staticmethod
+    def _count(boundary: Tensor) -> int:
+        """How many successors to encode apart, ``boundary [N, B * T]``, rounded up: few different shapes are faster."""
+        most = int(boundary.sum(1).max())
+        return min(-(-most // 8) * 8, boundary.shape[1])

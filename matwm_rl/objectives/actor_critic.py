@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictParams, dispatch
+from tensordict.nn import (
+    ProbabilisticTensorDictSequential,
+    TensorDictModuleBase,
+    TensorDictParams,
+    TensorDictSequential,
+    dispatch,
+)
 from torch import Tensor, nn
 from torchrl.modules import SymExpTwoHot
 
@@ -125,7 +131,8 @@ class CriticLoss(KeyedLoss):
         two_hot: code of the value logits; by default the critic's own, else TorchRL's ``SymExpTwoHot``.
 
     Keys read (batch ``[S, H]``): the critic's, ``("agents", "lambda_return" | "weight")``, optionally
-    ``("agents", "alive")``. Keys written: ``loss_critic``, ``value`` (mean V, for logs).
+    ``("agents", "alive")``. Keys written: ``loss_critic``, ``value`` (mean V of the EMA
+    copy, for logs).
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -160,6 +167,13 @@ class CriticLoss(KeyedLoss):
         self.__dict__["two_hot"] = two_hot or next(codes, None) or SymExpTwoHot()
         self._set_in_keys()
 
+    @property
+    def _logits_network(self) -> TensorDictModuleBase:
+        """The critic as far as its logits; the number is wanted of the EMA copy alone."""
+        if isinstance(self.critic_network, TensorDictSequential):
+            return self.critic_network.select_subsequence(out_keys=[self.tensor_keys.state_value_logits])
+        return self.critic_network
+
     def _read_keys(self) -> list[NestedKey]:
         k = self.tensor_keys
         return [*self.critic_network.in_keys, k.alive, k.lambda_return, k.weight]
@@ -170,18 +184,19 @@ class CriticLoss(KeyedLoss):
         k = self.tensor_keys
         states = tensordict.select(*self.critic_network.in_keys)
         with self.critic_network_params.to_module(self.critic_network):
-            predicted = self.critic_network(states.copy())
+            logits = self._logits_network(states.copy()).get(k.state_value_logits)
         with torch.no_grad(), self.target_critic_network_params.to_module(self.critic_network):
-            slow_value = self.critic_network(states.copy()).get(k.state_value)
-        logits = predicted.get(k.state_value_logits)
-        returns, slow_value = tensordict.get(k.lambda_return).squeeze(-1), slow_value.squeeze(-1)
-        error = self.two_hot.loss(logits, returns.detach()) + self.two_hot.loss(logits, slow_value)
+            slow_value = self.critic_network(states.copy()).get(k.state_value).squeeze(-1)
+        returns = tensordict.get(k.lambda_return).squeeze(-1).detach()
+        # Cross-entropy is linear in its target: one pass over the logits for the sum of both.
+        target = self.two_hot.encode(returns) + self.two_hot.encode(slow_value)
+        error = -(target * logits.log_softmax(-1)).sum(-1)
         alive = tensordict.get(k.alive, None)
         alive = torch.ones_like(returns, dtype=torch.bool) if alive is None else alive
         weight = tensordict.get(k.weight).squeeze(-1)
         return TensorDict(
             {
                 "loss_critic": _per_agent_mean(error, weight, alive).sum(),
-                "value": masked_mean(predicted.get(k.state_value).squeeze(-1).detach(), alive),
+                "value": masked_mean(slow_value, alive),
             }
         )

@@ -130,14 +130,13 @@ class WorldModelLoss(KeyedLoss):
         # A dying agent's successor is no observation.
         survived = alive if alive is None else alive & tensordict.get(k.next_alive, alive)
         posterior, prior = model[k.posterior], model[k.prior]
-        dynamics, representation = balanced_kl(posterior, prior, self.free_nats)
-        losses["dynamics"] = masked_mean(dynamics, survived)
-        losses["representation"] = masked_mean(representation, survived)
+        dynamics, representation = balanced_kl(posterior, prior, free_nats=0.0)
+        losses["dynamics"] = masked_mean(dynamics.clamp(min=self.free_nats), survived)
+        losses["representation"] = masked_mean(representation.clamp(min=self.free_nats), survived)
 
         weights = asdict(self.weights)
         out = {f"loss_{name}": weights[name] * value for name, value in losses.items()}
-        with torch.no_grad():
-            out["kl"] = masked_mean(balanced_kl(posterior, prior, 0.0)[0], survived)
+        out["kl"] = masked_mean(dynamics.detach(), survived)
         return TensorDict(out)
 
     def _reconstruction(self, model: TensorDictBase) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot
 from matwm_rl import keys
 from matwm_rl.data import to_focal
 from matwm_rl.functional import agents_first, agents_last, segment_ids
-from matwm_rl.modules import WorldModel
+from matwm_rl.modules import State, WorldModel
 
 
 def episode_windows(rollout: TensorDictBase, length: int) -> TensorDictBase:
@@ -102,21 +102,19 @@ def open_loop(world_model: WorldModel, windows: TensorDictBase, *, context_lengt
     state, context = world_model.prefill(
         world_model.encode(observation), action[..., :context_length], same_episode, horizon
     )
-    teammates, latents, rewards, continuations = [], [], [], []
+    states = [state]
     for t in range(context_length, context_length + horizon):
-        teammates.append(state.teammate_logits)
-        step = world_model.step(state, action[..., t], context)
-        state = step.state
-        latents.append(state.latent)
-        rewards.append(step.reward)
-        continuations.append(step.continuation)
+        states.append(world_model.step(states[-1], action[..., t], context))
+    whole = State.stack(states, 2)
+    reached = whole[:, :, 1:]
+    reward, continuation = world_model.outcome(reached)
 
     imagined = TensorDict({}, batch_size=[windows.shape[0], horizon], device=windows.device)
-    predicted = world_model.decode(torch.stack(latents, 2))
+    predicted = world_model.decode(reached.latent)
     imagined.set(keys.NEXT_OBSERVATION, agents_last(predicted, world_model.observation_dims))
-    imagined.set(keys.REWARD, agents_last(torch.stack(rewards, 2), 0).unsqueeze(-1))
-    imagined.set(keys.CONTINUATION, agents_last(torch.stack(continuations, 2), 0).unsqueeze(-1))
-    imagined.set(keys.TEAMMATE_LOGITS, agents_last(torch.stack(teammates, 2), 2))
+    imagined.set(keys.REWARD, agents_last(reward, 0).unsqueeze(-1))
+    imagined.set(keys.CONTINUATION, agents_last(continuation, 0).unsqueeze(-1))
+    imagined.set(keys.TEAMMATE_LOGITS, agents_last(whole.teammate_logits[:, :, :-1], 2))
     real = windows[:, context_length : context_length + horizon]
     return TensorDict({"real": real, "imagined": imagined}, batch_size=imagined.batch_size, device=windows.device)
 

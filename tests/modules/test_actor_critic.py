@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch.nn.functional import layer_norm, silu
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import MaskedCategorical
 
 from matwm_rl import keys
-from matwm_rl.modules import STATE_KEYS, StateMLP, TwoHot, make_actor, make_critic
-from tests.helpers import COUNTS, grads, make_model, random_imagined, randomize
+from matwm_rl.modules import STATE_KEYS, ActionDistribution, StateMLP, TwoHot, make_actor, make_critic
+from tests.helpers import COUNTS, grads, make_model, random_imagined, randomize, read_keys
 
 N = len(COUNTS)
+LATENTS = ["categorical", "fsq"]
 
 
 def slow_state_mlp(net: StateMLP, n: int, state: torch.Tensor) -> torch.Tensor:
@@ -28,25 +30,61 @@ def slow_state_mlp(net: StateMLP, n: int, state: torch.Tensor) -> torch.Tensor:
     return state @ last.weight[n] + last.bias[n]
 
 
-def test_each_agent_has_its_own_network_on_all_of_its_own_state(float64: None) -> None:
-    model = make_model()
+@pytest.mark.parametrize("latent", LATENTS)
+def test_each_agent_has_its_own_network_on_all_of_its_own_state(float64: None, latent: str) -> None:
+    model = make_model(latent=latent)
     actor = randomize(make_actor(model, num_cells=8))
     td = random_imagined(model=model)
     logits = actor.get_dist(td.clone()) and actor(td.clone())[keys.LOGITS]
     net = actor[0].module
     for s, h, n in itertools.product(range(4), range(5), range(N)):
+        # The latent's numbers, whether or not the network looks rows up by the positions of its ones.
         latent, hidden, teammates = (td[key][s, h, n] for key in STATE_KEYS)
         state = torch.cat([latent, hidden, teammates.softmax(-1).flatten()])
         torch.testing.assert_close(logits[s, h, n], slow_state_mlp(net, n, state))
 
 
+@pytest.mark.parametrize("num_agents", [1, 3])
+def test_a_latent_may_be_given_as_numbers_or_as_positions_of_its_ones(float64: None, num_agents: int) -> None:
+    model = make_model(COUNTS[:num_agents], [0] * num_agents)
+    net = randomize(make_actor(model, num_cells=8))[0].module
+    td = random_imagined(model=model)
+    numbers, positions = (
+        net(td[key], td[keys.HIDDEN], td[keys.TEAMMATE_LOGITS]) for key in (keys.LATENT, keys.LATENT_ONES)
+    )
+    torch.testing.assert_close(positions, numbers)
+    weight = torch.randn_like(numbers)
+    dense, looked_up = (grads((weight * out).sum(), net.parameters()) for out in (numbers, positions))
+    for one, other in zip(looked_up, dense, strict=True):
+        assert other.any()
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("make", [make_actor, make_critic])
-def test_an_agents_output_and_parameters_are_its_own(make: type) -> None:
-    model = make_model()
+@pytest.mark.parametrize("latent", LATENTS)
+def test_only_multi_hot_latents_are_read_by_their_ones(make: type, latent: str) -> None:
+    model = make_model(latent=latent)
     net = randomize(make(model, num_cells=8))
     td = random_imagined(model=model)
-    inputs = [td[key].requires_grad_() for key in STATE_KEYS]
+    expected = net(td.clone())[net.out_keys[0]]
+    assert set(read_keys(model)) <= set(net.in_keys) <= {*read_keys(model), keys.ACTION_MASK}
+    for key in read_keys(model):
+        other = td.clone()
+        other[key] = td[key].flip(0)
+        assert not torch.equal(net(other)[net.out_keys[0]], expected), key
+    # Everything else may be left out.
+    assert torch.equal(net(td.select(*net.in_keys))[net.out_keys[0]], expected)
+
+
+@pytest.mark.parametrize("make", [make_actor, make_critic])
+@pytest.mark.parametrize("latent", LATENTS)
+def test_an_agents_output_and_parameters_are_its_own(make: type, latent: str) -> None:
+    model = make_model(latent=latent)
+    net = randomize(make(model, num_cells=8))
+    td = random_imagined(model=model)
+    inputs = [td[key].requires_grad_() for key in read_keys(model) if td[key].is_floating_point()]
     out = net[0](td)[net[0].out_keys[0]]
+    assert len(inputs) == (2 if model.latent.multi_hot else 3)
     for n in range(N):
         loss = out[..., n, :].square().sum()
         for grad in grads(loss, inputs):
@@ -55,6 +93,12 @@ def test_an_agents_output_and_parameters_are_its_own(make: type) -> None:
             assert not grad[:, :, :n].any() and not grad[:, :, n + 1 :].any()
         for grad in grads(loss, net.parameters()):
             assert grad[n].any() and not grad[:n].any() and not grad[n + 1 :].any()
+        # Positions have no gradient: what changes with them shows who reads them.
+        for key in read_keys(model):
+            other = td.clone()
+            other[key][:, :, n] = random_imagined(model=model)[key][:, :, n]
+            differs = (net[0](other)[net[0].out_keys[0]] != out).any(-1)
+            assert differs[:, :, n].all() and differs.sum() == differs[:, :, n].sum(), key
 
 
 def test_actor_samples_legal_actions_by_their_probabilities() -> None:
@@ -80,6 +124,29 @@ def test_deterministic_actor_takes_the_likeliest_legal_action() -> None:
         out = actor(td.clone())
     best = out[keys.LOGITS].masked_fill(~td[keys.ACTION_MASK], -torch.inf).argmax(-1)
     assert torch.equal(out[keys.ACTION], best)
+
+
+def test_actions_are_drawn_by_their_probabilities_in_any_shape() -> None:
+    logits = torch.tensor([[0.0, 1.0, -2.0, 0.5], [3.0, 0.0, 0.0, 0.0], [1e4, 2e4, -1e4, 0.0]])
+    mask = torch.tensor([[True, True, False, True], [False, True, True, True], [True, False, True, False]])
+    ours, theirs = (make(logits=logits, mask=mask) for make in (ActionDistribution, MaskedCategorical))
+    for shape in ((), (7,), (2, 7)):
+        assert ours.sample(shape).shape == (*shape, 3) and ours.sample(torch.Size(shape)).dtype == torch.int64
+    drawn = torch.nn.functional.one_hot(ours.sample((20_000,)), 4).float().mean(0)
+    expected = torch.tensor(
+        [
+            [x / (1 + math.e + math.e**0.5) for x in (1.0, math.e, 0.0, math.e**0.5)],
+            [0.0, 1 / 3, 1 / 3, 1 / 3],
+            [1.0, 0.0, 0.0, 0.0],
+        ]
+    )
+    assert (drawn - expected).abs().max() < 5 * 0.5 / math.sqrt(20_000)
+    assert not drawn[~mask].any()
+    # All else is TorchRL's.
+    action = ours.sample()
+    torch.testing.assert_close(ours.log_prob(action), theirs.log_prob(action))
+    torch.testing.assert_close(ours.entropy(), theirs.entropy())
+    assert torch.equal(ours.mode, theirs.mode)
 
 
 def test_one_legal_action_is_certain_with_finite_gradients() -> None:
@@ -113,7 +180,7 @@ def test_untrained_policy_is_uniform_and_value_zero() -> None:
 
 
 @pytest.mark.parametrize("make", [make_actor, make_critic])
-@pytest.mark.parametrize("switches", [{"teammate_predictor": False}, {}])
+@pytest.mark.parametrize("switches", [{"teammate_predictor": False}, {}, {"latent": "fsq"}])
 def test_networks_hold_nothing_of_the_world_model(make: type, switches: dict) -> None:
     model = make_model(**switches)
     net = make(model, num_cells=8)

@@ -8,16 +8,17 @@ from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import keys
-from matwm_rl.modules import STATE_KEYS, Imagination, WorldModel, make_actor
+from matwm_rl.modules import STATE_KEYS, Imagination, Latent, WorldModel, make_actor
+from matwm_rl.modules import transformer as transformer_module
 from tests.helpers import COUNTS, make_model, mock_replay, random_batch, randomize
 
 N, S, C, H = len(COUNTS), 6, 3, 4
 
 
-def make_imagination(model: WorldModel | None = None, horizon: int = H) -> Imagination:
+def make_imagination(model: WorldModel | None = None, horizon: int = H, **kwargs: str) -> Imagination:
     # FSQ encodes without chance, so that two passes over the same data agree.
     model = make_model(latent="fsq", num_classes=32) if model is None else model
-    return Imagination(model, randomize(make_actor(model, num_cells=8)), horizon=horizon)
+    return Imagination(model, randomize(make_actor(model, num_cells=8)), horizon=horizon, **kwargs)
 
 
 def starts(end: int | None = None, **kwargs: object) -> TensorDict:
@@ -33,15 +34,24 @@ def dream(imagination: Imagination, td: TensorDict) -> TensorDict:
     return imagination(td.clone())
 
 
-def test_layout() -> None:
-    imagination = make_imagination()
+@pytest.mark.parametrize("latent", ["categorical", "fsq"])
+def test_layout(latent: str) -> None:
+    model = make_model(latent=latent)
+    imagination = make_imagination(model)
     imagined = dream(imagination, starts())
     assert imagined.batch_size == (S, H)
     assert imagined[keys.REWARD].shape == imagined[keys.CONTINUATION].shape == (S, H, N, 1)
     assert imagined[keys.ACTION].shape == imagined[keys.ALIVE].shape == (S, H, N)
     assert set(imagination.out_keys) == set(imagined.keys(True, True))
-    for key in STATE_KEYS:
+    multi_hot = latent == "categorical"
+    assert (keys.LATENT_ONES in imagination.out_keys) is (("next", *keys.LATENT_ONES) in imagination.out_keys)
+    assert (keys.LATENT_ONES in imagination.out_keys) is multi_hot
+    for key in [*STATE_KEYS, *([keys.LATENT_ONES] if multi_hot else [])]:
         assert torch.equal(imagined["next", *key][:, :-1], imagined[key][:, 1:])
+    for td in (imagined, imagined["next"]) if multi_hot else ():
+        ones = td[keys.LATENT_ONES]
+        assert ones.shape == (S, H, N, 4) and ones.dtype == torch.int64
+        assert torch.equal(torch.zeros_like(td[keys.LATENT]).scatter(-1, ones, 1.0), td[keys.LATENT])
     assert ((imagined[keys.CONTINUATION] > 0) & (imagined[keys.CONTINUATION] < 1)).all()
 
 
@@ -64,17 +74,22 @@ def test_dreams_start_from_the_state_of_the_sequence_pass(end: int | None) -> No
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("end", [None, 1])
-def test_dreams_go_on_by_the_models_own_rules(end: int | None) -> None:
+@pytest.mark.parametrize("end", [None, 0, 1, 2])
+@pytest.mark.parametrize("in_cache", [transformer_module.IN_CACHE, 0], ids=["small", "large"])
+def test_dreams_go_on_by_the_models_own_rules(
+    float64: None, end: int | None, in_cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Context and dream put together are one sequence, on which the parallel pass must agree."""
+    monkeypatch.setattr(transformer_module, "IN_CACHE", in_cache)
     imagination, td = make_imagination(), starts(end)
     model = imagination.world_model
     imagined = dream(imagination, td)
     first = 0 if end is None else end + 1
     context = model.encode(td[keys.OBSERVATION].permute(2, 0, 1, 3))[:, :, first:C]
-    latent = torch.cat([context, imagined[keys.LATENT].permute(2, 0, 1, 3)], 2)
+    latent = Latent(torch.cat([context.value, imagined[keys.LATENT].permute(2, 0, 1, 3)], 2))
     action = torch.cat([td[keys.ACTION][:, first:C], imagined[keys.ACTION]], 1).permute(2, 0, 1)
-    causal = torch.ones(latent.shape[2], latent.shape[2], dtype=torch.bool).tril()
+    length = latent.value.shape[2]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
     hidden = model.transformer(model.action_mixer(latent, action).flatten(0, 1), causal)
     hidden = hidden.view(N, S, -1, hidden.shape[-1])[:, :, -H:]
     teammates = model.teammates(latent, causal)[:, :, -H:]
@@ -97,7 +112,7 @@ def test_actions_are_sampled_from_the_actor_under_the_predicted_mask() -> None:
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         imagined = dream(imagination, one.expand(3_000, C + 1))
     dist = imagination.actor.get_dist(imagined[:1].clone())
-    mask = model.legal_actions(imagined[keys.LATENT][:1, 0].movedim(1, 0))[:, 0]
+    mask = model.legal_actions(Latent(imagined[keys.LATENT][:1, 0].movedim(1, 0)))[:, 0]
     for n in range(N):
         drawn = torch.bincount(imagined[keys.ACTION][:, 0, n], minlength=model.num_actions) / 3_000
         probs = dist.probs[0, 0, n] * mask[n]
@@ -174,7 +189,41 @@ def test_switches(options: dict) -> None:
     assert imagined[keys.TEAMMATE_LOGITS].shape == (S, H, model.num_agents, teammates, model.num_actions)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("latent", ["categorical", "fsq"])
+@pytest.mark.parametrize("in_cache", [transformer_module.IN_CACHE, 0], ids=["small", "large"])
+def test_bfloat16_gives_float32_states_near_those_of_float32(
+    latent: str, in_cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformer_module, "IN_CACHE", in_cache)
+    model, td = make_model(latent=latent, reward_input="hidden"), starts(end=0).expand(20, S, C + 1).reshape(-1, C + 1)
+    precise = make_imagination(model)
+    rough = Imagination(model, precise.actor, horizon=H, precision="bfloat16")
+    products: list[torch.dtype] = []
+    model.dynamics.trunk.register_forward_hook(lambda _module, _inputs, out: products.append(out.dtype))
+    expected, imagined = dream(precise, td), dream(rough, td)
+    assert products == [torch.float32] * H + [torch.bfloat16] * H
+    for key, value in imagined.items(True, True):
+        assert value.dtype == expected[key].dtype, key
+        assert not value.is_floating_point() or value.dtype == torch.float32, key
+        assert value.isfinite().all(), key
+    # Draws differ where probabilities do, and dreams part from there on: compare those that have drawn alike so far.
+    same = (imagined[keys.LATENT][:, 0] == expected[keys.LATENT][:, 0]).all(-1)
+    assert same.float().mean() > 0.8
+    for key in (keys.HIDDEN, keys.TEAMMATE_LOGITS):
+        one, other = (out[key][:, 0][same].clamp(min=-100.0) for out in (imagined, expected))
+        error = (one - other).square().mean().sqrt() / other.square().mean().sqrt()
+        assert 0 < error < 0.05, key
+    same &= imagined[keys.ACTION][:, 0] == expected[keys.ACTION][:, 0]
+    for key in (keys.CONTINUATION, ("next", *keys.HIDDEN)):
+        one, other = imagined[key][:, 0][same], expected[key][:, 0][same]
+        error = (one - other).square().mean().sqrt() / other.square().mean().sqrt()
+        assert 0 < error < 0.05, key
+
+
 def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match="'float32' or 'bfloat16', got 'half'"):
+        make_imagination(precision="half")(starts())
     with pytest.raises(ValueError, match="at least 1, got 0"):
         make_imagination(horizon=0)
     with pytest.raises(ValueError, match=r"\[S, context \+ 1\]"):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from matwm_rl.functional import balanced_kl
-from matwm_rl.modules import CategoricalLatent, FSQLatent, LatentCode, make_latent
+from matwm_rl.modules import CategoricalLatent, FSQLatent, Latent, LatentCode, StackedLinear, make_latent, read_latent
+from tests.helpers import grads, random_latent
 
 
 def slow_unimix(logits: list[float], share: float) -> list[float]:
@@ -18,7 +19,7 @@ def slow_unimix(logits: list[float], share: float) -> list[float]:
 
 def sides(code: CategoricalLatent, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior of features and prior of the dynamics predictor's output: categoricals treat both alike."""
-    return code.posterior(logits), code.prior(logits, torch.randn(*logits.shape[:-1], code.latent_size))
+    return code.posterior(logits), code.prior(logits, random_latent(code, *logits.shape[:-1]))
 
 
 @pytest.mark.parametrize("side", [0, 1], ids=["posterior", "prior"])
@@ -37,10 +38,13 @@ def test_categorical_mixes_one_percent_uniform_into_both_sides(float64: None, si
 def test_categorical_sample_is_one_hot_and_straight_through(float64: None) -> None:
     code = CategoricalLatent(3, 4)
     features = torch.randn(6, 12, requires_grad=True)
-    z = code.sample_posterior(features)
+    latent = code.sample_posterior(features)
+    z = latent.value
     blocks = z.detach().unflatten(-1, (3, 4))
     torch.testing.assert_close(blocks.sum(-1), torch.ones(6, 3))
     torch.testing.assert_close(blocks.amax(-1), torch.ones(6, 3))
+    for b, k in itertools.product(range(6), range(3)):
+        assert int(latent.ones[b, k]) == 4 * k + int(blocks[b, k].argmax())
     weight = torch.randn_like(z)
     (grad,) = torch.autograd.grad((weight * z).sum(), features)
     (expected,) = torch.autograd.grad((weight * code.posterior(features).exp().flatten(-2)).sum(), features)
@@ -51,7 +55,7 @@ def test_categorical_sample_is_one_hot_and_straight_through(float64: None) -> No
 def test_categorical_samples_follow_the_posterior() -> None:
     code = CategoricalLatent(2, 3)
     features = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.0, 0.0])
-    z = code.sample_posterior(features.expand(20_000, -1))
+    z = code.sample_posterior(features.expand(20_000, -1)).value
     deviation = (z.mean(0).unflatten(0, (2, 3)) - code.posterior(features).exp()).abs().max()
     assert deviation < 5 * 0.5 / math.sqrt(20_000)
 
@@ -63,10 +67,82 @@ CODES = [CategoricalLatent(3, 4), FSQLatent(3, 4), FSQLatent(3, 5)]
 def test_indices_and_vectors_are_inverse(code: LatentCode) -> None:
     index = torch.randint(code.num_classes, (50, 3))
     z = code.from_index(index)
-    assert z.shape == (50, code.latent_size)
+    assert z.value.shape == (50, code.latent_size)
     assert torch.equal(code.to_index(z), index)
+    # From the numbers alone, too.
+    assert torch.equal(code.to_index(Latent(z.value)), index)
     encoded = code.sample_posterior(2 * torch.randn(50, code.encoder_size))
-    torch.testing.assert_close(code.from_index(code.to_index(encoded)), encoded)
+    again = code.from_index(code.to_index(encoded))
+    torch.testing.assert_close(again.value, encoded.value)
+    assert (again.ones is None) is (encoded.ones is None) is not code.multi_hot
+    if code.multi_hot:
+        assert torch.equal(again.ones, encoded.ones)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_ones_say_where_a_multi_hot_latent_is_not_zero(code: LatentCode) -> None:
+    output = torch.randn(50, code.dynamics_size)
+    for latent in (
+        code.sample_posterior(torch.randn(50, code.encoder_size)),
+        code.sample_posterior(torch.randn(50, code.encoder_size, requires_grad=True)),
+        code.sample_prior(output, random_latent(code, 50)),
+        random_latent(code, 50),
+    ):
+        if not code.multi_hot:
+            assert latent.ones is None
+            continue
+        assert latent.ones.dtype == torch.int64
+        for b in range(50):
+            assert latent.value[b].detach().nonzero().flatten().tolist() == latent.ones[b].tolist()
+            assert (latent.value[b, latent.ones[b]] == 1).all()
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_latents_are_indexed_flattened_stacked_and_detached_as_one(code: LatentCode) -> None:
+    latent = random_latent(code, 2, 3, 4)
+
+    def same(one: Latent, index: Tensor) -> bool:
+        """Whether numbers and ones both say what ``index`` says."""
+        return torch.equal(one.value, code.from_index(index).value) and torch.equal(code.to_index(one), index)
+
+    index = code.to_index(latent)
+    assert same(latent[:, 1], index[:, 1]) and same(latent[:, :, -1], index[:, :, -1])
+    assert same(latent[:, :, 1:], index[:, :, 1:]) and same(latent[0], index[0])
+    assert same(latent.flatten(0, 1), index.flatten(0, 1))
+    assert same(Latent.stack([latent[:, :, t] for t in range(4)], 2), index)
+    assert same(Latent.stack([latent, latent], 0), torch.stack([index, index]))
+    learnt = Latent(latent.value.clone().requires_grad_(), latent.ones)
+    assert not learnt.detach().value.requires_grad and learnt.value.requires_grad
+    assert same(learnt.detach(), index)
+
+
+def test_a_first_layer_reads_a_multi_hot_latent_by_look_up_or_by_product(
+    float64: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, layer = CategoricalLatent(3, 4), StackedLinear(12, 5, [0])
+    looked_up: list[Tensor] = []
+    look_up = layer.from_ones
+    monkeypatch.setattr(layer, "from_ones", lambda ones: looked_up.append(ones) or look_up(ones))
+    latent = random_latent(code, 3, 7)
+    out = read_latent(layer, latent)
+    torch.testing.assert_close(out, layer(latent.value))
+    assert len(looked_up) == 1
+    # Numbers have no rows, and gradients to the encoder pass through the product alone.
+    other = torch.randn(3, 7, 12)
+    torch.testing.assert_close(read_latent(layer, Latent(other)), layer(other))
+    features = torch.randn(3, 7, 12, requires_grad=True)
+    drawn = code.sample_posterior(features)
+    out = read_latent(layer, drawn)
+    torch.testing.assert_close(out, layer(drawn.value))
+    assert len(looked_up) == 1
+    weight = torch.randn_like(out)
+    (grad,) = grads((weight * out).sum(), [features])
+    (expected,) = grads((weight @ layer.weight[0].T * code.posterior(features).exp().flatten(-2)).sum(), [features])
+    torch.testing.assert_close(grad, expected)
+    assert grad.any()
+    # Without gradient, the same latents are looked up.
+    torch.testing.assert_close(read_latent(layer, drawn.detach()), out)
+    assert len(looked_up) == 2
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -84,8 +160,9 @@ def test_distributions_are_normalised_and_finite(code: LatentCode) -> None:
 
 @pytest.mark.parametrize("code", CODES)
 def test_prior_is_sampled_from_what_the_loss_sees(code: LatentCode) -> None:
-    output, latent = torch.randn(code.dynamics_size), code.from_index(torch.randint(code.num_classes, (3,)))
-    many = code.sample_prior(output.expand(20_000, -1), latent.expand(20_000, -1))
+    index = torch.randint(code.num_classes, (3,))
+    output, latent = torch.randn(code.dynamics_size), code.from_index(index)
+    many = code.sample_prior(output.expand(20_000, -1), code.from_index(index.expand(20_000, -1)))
     drawn = torch.nn.functional.one_hot(code.to_index(many), code.num_classes).float().mean(0)
     assert (drawn - code.prior(output, latent).exp()).abs().max() < 5 * 0.5 / math.sqrt(20_000)
 
@@ -94,7 +171,8 @@ def test_fsq_takes_the_nearest_level_straight_through(float64: None) -> None:
     code = FSQLatent(3, 5)
     levels = [-1.0, -0.5, 0.0, 0.5, 1.0]
     features = torch.randn(40, 3, requires_grad=True)
-    z = code.sample_posterior(features)
+    z = code.sample_posterior(features).value
+    assert torch.equal(code.sample_posterior(features.detach()).value, z)
     for value, x in zip(z.flatten().tolist(), features.flatten().tolist(), strict=True):
         assert value == pytest.approx(min(levels, key=lambda level: abs(level - math.tanh(x))), abs=1e-9)
     (grad,) = torch.autograd.grad(z.sum(), features)
@@ -124,7 +202,7 @@ def test_fsq_prior_is_a_bell_moved_on_from_the_present_latent(float64: None) -> 
     probs = code.prior(output, latent).exp()
     for b, k in itertools.product(range(10), range(2)):
         width = math.log1p(math.exp(float(output[b, 2 + k]))) + 0.35
-        expected = slow_bell(float(latent[b, k] + output[b, k]), 6, width)
+        expected = slow_bell(float(latent.value[b, k] + output[b, k]), 6, width)
         assert probs[b, k].tolist() == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
@@ -132,7 +210,7 @@ def test_fsq_prior_is_a_bell_moved_on_from_the_present_latent(float64: None) -> 
 def test_fsq_prior_is_drawn_to_a_posterior_at_any_distance(distance: int) -> None:
     """A confident and wrong prior must be moved, and widened until it is right."""
     code = FSQLatent(1, 16)
-    seen = code.from_index(torch.tensor([[3 + distance]])).clamp(-0.999, 0.999).atanh()
+    seen = code.from_index(torch.tensor([[3 + distance]])).value.clamp(-0.999, 0.999).atanh()
     output = torch.tensor([[0.0, -4.0]], requires_grad=True)
     log_probs = code.prior(output, code.from_index(torch.tensor([[3]])))
     balanced_kl(code.posterior(seen), log_probs)[0].sum().backward()
@@ -150,6 +228,18 @@ def test_make_latent() -> None:
 
 
 def test_prior_samples_carry_no_gradient() -> None:
-    code = CategoricalLatent(2, 3)
-    output = torch.randn(4, 6, requires_grad=True)
-    assert not code.sample_prior(output, torch.randn(4, 6)).requires_grad
+    for code in CODES:
+        output = torch.randn(4, code.dynamics_size, requires_grad=True)
+        latent = code.sample_posterior(torch.randn(4, code.encoder_size, requires_grad=True))
+        before = output.detach().clone(), latent.value.detach().clone()
+        assert not code.sample_prior(output, latent).value.requires_grad
+        assert torch.equal(output.detach(), before[0]) and torch.equal(latent.value.detach(), before[1])
+
+
+def test_fsq_prior_far_beyond_the_levels_is_drawn_at_the_nearest() -> None:
+    """No likeliest level lies near such a centre: the draw must neither overflow nor vanish."""
+    code = FSQLatent(2, 6)
+    for movement, level in ((1e3, 5), (-1e3, 0)):
+        output = torch.tensor([movement, movement, -20.0, -20.0]).expand(500, -1)
+        drawn = code.to_index(code.sample_prior(output, random_latent(code, 500)))
+        assert (drawn == level).all()

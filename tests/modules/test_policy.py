@@ -57,7 +57,7 @@ class Spy(torch.nn.Module):
         self.seen: list[TensorDict] = []
 
     def forward(self, td: TensorDict) -> TensorDict:
-        self.seen.append(td.select(*STATE_KEYS).clone())
+        self.seen.append(td.select(*STATE_KEYS, keys.LATENT_ONES, strict=False).clone())
         return self.actor(td)
 
 
@@ -75,6 +75,27 @@ def test_acting_agrees_with_the_sequence_pass_of_the_same_episodes() -> None:
         torch.testing.assert_close(acted_on[key], trained_on[key], rtol=1e-4, atol=1e-5)
     assert acted_on[keys.HIDDEN].any(-1).float().mean() > 0.7
     torch.testing.assert_close(spy.actor(trained_on)[keys.LOGITS], rollout[keys.LOGITS], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+def test_the_actors_read_where_a_multi_hot_latent_has_its_ones(batch: tuple[int, ...]) -> None:
+    policy = make_policy(make_model())
+    policy.actor = spy = Spy(policy.actor)
+    td = start(policy, *batch)
+    for _ in range(3):
+        out = policy(td)
+        (seen,) = spy.seen
+        spy.seen.clear()
+        assert seen[keys.LATENT_ONES].shape == (*batch, N, 4)
+        latent = torch.zeros_like(seen[keys.LATENT]).scatter(-1, seen[keys.LATENT_ONES], 1.0)
+        assert torch.equal(latent, seen[keys.LATENT])
+        # What is remembered is what was acted on.
+        newest = out["next", "context", "code"][..., -1, :]
+        assert torch.equal(newest.long(), seen[keys.LATENT].unflatten(-1, (4, 5)).argmax(-1))
+        td = start(policy, *batch)
+        for key in CONTEXT_KEYS:
+            td[key] = out["next", *key]
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import layer_norm
+from torch import Tensor
+from torch.nn.functional import layer_norm, one_hot
 
 from matwm_rl.modules import StackedLayerNorm, StackedLinear, StackedMLP
 from tests.helpers import grads, randomize
@@ -31,6 +32,51 @@ def test_stacked_linear_reads_strided_input() -> None:
 def test_stacked_linear_names_the_wrong_shape() -> None:
     with pytest.raises(ValueError, match="expected 3 agents"):
         StackedLinear(3, 5, range(3))(torch.zeros(2, 4, 3))
+
+
+def multi_hot(num_agents: int, batch: tuple[int, ...], blocks: int, classes: int) -> tuple[Tensor, Tensor]:
+    """``blocks`` one-hots of ``classes`` each, as positions of the ones and as numbers."""
+    index = torch.randint(classes, (num_agents, *batch, blocks))
+    return index + classes * torch.arange(blocks), one_hot(index, classes).flatten(-2).to(torch.get_default_dtype())
+
+
+@pytest.mark.parametrize("stack_index", INDICES)
+@pytest.mark.parametrize("batch", [(), (4,), (2, 4)])
+@pytest.mark.parametrize("rest", [0, 3])
+def test_rows_of_ones_add_up_to_the_product(
+    float64: None, stack_index: list[int], batch: tuple[int, ...], rest: int
+) -> None:
+    layer = StackedLinear(4 * 5 + rest, 6, stack_index)
+    ones, numbers = multi_hot(len(stack_index), batch, 4, 5)
+    behind = torch.randn(len(stack_index), *batch, rest, requires_grad=True)
+    out = layer.from_ones(ones, behind if rest else None)
+    expected = layer(torch.cat([numbers, behind], -1))
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    parameters = [*layer.parameters(), *([behind] if rest else [])]
+    for one, other in zip(
+        grads((weight * out).sum(), parameters), grads((weight * expected).sum(), parameters), strict=True
+    ):
+        assert other.any()
+        torch.testing.assert_close(one, other)
+
+
+def test_one_shared_layer_looks_up_for_any_number_of_agents() -> None:
+    layer = StackedLinear(20, 6, [0])
+    ones, numbers = multi_hot(3, (7,), 4, 5)
+    torch.testing.assert_close(layer.from_ones(ones), layer(numbers))
+
+
+@pytest.mark.parametrize("num_agents", [1, 3])
+@pytest.mark.parametrize("depth", [0, 2])
+def test_stacked_mlp_of_a_multi_hot_part_and_the_rest(float64: None, num_agents: int, depth: int) -> None:
+    net = randomize(StackedMLP(20 + 3, 2, num_agents=num_agents, num_cells=8, depth=depth))
+    ones, numbers = multi_hot(num_agents, (2, 7), 4, 5)
+    behind = torch.randn(num_agents, 2, 7, 3)
+    out, expected = net(behind, ones), net(torch.cat([numbers, behind], -1))
+    torch.testing.assert_close(out, expected)
+    for one, other in zip(grads(out.sum(), net.parameters()), grads(expected.sum(), net.parameters()), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_stacked_layer_norm() -> None:

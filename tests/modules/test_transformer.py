@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,7 +10,27 @@ from torch.nn.functional import layer_norm, silu
 
 from matwm_rl.functional import causal_segment_mask, segment_ids
 from matwm_rl.modules import Transformer
+from matwm_rl.modules import transformer as module
 from tests.helpers import grads, randomize
+
+
+@pytest.fixture(params=["highest", "high"])
+def matmul_precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both forms of attention over whole sequences: the fused kernel, and plain products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(params=[module.IN_CACHE, 0], ids=["small", "large"])
+def once_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms of attention of one query over the cache: that of small tensors, and that of large ones."""
+    monkeypatch.setattr(module, "IN_CACHE", request.param)
+
+
+def causal(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()
 
 
 def make_transformer(**kwargs: float) -> Transformer:
@@ -53,7 +74,7 @@ def slow_transformer(model: Transformer, x: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_parallel_pass_is_attention_with_rotary_positions(float64: None) -> None:
+def test_parallel_pass_is_attention_with_rotary_positions(float64: None, matmul_precision: None) -> None:
     model, x = make_transformer(), torch.randn(3, 6, 16)
     mask = causal_segment_mask(segment_ids(torch.rand(3, 6) < 0.3))
     out = model(x, mask)
@@ -62,31 +83,92 @@ def test_parallel_pass_is_attention_with_rotary_positions(float64: None) -> None
         torch.testing.assert_close(out[b], slow_transformer(model, x[b], mask[b]), rtol=1e-5, atol=1e-6)
 
 
+def test_both_forms_of_attention_have_the_same_gradients(float64: None) -> None:
+    """In training the choice of precision must change nothing but the rounding."""
+    model, x = make_transformer(), torch.randn(3, 6, 16, requires_grad=True)
+    mask = causal_segment_mask(segment_ids(torch.rand(3, 6) < 0.3))
+    gradients, before = [], torch.get_float32_matmul_precision()
+    for precision in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        gradients.append(grads(model(x, mask).square().sum(), [x, *model.parameters()]))
+    torch.set_float32_matmul_precision(before)
+    for fused, *plain in zip(*gradients, strict=True):
+        for grad in plain:
+            torch.testing.assert_close(grad, fused)
+
+
+def prefill(model: Transformer, x: Tensor, mask: Tensor, room: int) -> tuple[list[Tensor], module.KVCache]:
+    """Outputs so far, and the cache; without a position, an empty cache."""
+    if not x.shape[1]:
+        return [], model.empty_cache(x.shape[0], room)
+    out, cache = model.prefill(x, mask, room)
+    return [out], cache
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("chunks", [[7], [1] * 7, [3, 1, 1, 2], [1, 6]])
-def test_cached_steps_equal_the_parallel_pass(float64: None, chunks: list[int]) -> None:
+@pytest.mark.parametrize("prefilled", [0, 1, 3, 6, 7])
+@pytest.mark.parametrize("per_sequence", [False, True])
+def test_cached_steps_equal_the_parallel_pass(
+    float64: None, matmul_precision: None, once_form: None, prefilled: int, per_sequence: bool
+) -> None:
     model, x = make_transformer(), torch.randn(3, 7, 16)
-    whole = model(x, torch.ones(7, 7, dtype=torch.bool).tril())
-    cache = model.make_cache(3, 7)
-    parts = [model.cached(part, cache) for part in x.split(chunks, 1)]
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-12)
+    mask = causal(7).expand(3, 7, 7) if per_sequence else causal(7)
+    whole = model(x, mask)
+    outputs, cache = prefill(model, x[:, :prefilled], mask[..., :prefilled, :prefilled], 7 - prefilled)
+    assert cache.length == prefilled and cache.key.shape[1] == 7
+    outputs += [model.step(x[:, t], cache) for t in range(prefilled, 7)]
+    torch.testing.assert_close(torch.stack(outputs, 1), whole[:, max(0, prefilled - 1) :], rtol=1e-10, atol=1e-12)
     assert cache.length == 7
 
 
 @torch.no_grad()
-def test_each_episode_is_as_if_alone(float64: None) -> None:
+@pytest.mark.parametrize("start", [1, 3])
+def test_cached_steps_go_on_in_the_last_positions_episode_alone(
+    float64: None, matmul_precision: None, once_form: None, start: int
+) -> None:
+    """Every sequence's own episode: what its last cached position sees, its later ones see."""
+    model, x = make_transformer(), torch.randn(3, 7, 16)
+    done = torch.zeros(3, 7, dtype=torch.bool)
+    done[0, 0], done[1, start - 1] = True, True
+    mask = causal_segment_mask(segment_ids(done))
+    whole = model(x, mask)
+    outputs, cache = prefill(model, x[:, : start + 1], mask[:, : start + 1, : start + 1], 6 - start)
+    outputs += [model.step(x[:, t], cache) for t in range(start + 1, 7)]
+    torch.testing.assert_close(torch.stack(outputs, 1), whole[:, start:], rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_cached_steps_in_bfloat16_are_near_those_in_float32(once_form: None, precision: str) -> None:
+    model, x = randomize(Transformer(16, num_layers=2, num_heads=2), 0.05).eval(), torch.randn(64, 7, 16)
+    whole = model(x, causal(7))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, cache = model.prefill(x[:, :3], causal(3), room=4)
+        outputs = [out, *(model.step(x[:, t], cache) for t in range(3, 7))]
+        parallel = model(x, causal(7))
+    torch.set_float32_matmul_precision(before)
+    assert cache.key.dtype == cache.value.dtype == torch.bfloat16
+    for one in (torch.stack(outputs, 1).float(), parallel[:, 2:].float()):
+        error = (one - whole[:, 2:]).square().mean().sqrt() / whole[:, 2:].square().mean().sqrt()
+        assert 1e-5 < error < 0.02
+
+
+@torch.no_grad()
+def test_each_episode_is_as_if_alone(float64: None, matmul_precision: None) -> None:
     model, x = make_transformer(), torch.randn(1, 9, 16)
     done = torch.zeros(1, 9, dtype=torch.bool)
     done[0, [2, 6]] = True
     out = model(x, causal_segment_mask(segment_ids(done)))
     for begin, end in ((0, 3), (3, 7), (7, 9)):
         length = end - begin
-        alone = model(x[:, begin:end], torch.ones(length, length, dtype=torch.bool).tril())
+        alone = model(x[:, begin:end], causal(length))
         # Positions restart: rotary attention knows distances alone (up to float32 angles).
         torch.testing.assert_close(out[:, begin:end], alone, rtol=1e-5, atol=1e-6)
 
 
-def test_no_gradient_from_the_future_or_another_episode() -> None:
+def test_no_gradient_from_the_future_or_another_episode(matmul_precision: None) -> None:
     model, x = make_transformer(), torch.randn(2, 6, 16, requires_grad=True)
     done = torch.zeros(2, 6, dtype=torch.bool)
     done[:, 2] = True
@@ -99,37 +181,43 @@ def test_no_gradient_from_the_future_or_another_episode() -> None:
 
 
 @torch.no_grad()
-def test_invalid_cached_positions_have_no_influence() -> None:
+def test_invalid_cached_positions_have_no_influence(matmul_precision: None, once_form: None) -> None:
     model, x = make_transformer(), torch.randn(2, 5, 16)
     other = x.clone()
     other[:, :2] = 100 * torch.randn(2, 2, 16)
     outputs = []
     for tokens in (x, other):
-        cache = model.make_cache(2, 5)
-        cache.valid[:, :2] = False
-        valid = cache.valid[:, :4]
-        model.cached(tokens[:, :4], cache, causal_segment_mask(valid.long()))
-        outputs.append(model.cached(tokens[:, 4:], cache))
+        valid = torch.tensor([0, 0, 1, 1]).expand(2, 4)
+        last, cache = model.prefill(tokens[:, :4], causal_segment_mask(valid), room=1)
+        outputs.append(torch.stack([last, model.step(tokens[:, 4], cache)]))
     assert torch.equal(*outputs)
     assert outputs[0].isfinite().all()
 
 
+@torch.no_grad()
 def test_full_cache_says_so() -> None:
-    model = make_transformer()
-    cache = model.make_cache(1, 2)
-    model.cached(torch.randn(1, 2, 16), cache)
-    with pytest.raises(ValueError, match="cache of 2 positions holds 2"):
-        model.cached(torch.randn(1, 1, 16), cache)
+    model, x = make_transformer(), torch.randn(1, 2, 16)
+    full = [model.prefill(x, causal(2), room=0)[1], model.empty_cache(1, 2)]
+    for t in range(2):
+        model.step(x[:, t], full[1])
+    for cache in full:
+        with pytest.raises(ValueError, match="made for 2 positions"):
+            model.step(torch.randn(1, 16), cache)
 
 
 def test_dropout_acts_in_training_and_never_on_a_cache() -> None:
     model, x = make_transformer(dropout=0.5), torch.randn(2, 4, 16)
-    mask = torch.ones(4, 4, dtype=torch.bool).tril()
     model.train()
-    assert not torch.equal(model(x, mask), model(x, mask))
-    first, second = (model.cached(x, model.make_cache(2, 4)) for _ in range(2))
+    assert not torch.equal(model(x, causal(4)), model(x, causal(4)))
+
+    @torch.no_grad()
+    def cached() -> Tensor:
+        last, cache = model.prefill(x[:, :3], causal(3), room=1)
+        return torch.stack([last, model.step(x[:, 3], cache)], 1)
+
+    first, second = cached(), cached()
     assert torch.equal(first, second)
-    torch.testing.assert_close(first, model.eval()(x, mask))
+    torch.testing.assert_close(first, model.eval()(x, causal(4))[:, 2:])
 
 
 def test_odd_head_size_is_refused() -> None:

@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 from torchrl.modules import SymExpTwoHot
+from torchrl.modules.functional import symexp, symlog
+from torchrl.objectives import two_hot_cross_entropy
 
 from matwm_rl.modules import TwoHot
+from tests.helpers import grads
 
 TARGETS = [0.0, 0.03, -0.7, 1.0, 10.0, -250.0, 4e7, 1e12, -1e12]
 
@@ -86,6 +89,50 @@ def test_raw_form_is_torchrls_which_the_critic_loss_uses() -> None:
     torch.testing.assert_close(ours.bins, theirs.bins, rtol=1e-5, atol=1e-6)
     logits, target = torch.randn(20, 255), 100 * torch.randn(20)
     torch.testing.assert_close(ours.loss(logits, target), theirs.loss(logits, target), rtol=1e-4, atol=1e-5)
+
+
+def all_kinds_of_targets(two_hot: TwoHot) -> torch.Tensor:
+    """Between bins, exactly on bins, on and beyond the first and the last."""
+    bins = two_hot.bins if two_hot.interpolation == "raw" else symexp(two_hot.bins)
+    return torch.cat([torch.tensor(TARGETS), 100 * torch.randn(20), bins])
+
+
+@pytest.mark.parametrize("interpolation", ["raw", "symlog"])
+@pytest.mark.parametrize("bins", [2, 41, 255])
+def test_loss_over_two_bins_is_torchrls_over_all(float64: None, interpolation: str, bins: int) -> None:
+    two_hot = TwoHot(bins, interpolation=interpolation)
+    target = all_kinds_of_targets(two_hot)
+    logits = (3 * torch.randn(len(target), bins)).requires_grad_()
+    theirs = two_hot_cross_entropy(logits, target if interpolation == "raw" else symlog(target), two_hot.bins)
+    loss = two_hot.loss(logits, target)
+    torch.testing.assert_close(loss, theirs)
+    weight = torch.randn_like(loss)
+    (grad,), (expected,) = (grads((weight * value).sum(), [logits]) for value in (loss, theirs))
+    torch.testing.assert_close(grad, expected)
+    assert grad.any(-1).all()
+
+
+@pytest.mark.parametrize("interpolation", ["raw", "symlog"])
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3), (1,), (4, 1)], ids=str)
+def test_loss_of_any_batch_with_or_without_a_trailing_one(
+    float64: None, interpolation: str, shape: tuple[int, ...]
+) -> None:
+    two_hot = TwoHot(41, interpolation=interpolation)
+    logits, target = torch.randn(*shape, 41), 30 * torch.randn(shape)
+    loss = two_hot.loss(logits, target)
+    assert loss.shape == shape
+    torch.testing.assert_close(two_hot.loss(logits, target.unsqueeze(-1)), loss)
+    expected = -(two_hot.encode(target) * logits.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(loss, expected)
+    # Strided, as entries of a rollout are.
+    if len(shape) == 2:
+        torch.testing.assert_close(two_hot.loss(logits.transpose(0, 1), target.T), loss.T)
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), (5,), (4, 2), (1, 4)], ids=str)
+def test_targets_that_fit_no_logits_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises((ValueError, RuntimeError)):
+        TwoHot(41).loss(torch.randn(4, 41), torch.randn(shape))
 
 
 def test_zero_logits_are_zero_and_bins_stay_out_of_checkpoints() -> None:

@@ -9,8 +9,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from matwm_rl import keys
-from matwm_rl.modules import CategoricalLatent, State, WorldModel
-from tests.helpers import COUNTS, GROUPS, SIZE, SMALL, grads, make_model, mock_env, random_batch
+from matwm_rl.modules import CategoricalLatent, Latent, State, WorldModel, heads
+from matwm_rl.modules import transformer as transformer_module
+from matwm_rl.objectives import WorldModelLoss
+from tests.helpers import COUNTS, GROUPS, SIZE, grads, make_model, mock_env, random_batch, random_latent, total
 
 N = len(COUNTS)
 OUTPUTS = [
@@ -39,6 +41,11 @@ def episodes(done: Tensor) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
+def numbers(part: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A part that reads latents, given their numbers alone: it must take the product."""
+    return lambda latent, *rest: part(Latent(latent), *rest)
+
+
 def for_agent(part: Callable[..., Tensor], n: int, *inputs: Tensor) -> Tensor:
     """What a part gives agent n for ``[T, F]``, all others getting zeros."""
     stacked = [x.new_zeros(N, *x.shape) for x in inputs]
@@ -51,10 +58,10 @@ def alone(model: WorldModel, n: int, agents: TensorDict, latent: Tensor) -> dict
     """One agent's one episode by itself: no masks, no padding, no other sequences. ``latent`` are the drawn z."""
     length = latent.shape[0]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    tokens = for_agent(model.action_mixer, n, latent, agents["agents", "action"])
+    tokens = for_agent(numbers(model.action_mixer), n, latent, agents["agents", "action"])
     hidden = model.transformer(tokens.unsqueeze(0), causal)[0]
     assert model.teammates is not None and model.action_mask is not None
-    teammates = model.teammates(latent.expand(N, 1, *latent.shape), causal)[n, 0]
+    teammates = model.teammates(Latent(latent.expand(N, 1, *latent.shape)), causal)[n, 0]
     successor = for_agent(model.encoder, n, agents["next", "agents", "observation"])
     return {
         "hidden": torch.cat([torch.zeros_like(hidden[:1]), hidden[:-1]]),
@@ -62,7 +69,7 @@ def alone(model: WorldModel, n: int, agents: TensorDict, latent: Tensor) -> dict
         "reconstruction": for_agent(model.decoder, n, latent),
         "mask_logits": for_agent(model.action_mask, n, latent),
         "posterior_log_probs": model.latent.posterior(successor),
-        "prior_log_probs": model.latent.prior(for_agent(model.dynamics, n, hidden), latent),
+        "prior_log_probs": model.latent.prior(for_agent(model.dynamics, n, hidden), Latent(latent)),
         "reward_logits": for_agent(model.reward, n, hidden),
         "continuation_logits": for_agent(model.continuation, n, hidden),
     }
@@ -107,7 +114,7 @@ def test_reward_may_be_read_from_the_next_latent(float64: None) -> None:
     out = run(model, batch)
     for b, n in itertools.product(range(2), range(N)):
         features = for_agent(model.encoder, n, batch[keys.NEXT_OBSERVATION][b, :, n])
-        expected = for_agent(model.reward, n, model.latent.sample_posterior(features))
+        expected = for_agent(model.reward, n, model.latent.sample_posterior(features).value)
         torch.testing.assert_close(out[keys.REWARD_LOGITS][b, :, n], expected)
     with pytest.raises(ValueError, match="reward_input"):
         make_model(reward_input="latent")
@@ -200,39 +207,104 @@ def test_a_step_sees_the_present_and_the_past_alone() -> None:
         assert torch.equal(out[key], again[key]), key
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 8])
+def test_the_number_of_successors_encoded_apart_changes_nothing(float64: None, length: int) -> None:
+    """Few ends or many: those that are encoded without need must come out as they were."""
+    for done in (torch.zeros(3, length, N, dtype=torch.bool), None, torch.ones(3, length, N, dtype=torch.bool)):
+        model, batch = make_model(), random_batch(3, length, done=done)
+        out = run(model, batch)
+        encoded: list[int] = []
+        handle = model.encoder.register_forward_pre_hook(lambda _, x, seen=encoded: seen.append(x[0].shape[1]))
+        model.successors = 3 * length
+        again = run(model, batch)
+        handle.remove()
+        assert encoded == [2 * 3 * length]
+        for key in OUTPUTS:
+            torch.testing.assert_close(again[key], out[key], rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+def test_few_successors_are_encoded_apart_where_few_are_needed() -> None:
+    model, batch = make_model(), random_batch(2, 20, done=torch.zeros(2, 20, N, dtype=torch.bool))
+    encoded: list[int] = []
+    model.encoder.register_forward_pre_hook(lambda _, x: encoded.append(x[0].shape[1]))
+    model(batch)
+    # The slices' two ends, and at most seven more so that shapes are few.
+    assert 2 * 20 + 2 <= encoded[0] <= 2 * 20 + 9
+
+
+@pytest.mark.parametrize("frozen_encoder", [False, True])
+def test_training_by_look_ups_is_training_by_products(
+    float64: None, monkeypatch: pytest.MonkeyPatch, frozen_encoder: bool
+) -> None:
+    model, batch = make_model(), random_batch(deaths=False)
+    model.encoder.requires_grad_(not frozen_encoder)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    looked_up: list[str] = []
+    for name, layer in (("mixer", model.action_mixer.latent), ("teammates", model.teammates.input)):
+
+        def counted(ones: Tensor, name: str = name, look_up: Callable[[Tensor], Tensor] = layer.from_ones) -> Tensor:
+            looked_up.append(name)
+            return look_up(ones)
+
+        monkeypatch.setattr(layer, "from_ones", counted)
+
+    def losses_and_gradients() -> tuple[TensorDict, list[Tensor]]:
+        torch.manual_seed(3)
+        losses = WorldModelLoss(model, free_nats=0.0)(batch)
+        return losses, grads(total(losses), parameters.values())
+
+    losses, gradients = losses_and_gradients()
+    # The mixer passes gradients on to the encoder, where one is trained.
+    assert looked_up == (["mixer", "teammates"] if frozen_encoder else ["teammates"])
+    monkeypatch.setattr(heads, "read_latent", lambda layer, latent: layer(latent.value))
+    expected_losses, expected = losses_and_gradients()
+    assert len(looked_up) == (2 if frozen_encoder else 1)
+    for key in losses.keys():
+        torch.testing.assert_close(losses[key], expected_losses[key])
+    for name, gradient, product in zip(parameters, gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, product, msg=lambda m, name=name: f"{name}: {m}")
+        assert gradient.any(), name
+
+
 def prefill_and_step(
-    model: WorldModel, latent: Tensor, action: Tensor, valid: Tensor, C: int, monkeypatch: pytest.MonkeyPatch
+    model: WorldModel, latent: Latent, action: Tensor, valid: Tensor, C: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[State], Tensor]:
     """States s_C, s_{C+1}, ... and rewards, with the given latents in place of imagined ones."""
-    H = latent.shape[2] - 1 - C
+    H = latent.value.shape[2] - 1 - C
     state, context = model.prefill(latent[:, :, : C + 1], action[:, :, :C], valid, H)
     states, rewards = [state], []
     for t in range(C, C + H):
         monkeypatch.setattr(model.latent, "sample_prior", lambda output, z, t=t: latent[:, :, t + 1])
-        step = model.step(states[-1], action[:, :, t], context)
-        states.append(step.state)
-        rewards.append(step.reward)
+        states.append(model.step(states[-1], action[:, :, t], context))
+        rewards.append(model.outcome(states[-1])[0])
     return states, torch.stack(rewards, -1)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("in_cache", [transformer_module.IN_CACHE, 0], ids=["small", "large"])
 @pytest.mark.parametrize(("context", "end"), [(0, None), (1, None), (1, 0), (4, None), (4, 0), (4, 2), (4, 3)], ids=str)
 def test_prefill_and_steps_equal_the_sequence_pass(
-    float64: None, context: int, end: int | None, monkeypatch: pytest.MonkeyPatch
+    float64: None, context: int, end: int | None, in_cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(transformer_module, "IN_CACHE", in_cache)
     T, C = 9, context
     done = torch.zeros(3, T, N, dtype=torch.bool)
     if end is not None:
         done[:, end] = True
     model, batch = make_model(), random_batch(3, T, done=done)
     out = run(model, batch)
-    latent, action = out[keys.LATENT].permute(2, 0, 1, 3), batch[keys.ACTION].permute(2, 0, 1)
+    latent, action = Latent(out[keys.LATENT].permute(2, 0, 1, 3)), batch[keys.ACTION].permute(2, 0, 1)
+    # With their ones, as the encoder gives them.
+    latent = model.latent.from_index(model.latent.to_index(latent))
+    assert torch.equal(latent.value.permute(1, 2, 0, 3), out[keys.LATENT])
     valid = torch.arange(C) > (-1 if end is None else end)
     states, rewards = prefill_and_step(model, latent, action, valid.expand(N, 3, C), C, monkeypatch)
     assert len(states) == T - C
     for t, state in enumerate(states, C):
         for key, value in (
-            (keys.LATENT, state.latent),
+            (keys.LATENT, state.latent.value),
             (keys.HIDDEN, state.hidden),
             (keys.TEAMMATE_LOGITS, state.teammate_logits),
         ):
@@ -244,39 +316,78 @@ def test_prefill_and_steps_equal_the_sequence_pass(
 
 
 @torch.no_grad()
-def test_context_before_the_episode_has_no_influence(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("invalid", [1, 2, 4])
+def test_context_before_the_episode_has_no_influence(monkeypatch: pytest.MonkeyPatch, invalid: int) -> None:
     model, C = make_model(), 4
-    latent, action = torch.randn(N, 3, 7, 20), torch.randint(3, (N, 3, 6))
-    valid = (torch.arange(C) > 1).expand(N, 3, C)
-    states, rewards = prefill_and_step(model, latent, action, valid, C, monkeypatch)
-    latent, action = latent.clone(), action.clone()
-    latent[:, :, :2] = 50 * torch.randn(N, 3, 2, 20)
-    action[:, :, :2] = 2 - action[:, :, :2]
-    again, rewards_again = prefill_and_step(model, latent, action, valid, C, monkeypatch)
+    value, action = torch.randn(N, 3, 7, 20), torch.randint(3, (N, 3, 6))
+    valid = (torch.arange(C) > invalid - 1).expand(N, 3, C)
+    states, rewards = prefill_and_step(model, Latent(value), action, valid, C, monkeypatch)
+    value, action = value.clone(), action.clone()
+    value[:, :, :invalid] = 50 * torch.randn(N, 3, invalid, 20)
+    action[:, :, :invalid] = 2 - action[:, :, :invalid]
+    again, rewards_again = prefill_and_step(model, Latent(value), action, valid, C, monkeypatch)
     for one, other in zip(states, again, strict=True):
         assert torch.equal(one.hidden, other.hidden)
         assert torch.equal(one.teammate_logits, other.teammate_logits)
     assert torch.equal(rewards, rewards_again)
-    latent[:, :, 2] = torch.randn(N, 3, 20)
-    assert not torch.equal(prefill_and_step(model, latent, action, valid, C, monkeypatch)[1], rewards)
+    value[:, :, invalid] = torch.randn(N, 3, 20)
+    assert not torch.equal(prefill_and_step(model, Latent(value), action, valid, C, monkeypatch)[1], rewards)
 
 
 @torch.no_grad()
 def test_step_decodes_reward_and_continuation_and_samples_the_prior(float64: None) -> None:
     model = make_model()
-    latent, action = torch.randn(N, 2000, 3, 20), torch.zeros(N, 2000, 2, dtype=torch.long)
-    latent[:] = latent[:, :1].clone()
+    latent, action = random_latent(model.latent, N, 1, 3), torch.zeros(N, 2000, 2, dtype=torch.long)
+    many = model.latent.from_index(model.latent.to_index(latent).expand(N, 2000, 3, -1))
     valid = torch.ones(N, 2000, 2, dtype=torch.bool)
-    state, context = model.prefill(latent, action, valid, horizon=1)
-    step = model.step(state, action[..., 0], context)
+    state, context = model.prefill(many, action, valid, horizon=1)
+    reached = model.step(state, action[..., 0], context)
+    reward, continuation = model.outcome(reached)
     whole = torch.ones(3, 3, dtype=torch.bool).tril()
-    tokens = model.action_mixer(latent[:, :1], torch.zeros(N, 1, 3, dtype=torch.long))
+    tokens = model.action_mixer(Latent(latent.value), torch.zeros(N, 1, 3, dtype=torch.long))
     hidden = model.transformer(tokens.flatten(0, 1), whole)[:, -1].unsqueeze(1)
-    torch.testing.assert_close(step.state.hidden[:, :1], hidden)
-    torch.testing.assert_close(step.continuation[:, :1], model.continuation(hidden).squeeze(-1).sigmoid())
-    torch.testing.assert_close(step.reward[:, :1], model.two_hot.decode(model.reward(hidden)))
-    probs = model.latent.prior(model.dynamics(hidden), latent[:, :1, -1]).exp().flatten(-2).squeeze(1)
-    assert (step.state.latent.mean(1) - probs).abs().max() < 5 * 0.5 / 2000**0.5
+    torch.testing.assert_close(reached.hidden[:, :1], hidden)
+    torch.testing.assert_close(continuation[:, :1], model.continuation(hidden).squeeze(-1).sigmoid())
+    torch.testing.assert_close(reward[:, :1], model.two_hot.decode(model.reward(hidden)))
+    probs = model.latent.prior(model.dynamics(hidden), latent[:, :, -1]).exp().flatten(-2).squeeze(1)
+    assert (reached.latent.value.mean(1) - probs).abs().max() < 5 * 0.5 / 2000**0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"latent": "fsq", "reward_input": "next_latent"}], ids=str)
+def test_outcome_of_many_steps_at_once_is_that_of_each(float64: None, options: dict) -> None:
+    model = make_model(**options)
+    states = [
+        State(random_latent(model.latent, N, 5), torch.randn(N, 5, 16), torch.randn(N, 5, N - 1, 4)) for _ in range(3)
+    ]
+    whole = model.outcome(State.stack(states, 2))
+    for t, state in enumerate(states):
+        for one, other in zip(whole, model.outcome(state), strict=True):
+            assert other.shape == (N, 5)
+            torch.testing.assert_close(one[:, :, t], other)
+
+
+@pytest.mark.parametrize("latent", ["categorical", "fsq"])
+def test_states_are_stacked_indexed_and_named_as_one(latent: str) -> None:
+    model = make_model(latent=latent)
+    states = [
+        State(random_latent(model.latent, N, 5), torch.randn(N, 5, 16), torch.randn(N, 5, N - 1, 4)) for _ in range(3)
+    ]
+    whole = State.stack(states, 2)
+    entries = whole.entries()
+    assert set(entries) == set(model.state_keys)
+    assert (keys.LATENT_ONES in entries) is (latent == "categorical")
+    for t, state in enumerate(states):
+        for key, value in state.entries().items():
+            # TorchRL's layout: agents behind the batch.
+            assert value.shape[:2] == (5, N)
+            assert torch.equal(entries[key][:, t], value)
+            assert torch.equal(whole[:, :, t].entries()[key], value)
+            assert torch.equal(whole[:, :, t:].entries()[key][:, 0], value)
+    n, s = 1, 3
+    assert torch.equal(entries[keys.LATENT][s, 0, n], states[0].latent.value[n, s])
+    assert torch.equal(entries[keys.HIDDEN][s, 0, n], states[0].hidden[n, s])
+    assert torch.equal(entries[keys.TEAMMATE_LOGITS][s, 0, n], states[0].teammate_logits[n, s])
 
 
 @torch.no_grad()
@@ -284,23 +395,23 @@ def test_step_decodes_reward_and_continuation_and_samples_the_prior(float64: Non
 def test_imagined_latents_are_encoded_again_if_wanted(monkeypatch: pytest.MonkeyPatch, reencode: bool) -> None:
     """Drawn code by code, a latent may be one that no observation has; the reward must not be read from it."""
     model = make_model(latent="fsq", reward_input="next_latent", reencode=reencode)
-    drawn = model.latent.from_index(torch.randint(SMALL["num_classes"], (len(COUNTS), 50, SMALL["num_dims"])))
+    drawn = random_latent(model.latent, len(COUNTS), 50)
     again = model.encode(model.decode(drawn))
-    assert not torch.equal(drawn, again)
+    assert not torch.equal(drawn.value, again.value)
     monkeypatch.setattr(model.latent, "sample_prior", lambda output, latent: drawn)
     action = torch.zeros(len(COUNTS), 50, dtype=torch.long)
     no_context = torch.zeros(len(COUNTS), 50, 0, dtype=torch.long)
-    state, context = model.prefill(drawn.unsqueeze(2), no_context, no_context.bool(), horizon=1)
-    step = model.step(state, action, context)
-    expected = again if reencode else drawn
-    assert torch.equal(step.state.latent, expected)
-    torch.testing.assert_close(step.reward, model.two_hot.decode(model.reward(expected)))
+    state, context = model.prefill(Latent(drawn.value.unsqueeze(2)), no_context, no_context.bool(), horizon=1)
+    reached = model.step(state, action, context)
+    expected = (again if reencode else drawn).value
+    assert torch.equal(reached.latent.value, expected)
+    torch.testing.assert_close(model.outcome(reached)[0], model.two_hot.decode(model.reward(expected)))
 
 
 def test_predicted_mask_is_thresholded_and_leaves_an_action() -> None:
     model = make_model()
     latent = 3 * torch.randn(N, 500, 20)
-    legal, logits = model.legal_actions(latent), model.action_mask(latent)
+    legal, logits = model.legal_actions(Latent(latent)), model.action_mask(latent)
     assert legal.shape == (N, 500, max(COUNTS)) and legal.any(-1).all()
     for n, count in enumerate(COUNTS):
         assert not legal[n, :, count:].any()
@@ -316,7 +427,7 @@ def test_predicted_mask_is_thresholded_and_leaves_an_action() -> None:
 def test_without_mask_predictor_every_own_action_is_legal() -> None:
     model = make_model(predict_mask=False)
     assert model.action_mask is None
-    assert torch.equal(model.legal_actions(torch.zeros(N, 2, 20))[:, 0], model.legal)
+    assert torch.equal(model.legal_actions(Latent(torch.zeros(N, 2, 20)))[:, 0], model.legal)
     assert model.legal.sum(-1).tolist() == list(COUNTS)
     assert keys.MASK_LOGITS not in run(model, random_batch()).keys(True)
 

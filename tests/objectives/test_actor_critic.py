@@ -11,9 +11,9 @@ from tensordict import TensorDict
 from torchrl.objectives import SoftUpdate
 
 from matwm_rl import keys
-from matwm_rl.modules import STATE_KEYS, make_actor, make_critic
+from matwm_rl.modules import make_actor, make_critic
 from matwm_rl.objectives import ActorLoss, CriticLoss
-from tests.helpers import COUNTS, grads, make_model, random_imagined, randomize
+from tests.helpers import COUNTS, grads, make_model, random_imagined, randomize, read_keys
 from tests.modules.test_two_hot import slow_decode, slow_encode
 from tests.objectives.test_returns import slow_quantile
 
@@ -147,7 +147,9 @@ def test_critic_loss(float64: None) -> None:
     for index in itertools.product(range(S), range(H), range(N)):
         slow_value[index] = slow_decode(slow_logits[index].tolist(), "raw")
     assert not torch.allclose(slow_value, loss.critic_network(td.clone())[keys.STATE_VALUE][..., 0])
-    assert loss(td)["loss_critic"].item() == pytest.approx(slow_critic_loss(loss, td, slow_value), rel=1e-6)
+    out = loss(td)
+    assert out["loss_critic"].item() == pytest.approx(slow_critic_loss(loss, td, slow_value), rel=1e-6)
+    assert out["value"].item() == pytest.approx(slow_value[td[keys.ALIVE]].mean().item(), rel=1e-6)
 
 
 def test_ema_critic_follows_slowly() -> None:
@@ -159,7 +161,11 @@ def test_ema_critic_follows_slowly() -> None:
     randomize(loss.critic_network)
     updater.step()
     for name, target in loss.target_critic_network_params.flatten_keys(".").items():
-        torch.testing.assert_close(target.data, 0.98 * before[name] + 0.02 * source[name].data)
+        if target.is_floating_point():
+            torch.testing.assert_close(target.data, 0.98 * before[name] + 0.02 * source[name].data)
+        else:
+            # Where each agent's weights start.
+            assert torch.equal(target, before[name])
 
 
 @pytest.mark.parametrize("make", [make_actor_loss, make_critic_loss])
@@ -172,8 +178,9 @@ def test_agents_are_trained_in_isolation(make: type) -> None:
         # All that agent n saw, did and got is another; its gradient changes and nobody else's does.
         other = td.clone()
         fresh = imagined(deaths=False)
-        for key in [*STATE_KEYS, keys.LAMBDA_RETURN, keys.STATE_VALUE, keys.WEIGHT]:
-            other[key][:, :, n] = 10 * fresh[key][:, :, n]
+        for key in [*read_keys(make_model()), keys.LAMBDA_RETURN, keys.STATE_VALUE, keys.WEIGHT]:
+            # Positions of ones are no numbers to be made larger.
+            other[key][:, :, n] = fresh[key][:, :, n] * (10 if fresh[key].is_floating_point() else 1)
         other_loss = make()
         other_loss.load_state_dict(loss.state_dict())
         if isinstance(loss, ActorLoss):
@@ -206,15 +213,18 @@ def test_weight_and_death_silence_steps(make: type) -> None:
     td[keys.ALIVE][1] = False
     other = td.clone()
     fresh = imagined()
-    for key in STATE_KEYS:
+    read = read_keys(make_model())
+    for key in read:
         other[key][:, 2:] = fresh[key][:, 2:]
         other[key][1] = fresh[key][1]
     loss = make()
     loss.eval()
     name = loss.out_keys[0]
     torch.testing.assert_close(loss(td)[name], loss(other)[name])
-    other[STATE_KEYS[0]][0, 0] += 1.0
-    assert not torch.equal(loss(td)[name], loss(other)[name])
+    for key in read:
+        again = other.clone()
+        again[key][0, 0] = fresh[key][0, 0]
+        assert not torch.equal(loss(td)[name], loss(again)[name]), key
 
 
 @pytest.mark.parametrize("make", [make_actor_loss, make_critic_loss])

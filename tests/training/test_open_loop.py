@@ -11,7 +11,7 @@ from matwm_rl import keys
 from matwm_rl.data import make_replay
 from matwm_rl.envs import MockEnv, MultiAgentEnv, make_env
 from matwm_rl.functional import agents_first
-from matwm_rl.modules import Context, State, Step, WorldModel, WorldModelConfig, latent, make_actor, make_critic
+from matwm_rl.modules import Context, Latent, State, WorldModel, WorldModelConfig, latent, make_actor, make_critic
 from matwm_rl.training.learner import Learner, LearnerConfig
 from matwm_rl.training.open_loop import episode_windows, open_loop, open_loop_errors
 
@@ -42,27 +42,32 @@ class KnowsMockEnv:
         self.reward_offsets = reward_offsets or [0.0]
         self.prefills = 0
 
-    def encode(self, observation: Tensor) -> Tensor:
-        return observation
+    def encode(self, observation: Tensor) -> Latent:
+        return Latent(observation)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        return latent
+    def decode(self, latent: Latent) -> Tensor:
+        return latent.value
 
     def state(self, latent: Tensor) -> State:
         logits = self.teammate_logits.expand(*latent.shape[:2], 2, 4)
-        return State(latent, latent, logits)
+        return State(Latent(latent), latent, logits)
 
-    def prefill(self, latent: Tensor, action: Tensor, valid: Tensor, horizon: int) -> tuple[State, Context]:
+    def prefill(self, latent: Latent, action: Tensor, valid: Tensor, horizon: int) -> tuple[State, Context]:
         self.offset = self.reward_offsets[self.prefills % len(self.reward_offsets)]
         self.prefills += 1
-        return self.state(latent[:, :, -1]), SimpleNamespace()
+        return self.state(latent.value[:, :, -1]), SimpleNamespace()
 
-    def step(self, state: State, action: Tensor, context: Context) -> Step:
-        latent = state.latent.clone()
+    def step(self, state: State, action: Tensor, context: Context) -> State:
+        latent = state.latent.value.clone()
         latent[..., 0] += 1
         latent[..., 2] = action.float()
-        reward = (torch.arange(1, 4).unsqueeze(-1) * action).float()
-        return Step(self.state(latent), reward + self.offset, torch.ones_like(reward))
+        return self.state(latent)
+
+    def outcome(self, reached: State) -> tuple[Tensor, Tensor]:
+        # The latent shows the action that led to it.
+        action = reached.hidden[..., 2]
+        reward = torch.arange(1, 4).view(-1, *[1] * (action.ndim - 1)) * action
+        return reward + self.offset, torch.ones_like(reward)
 
 
 def test_windows_lie_in_one_episode_each_and_start_with_it() -> None:
@@ -102,7 +107,7 @@ def test_agrees_with_a_pass_over_the_whole_history_at_every_step(
         hidden = model.transformer(tokens.flatten(0, 1), mask).view(tokens.shape)[:, :, -1]
         teammates = model.teammates(latents, mask)[:, :, -1]
         z = model.latent.from_index(model.latent.prior(model.dynamics(hidden), latents[:, :, -1]).argmax(-1))
-        latents = torch.cat([latents, z.unsqueeze(2)], 2)
+        latents = Latent(torch.cat([latents.value, z.value.unsqueeze(2)], 2))
         for key, expected in (
             (keys.TEAMMATE_LOGITS, teammates),
             (keys.NEXT_OBSERVATION, model.decode(z)),
