@@ -32,6 +32,7 @@ from matwm_rl.training import (
     load_checkpoint,
     plot_learning_curves,
     plot_open_loop,
+    prepare_process,
     record_gif,
     save_checkpoint,
     save_policy,
@@ -50,7 +51,7 @@ def main(cfg: DictConfig) -> None:
     started = time.monotonic()
     run_dir = Path(cfg.run_dir)
     torch.manual_seed(cfg.seed)
-    torch.set_num_threads(cfg.num_threads)
+    prepare_process(num_threads=cfg.num_threads, matmul_precision=cfg.matmul_precision)
 
     env = make_env(cfg.env, seed=cfg.seed, num_envs=cfg.num_envs, device=cfg.device)
     layout = env.layout

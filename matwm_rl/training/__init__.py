@@ -9,6 +9,7 @@ from matwm_rl.training.open_loop import episode_windows, open_loop, open_loop_er
 from matwm_rl.training.open_loop_figure import plot_open_loop
 from matwm_rl.training.opponents import CrossPlay, RandomActions, TagScript
 from matwm_rl.training.policy_file import load_policy, save_policy
+from matwm_rl.training.process import prepare_process
 from matwm_rl.training.run_log import RunLog, read_metrics
 
 __all__ = [
@@ -35,5 +36,6 @@ __all__ = [
     "read_metrics",
     "record_gif",
     "save_checkpoint",
+    "prepare_process",
     "save_policy",
 ]

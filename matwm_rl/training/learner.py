@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from tensordict.nn import CudaGraphModule, ProbabilisticTensorDictSequential, TensorDictModuleBase
 from torch import Tensor
 from torchrl.objectives import LossModule, SoftUpdate
 
 from matwm_rl.data import Replay
-from matwm_rl.functional import clip_grad_norm_per_agent_
+from matwm_rl.functional import autocast, clip_grad_norm_per_agent_
 from matwm_rl.modules import Imagination, WorldModel
 from matwm_rl.objectives import ActorLoss, CriticLoss, LambdaReturn, WorldModelLoss, WorldModelLossWeights
 
@@ -34,6 +34,10 @@ class LearnerConfig:
         center_advantage: see :class:`~matwm_rl.objectives.ActorLoss`.
         critic_decay: decay of the EMA critic.
         free_nats: clamp of the KL terms.
+        cuda_graphs: capture the update of the world model, and that of the agents with their imagination, each as one
+            CUDA graph: on a GPU small networks otherwise wait for their hundreds of launches. Batches must not change
+            their shape then.
+        precision: of the matrix products, ``"float32"`` or ``"bfloat16"``; weights, losses and optimizers stay float32.
         loss_weights: factors of the world-model loss's terms.
     """
 
@@ -48,6 +52,8 @@ class LearnerConfig:
     center_advantage: bool = False
     critic_decay: float = 0.98
     free_nats: float = 1.0
+    precision: str = "float32"
+    cuda_graphs: bool = False
     loss_weights: WorldModelLossWeights = field(default_factory=WorldModelLossWeights)
 
     @classmethod
@@ -108,7 +114,7 @@ class Learner:
         self.config = cfg = config or LearnerConfig()
         self.world_model, self.actor, self.critic = world_model, actor, critic
         self.world_model_loss = WorldModelLoss(world_model, weights=cfg.loss_weights, free_nats=cfg.free_nats)
-        self.imagination = Imagination(world_model, actor, horizon=cfg.horizon)
+        self.imagination = Imagination(world_model, actor, horizon=cfg.horizon, precision=cfg.precision)
         self.returns = LambdaReturn(critic, gamma=cfg.gamma, lmbda=cfg.lmbda)
         self.actor_loss = ActorLoss(
             actor,
@@ -118,18 +124,24 @@ class Learner:
         )
         self.critic_loss = CriticLoss(critic)
         device = next(world_model.parameters()).device
+        if cfg.cuda_graphs and device.type != "cuda":
+            raise ValueError(f"cuda_graphs needs the world model on a CUDA device, it is on {device}")
         for loss in (self.actor_loss, self.critic_loss):
             loss.to(device)
         self.target_updater = SoftUpdate(self.critic_loss, eps=cfg.critic_decay)
         self.world_model_optimizer = self._optimizer(self.world_model_loss, cfg.world_model_lr)
         self.actor_optimizer = self._optimizer(self.actor_loss, cfg.actor_critic_lr)
         self.critic_optimizer = self._optimizer(self.critic_loss, cfg.actor_critic_lr)
+        self._run_world_model = self._graphed(self._step_world_model)
+        self._run_agents = self._graphed(lambda starts: self.update_actor_critic(self.imagination(starts)))
         self.updates = 0
 
-    @staticmethod
-    def _optimizer(loss: LossModule, lr: float) -> torch.optim.Optimizer:
+    def _optimizer(self, loss: LossModule, lr: float) -> torch.optim.Optimizer:
         trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-        return torch.optim.Adam(trained, lr=lr, fused=True)
+        return torch.optim.Adam(trained, lr=lr, fused=True, capturable=self.config.cuda_graphs)
+
+    def _graphed(self, step: Callable[[TensorDictBase], TensorDict]) -> Callable[[TensorDictBase], TensorDict]:
+        return CudaGraphModule(step, in_keys=[], out_keys=[]) if self.config.cuda_graphs else step
 
     def update(self, replay: Replay) -> TensorDict:
         """One update of the world model, then one of every actor and critic.
@@ -147,25 +159,40 @@ class Learner:
 
     def update_world_model(self, sequences: TensorDictBase) -> TensorDict:
         """One optimizer step on one combined batch of all agents' sequences ``[B, T]``."""
+        if self.config.cuda_graphs:
+            self.world_model.successors = sequences.numel()
+        return self._run_world_model(sequences)
+
+    def _step_world_model(self, sequences: TensorDictBase) -> TensorDict:
         self.world_model.train()
-        losses = self.world_model_loss(sequences)
+        with self._autocast():
+            losses = self.world_model_loss(sequences)
         norm = self._step(losses, self.world_model_optimizer, self.config.world_model_clip, per_agent=False)
         self.world_model.eval()
         return losses.detach().set("world_model_grad_norm", norm)
 
     def update_agents(self, starts: TensorDictBase) -> TensorDict:
         """Imagine from replayed starts ``[S, C+1]``, then one step of every actor and critic."""
-        imagined = self.returns(self.imagination(starts))
+        return self._run_agents(starts)
+
+    def update_actor_critic(self, imagined: TensorDictBase) -> TensorDict:
+        """One optimizer step of every actor and critic on an imagined rollout ``[S, H]``."""
+        with self._autocast():
+            imagined = self.returns(imagined)
         metrics = TensorDict({"imagined_reward": imagined["next", "agents", "reward"].mean()})
         for loss, optimizer in (
             (self.actor_loss, self.actor_optimizer),
             (self.critic_loss, self.critic_optimizer),
         ):
-            losses = loss(imagined)
+            with self._autocast():
+                losses = loss(imagined)
             self._step(losses, optimizer, self.config.actor_critic_clip, per_agent=True)
             metrics.update(losses.detach())
         self.target_updater.step()
         return metrics
+
+    def _autocast(self) -> torch.autocast:
+        return autocast(next(self.world_model.parameters()).device, self.config.precision)
 
     @staticmethod
     def _step(losses: TensorDict, optimizer: torch.optim.Optimizer, clip: float, *, per_agent: bool) -> Tensor:

@@ -1,0 +1,43 @@
+"""Settings of the whole process that make training on CPU faster."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEEP = 2**30
+
+
+def prepare_process(*, num_threads: int, matmul_precision: str = "highest") -> None:
+    """Set up PyTorch and the memory allocator; call it once, at the start of a script.
+
+    - Threads: as many as given, for this process.
+    - Precision of float32 matrix products: ``"medium"`` has oneDNN compute them in place of MKL. On AMD processors with
+      AVX-512 that is float32 at 2.3 times the speed; where the processor multiplies bfloat16 in hardware tiles (Intel
+      AMX), it may round the factors to bfloat16. On a GPU it allows TensorFloat-32.
+    - Denormal numbers count as zero: CPUs compute with them many times slower, and here they mean nothing.
+    - Freed memory is kept (glibc): returned to the system, it has to be cleared and mapped again at every update, which
+      is a third of the time of an actor-critic update in the ``cpu`` preset.
+
+    Args:
+        num_threads: threads of PyTorch's operations.
+        matmul_precision: ``"highest"``, ``"high"`` or ``"medium"``, see ``torch.set_float32_matmul_precision``.
+
+    Raises:
+        ValueError: if there would be no thread.
+
+    Examples:
+        >>> prepare_process(num_threads=torch.get_num_threads())
+    """
+    if num_threads < 1:
+        raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+    torch.set_num_threads(num_threads)
+    torch.set_float32_matmul_precision(matmul_precision)
+    torch.set_flush_denormal(True)
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEEP)
+        libc.mallopt(_M_MMAP_THRESHOLD, _KEEP)

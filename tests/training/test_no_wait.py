@@ -1,0 +1,57 @@
+"""On a GPU the host must never wait for a value: nothing in an update may turn a tensor into a Python number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from matwm_rl.modules import make_actor, make_critic
+from matwm_rl.training import Learner, LearnerConfig
+from tests.helpers import make_model, mock_replay
+
+# What copies from the device to the host, or has a shape that depends on values.
+WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operations that would have the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            index is not None and index.dtype == torch.bool
+            for index in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else [])
+        )
+        if name in WAITING or by_mask:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("latent", ["categorical", "fsq"])
+def test_updates_never_wait_for_a_value(latent: str) -> None:
+    model = make_model(latent=latent)
+    learner = Learner(model, make_actor(model, num_cells=8), make_critic(model, num_cells=8), LearnerConfig(horizon=3))
+    replay = mock_replay()
+    sequences, starts = replay.sequences.sample(), replay.starts.sample()
+    learner.update(replay)
+    # As the learner sets it for CUDA graphs; otherwise the ends of episodes are counted: the one thing to wait for.
+    model.successors = sequences.numel()
+    with Waits() as waits:
+        learner.update_world_model(sequences)
+        learner.update_agents(starts)
+    assert waits.found == []
+    model.successors = None
+    with Waits() as waits:
+        learner.update_world_model(sequences)
+    assert waits.found == ["aten._local_scalar_dense.default"]
+
+
+def test_cuda_graphs_need_a_gpu() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="on a CUDA device, it is on cpu"):
+        Learner(model, make_actor(model), make_critic(model), LearnerConfig(cuda_graphs=True))
