@@ -75,9 +75,10 @@ class Imagination(TensorDictModuleBase):
         action = agents_first(tensordict.get(keys.ACTION), 0)
         segments = segment_ids(agents_first(tensordict.get(keys.AGENT_DONE)).squeeze(-1))
         with autocast(observation.device, self.precision), set_exploration_type(ExplorationType.RANDOM):
-            states, actions, masks = self._dream(
-                observation, action[..., :-1], segments[..., :-1] == segments[..., -1:]
-            )
+            steps = self._dream(observation, action[..., :-1], segments[..., :-1] == segments[..., -1:])
+            # Stacked here: inference tensors would be refused by the backward pass of whoever learns from them.
+            states = State.stack(steps[0], 2)
+            actions, masks = torch.stack(steps[1], 2), torch.stack(steps[2], 2)
             reward, continuation = self.world_model.outcome(states[:, :, 1:])
 
         shape = (tensordict.shape[0], self.horizon)
@@ -93,8 +94,11 @@ class Imagination(TensorDictModuleBase):
         alive = torch.ones_like(imagined[keys.ACTION], dtype=torch.bool) if alive is None else alive[:, -1:]
         return imagined.set(keys.ALIVE, alive.expand(*shape, -1))
 
-    def _dream(self, observation: Tensor, action: Tensor, valid: Tensor) -> tuple[State, Tensor, Tensor]:
-        """States ``[N, S, H+1]``, actions and legal actions ``[N, S, H]`` that follow a context."""
+    @torch.inference_mode()
+    def _dream(
+        self, observation: Tensor, action: Tensor, valid: Tensor
+    ) -> tuple[list[State], list[Tensor], list[Tensor]]:
+        """States ``[N, S]`` of steps 0 .. H, actions and legal actions of steps 0 .. H-1 that follow a context."""
         model = self.world_model
         state, context = model.prefill(model.encode(observation), action, valid, self.horizon)
         states, actions, masks = [state], [], []
@@ -106,4 +110,4 @@ class Imagination(TensorDictModuleBase):
             states.append(state)
             actions.append(action)
             masks.append(mask)
-        return State.stack(states, 2), torch.stack(actions, 2), torch.stack(masks, 2)
+        return states, actions, masks

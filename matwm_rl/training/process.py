@@ -7,8 +7,8 @@ import platform
 
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEEP = 2**30
+# glibc's mallopt(3): never give the heap's free end back; take no memory in blocks that are given back when freed.
+_KEEP_MEMORY = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0)}
 
 
 def prepare_process(*, num_threads: int, matmul_precision: str = "highest") -> None:
@@ -27,17 +27,18 @@ def prepare_process(*, num_threads: int, matmul_precision: str = "highest") -> N
         matmul_precision: ``"highest"``, ``"high"`` or ``"medium"``, see ``torch.set_float32_matmul_precision``.
 
     Raises:
-        ValueError: if there would be no thread.
+        ValueError: if there would be no thread, or for any other precision.
 
     Examples:
         >>> prepare_process(num_threads=torch.get_num_threads())
     """
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+    if matmul_precision not in ("highest", "high", "medium"):
+        raise ValueError(f"matmul_precision must be 'highest', 'high' or 'medium', got {matmul_precision!r}")
     torch.set_num_threads(num_threads)
     torch.set_float32_matmul_precision(matmul_precision)
     torch.set_flush_denormal(True)
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_TRIM_THRESHOLD, _KEEP)
-        libc.mallopt(_M_MMAP_THRESHOLD, _KEEP)
+        for parameter, value in _KEEP_MEMORY.values():
+            ctypes.CDLL(None).mallopt(parameter, value)

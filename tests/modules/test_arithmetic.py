@@ -30,10 +30,16 @@ class CountProducts(TorchDispatchMode):
         self.summed: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        with self:
+            # In inference mode products arrive inside composite operations, such as `linear`.
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+        out = func(*args, **kwargs)
         operation = func._overloadpacket
         if operation in flop_registry:
-            self.count += flop_registry[operation](*args, **(kwargs or {}), out_val=out)
+            self.count += flop_registry[operation](*args, **kwargs, out_val=out)
             *_, right = (value for value in args if isinstance(value, Tensor))
             self.summed.add(right.shape[-2])
         return out
