@@ -366,6 +366,7 @@ def main(arguments: Sequence[str] | None = None, *, sizes: Sizes | None = None, 
         rows = cuda_rows(sizes, repeats) if on_gpu else cpu_rows(sizes, repeats, options.threads)
         settings = {
             "agents": AGENTS,
+            "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
             "baseline": BASELINE,
             "sizes": asdict(sizes),
             "world_model": asdict(model_config(sizes)),
@@ -374,5 +375,16 @@ def main(arguments: Sequence[str] | None = None, *, sizes: Sizes | None = None, 
         report(name, options.output, rows, settings=settings, device=options.device)
 
 
+def with_huge_pages() -> None:
+    """Start this script again with PyTorch's huge pages, which it reads before anything of ours can tell it.
+
+    The actor-critic update takes dozens of tensors of 75 MB; in small pages, clearing them is a tenth of its time.
+    """
+    if "THP_MEM_ALLOC_ENABLE" not in os.environ:
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
 if __name__ == "__main__":
+    with_huge_pages()
     main()

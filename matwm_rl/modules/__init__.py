@@ -7,7 +7,7 @@ from matwm_rl.modules.heads import ActionMixer, Head, TeammatePredictor
 from matwm_rl.modules.imagination import Imagination
 from matwm_rl.modules.latent import CategoricalLatent, FSQLatent, Latent, LatentCode, make_latent, read_latent
 from matwm_rl.modules.policy import CONTEXT_KEYS, WorldModelPolicy
-from matwm_rl.modules.stacked import StackedLayerNorm, StackedLinear, StackedMLP
+from matwm_rl.modules.stacked import StackedLinear, StackedMLP, StackedNormSiLU
 from matwm_rl.modules.transformer import KVCache, Transformer
 from matwm_rl.modules.two_hot import TwoHot
 from matwm_rl.modules.world_model import Context, State, WorldModel
@@ -32,9 +32,9 @@ __all__ = [
     "RandomEpisodes",
     "MLPDecoder",
     "MLPEncoder",
-    "StackedLayerNorm",
     "StackedLinear",
     "StackedMLP",
+    "StackedNormSiLU",
     "State",
     "StateMLP",
     "TeammatePredictor",

@@ -8,10 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from matwm_rl.functional import widen
+
+EPSILON = 1e-5
+"""Of the layer norms; PyTorch's default."""
 
 
 class StackedLinear(nn.Module):
@@ -52,7 +58,22 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply agent n's weights to ``x[n]``."""
-        return self._product(x, self.weight)
+        if len(self.runs) == 1:
+            return nn.functional.linear(x, self.weight[0].T, self.bias[0])
+        if x.shape[0] != self.num_agents:
+            raise ValueError(
+                f"expected {self.num_agents} agents in dimension 0, got a tensor of shape {tuple(x.shape)}"
+            )
+        if self.per_agent:
+            out = torch.baddbmm(self.bias.unsqueeze(1), x.reshape(self.num_agents, -1, x.shape[-1]), self.weight)
+            return out.view(*x.shape[:-1], -1)
+        parts = x.split([length for _, length in self.runs])
+        return torch.cat(
+            [
+                nn.functional.linear(part, self.weight[index].T, self.bias[index])
+                for part, (index, _) in zip(parts, self.runs, strict=True)
+            ]
+        )
 
     def from_ones(self, ones: Tensor, behind: Tensor | None = None) -> Tensor:
         """Apply the layer to a multi-hot input by adding up rows of weights: a hundredth of the arithmetic.
@@ -61,37 +82,50 @@ class StackedLinear(nn.Module):
             ones: int64 ``[N, *batch, K]``, positions of the ones in the input's first part.
             behind: ``[N, *batch, R]``, the input's last R features, if it has any besides.
         """
-        first_row = (self.stack_index * self.weight.shape[1]).view(-1, *[1] * (ones.ndim - 1))
-        rows = (ones + first_row).flatten(0, -2)
-        out = nn.functional.embedding_bag(rows, self.weight.flatten(0, 1), mode="sum").view(*ones.shape[:-1], -1)
-        if behind is None:
-            return out + self.bias[self.stack_index].view(-1, *[1] * (ones.ndim - 2), out.shape[-1])
-        return out + self._product(behind, self.weight[:, -behind.shape[-1] :])
-
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        if len(self.runs) == 1:
-            return nn.functional.linear(x, weight[0].T, self.bias[0])
-        if x.shape[0] != self.num_agents:
-            raise ValueError(
-                f"expected {self.num_agents} agents in dimension 0, got a tensor of shape {tuple(x.shape)}"
-            )
-        if self.per_agent:
-            out = torch.baddbmm(self.bias.unsqueeze(1), x.reshape(self.num_agents, -1, x.shape[-1]), weight)
-            return out.view(*x.shape[:-1], -1)
-        parts = x.split([length for _, length in self.runs])
-        return torch.cat(
-            [
-                nn.functional.linear(part, weight[index].T, self.bias[index])
-                for part, (index, _) in zip(parts, self.runs, strict=True)
-            ]
-        )
+        index, (_, in_features, out_features) = self.stack_index, self.weight.shape
+        rows = ones.reshape(len(index), -1, ones.shape[-1]) + (index * in_features).view(-1, 1, 1)
+        out = nn.functional.embedding_bag(rows.flatten(0, 1), self.weight.flatten(0, 1), mode="sum")
+        # In place, and then as the summand of the product: a fresh tensor costs as much as its arithmetic.
+        out = out.view(len(index), -1, out_features).add_(self.bias[index].unsqueeze(1))
+        if behind is not None:
+            size = behind.shape[-1]
+            weight = self.weight if self.per_agent else self.weight[index]
+            out = torch.baddbmm(out, behind.reshape(len(index), -1, size), weight[:, in_features - size :])
+        return out.view(*ones.shape[:-1], out_features)
 
 
-class StackedLayerNorm(nn.Module):
-    """Layer normalisation with one gain and offset per agent, ``[N, *batch, F]``.
+class _NormSiLU(torch.autograd.Function):
+    """``silu(layer_norm(x) * weight + bias)``, which keeps ``x`` alone for its gradient and computes the rest again.
+
+    Autograd keeps two more tensors of the size of x and takes every step into fresh memory; at 768 starts x 12 steps of
+    four agents they are 75 MB each, and clearing them costs more than computing them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, EPSILON)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return nn.functional.silu(torch.addcmul(bias, out, weight, out=out), inplace=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        shape = list(x.shape[-1:])
+        normed = torch.native_layer_norm(x, shape, None, None, EPSILON)[0]
+        grad = torch.ops.aten.silu_backward(grad.contiguous(), torch.addcmul(bias, normed, weight))
+        to_bias, to_weight = grad.sum(1, keepdim=True), normed.mul_(grad).sum(1, keepdim=True)
+        to_x = torch.ops.aten.native_layer_norm_backward(
+            grad.mul_(weight), x, shape, mean, rstd, None, None, [True, False, False]
+        )[0]
+        return to_x, to_weight, to_bias
+
+
+class StackedNormSiLU(nn.Module):
+    """Layer normalisation with one gain and offset per agent, then SiLU; ``[N, *batch, F]``.
 
     Examples:
-        >>> StackedLayerNorm(4, num_agents=2)(torch.randn(2, 5, 4)).shape
+        >>> StackedNormSiLU(4, num_agents=2)(torch.randn(2, 5, 4)).shape
         torch.Size([2, 5, 4])
     """
 
@@ -101,10 +135,9 @@ class StackedLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_agents, features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension, then apply agent n's gain and offset."""
-        shape = (x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
-        x = nn.functional.layer_norm(x, x.shape[-1:])
-        return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
+        """Normalise the last dimension, apply agent n's gain and offset, then SiLU."""
+        flat = widen(x).reshape(x.shape[0], -1, x.shape[-1])
+        return _NormSiLU.apply(flat, self.weight.unsqueeze(1), self.bias.unsqueeze(1)).view(x.shape)
 
 
 class StackedMLP(nn.Sequential):
@@ -129,8 +162,7 @@ class StackedMLP(nn.Sequential):
         for _ in range(depth):
             layers += [
                 StackedLinear(in_features, num_cells, range(num_agents)),
-                StackedLayerNorm(num_cells, num_agents),
-                nn.SiLU(),
+                StackedNormSiLU(num_cells, num_agents),
             ]
             in_features = num_cells
         # Zero: the policy starts uniform and the value at 0, whatever the seed.

@@ -19,8 +19,9 @@ def prepare_process(*, num_threads: int, matmul_precision: str = "highest") -> N
       AVX-512 that is float32 at 2.3 times the speed; where the processor multiplies bfloat16 in hardware tiles (Intel
       AMX), it may round the factors to bfloat16. On a GPU it allows TensorFloat-32.
     - Denormal numbers count as zero: CPUs compute with them many times slower, and here they mean nothing.
-    - Freed memory is kept (glibc): returned to the system, it has to be cleared and mapped again at every update, which
-      is a third of the time of an actor-critic update in the ``cpu`` preset.
+    - Memory that is freed is kept (glibc): given back to the system, it is cleared and mapped anew in every update,
+      which takes a third of the time of an actor-critic update in the ``cpu`` preset. For tensors of many megabytes, as
+      in the ``paper`` preset, also set ``THP_MEM_ALLOC_ENABLE=1`` before Python starts: PyTorch then asks for huge pages.
 
     Args:
         num_threads: threads of PyTorch's operations.

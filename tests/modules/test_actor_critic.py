@@ -21,12 +21,10 @@ def slow_state_mlp(net: StateMLP, n: int, state: torch.Tensor) -> torch.Tensor:
     """Agent n's own network on ``[size]``."""
     *hidden, last = net.mlp
     for layer in hidden:
-        if isinstance(layer, torch.nn.SiLU):
-            state = silu(state)
-        elif layer.weight.ndim == 3:
+        if layer.weight.ndim == 3:
             state = state @ layer.weight[n] + layer.bias[n]
         else:
-            state = layer_norm(state, state.shape, layer.weight[n], layer.bias[n])
+            state = silu(layer_norm(state, state.shape, layer.weight[n], layer.bias[n]))
     return state @ last.weight[n] + last.bias[n]
 
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, one_hot
+from torch.nn.functional import layer_norm, one_hot, silu
 
-from matwm_rl.modules import StackedLayerNorm, StackedLinear, StackedMLP
+from matwm_rl.modules import StackedLinear, StackedMLP, StackedNormSiLU
 from tests.helpers import grads, randomize
 
 INDICES = [[0, 1, 2], [0, 0, 1], [0, 0, 0], [0, 1, 0], [0]]
@@ -79,12 +79,18 @@ def test_stacked_mlp_of_a_multi_hot_part_and_the_rest(float64: None, num_agents:
         torch.testing.assert_close(one, other)
 
 
-def test_stacked_layer_norm() -> None:
-    layer = randomize(StackedLayerNorm(4, num_agents=3))
-    x = torch.randn(3, 2, 5, 4)
+def test_stacked_norm_is_one_layer_norm_per_agent_and_its_gradient(float64: None) -> None:
+    layer = randomize(StackedNormSiLU(4, num_agents=3))
+    x = torch.randn(3, 2, 5, 4, requires_grad=True)
     out = layer(x)
-    for n in range(3):
-        torch.testing.assert_close(out[n], layer_norm(x[n], (4,), layer.weight[n], layer.bias[n]))
+    expected = torch.stack([silu(layer_norm(x[n], (4,), layer.weight[n], layer.bias[n])) for n in range(3)])
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    inputs = [x, *layer.parameters()]
+    for found, wanted in zip(
+        grads((weight * out).sum(), inputs), grads((weight * expected).sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_stacked_mlp_starts_at_zero() -> None:
