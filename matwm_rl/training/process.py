@@ -20,8 +20,8 @@ def prepare_process(*, num_threads: int, matmul_precision: str = "highest") -> N
       AMX), it may round the factors to bfloat16. On a GPU it allows TensorFloat-32.
     - Denormal numbers count as zero: CPUs compute with them many times slower, and here they mean nothing.
     - Memory that is freed is kept (glibc): given back to the system, it is cleared and mapped anew in every update,
-      which takes a third of the time of an actor-critic update in the ``cpu`` preset. For tensors of many megabytes, as
-      in the ``paper`` preset, also set ``THP_MEM_ALLOC_ENABLE=1`` before Python starts: PyTorch then asks for huge pages.
+      which takes a third of the time of an actor-critic update in the ``cpu`` preset. For tensors of many megabytes,
+      as in the ``paper`` preset, set ``THP_MEM_ALLOC_ENABLE=1`` before Python starts: PyTorch asks for huge pages.
 
     Args:
         num_threads: threads of PyTorch's operations.
