@@ -43,10 +43,6 @@ class Latent:
         """The same latents, without gradient."""
         return Latent(self.value.detach(), self.ones)
 
-    def flatten(self, start: int, end: int) -> Latent:
-        """Flatten batch dimensions."""
-        return Latent(self.value.flatten(start, end), None if self.ones is None else self.ones.flatten(start, end))
-
     @staticmethod
     def stack(latents: list[Latent], dim: int) -> Latent:
         """Stack along a new batch dimension."""

@@ -98,7 +98,7 @@ def test_ones_say_where_a_multi_hot_latent_is_not_zero(code: LatentCode) -> None
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_latents_are_indexed_flattened_stacked_and_detached_as_one(code: LatentCode) -> None:
+def test_latents_are_indexed_stacked_and_detached_as_one(code: LatentCode) -> None:
     latent = random_latent(code, 2, 3, 4)
 
     def same(one: Latent, index: Tensor) -> bool:
@@ -108,7 +108,6 @@ def test_latents_are_indexed_flattened_stacked_and_detached_as_one(code: LatentC
     index = code.to_index(latent)
     assert same(latent[:, 1], index[:, 1]) and same(latent[:, :, -1], index[:, :, -1])
     assert same(latent[:, :, 1:], index[:, :, 1:]) and same(latent[0], index[0])
-    assert same(latent.flatten(0, 1), index.flatten(0, 1))
     assert same(Latent.stack([latent[:, :, t] for t in range(4)], 2), index)
     assert same(Latent.stack([latent, latent], 0), torch.stack([index, index]))
     learnt = Latent(latent.value.clone().requires_grad_(), latent.ones)
