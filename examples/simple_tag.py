@@ -1,6 +1,6 @@
 """Train MATWM on a multi-agent environment; on mpe2's simple_tag unless told otherwise.
 
-    python examples/simple_tag.py                              # minutes on two cores
+    python examples/simple_tag.py                              # minutes on one core
     python examples/simple_tag.py env=vmas/simple_tag seed=1   # any entry of conf/ can be overridden
     python examples/simple_tag.py preset=paper device=cuda     # the paper's sizes; the default where there is a GPU
 
