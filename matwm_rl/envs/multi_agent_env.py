@@ -173,6 +173,16 @@ class SerialMultiAgentEnv(_LegalRandomActions, SerialEnv):
         super().__init__(num_envs, create_env, **kwargs)
         self.__dict__["layout"] = _layout_of(create_env)
 
+    def close(self, *, raise_if_closed: bool = True) -> None:
+        """Close all environments.
+
+        TorchRL then gives PyTorch back the threads that worker processes had, and a serial environment has none: a
+        process set to one thread would go on with several, which is many times slower where the cores are busy.
+        """
+        num_threads = torch.get_num_threads()
+        super().close(raise_if_closed=raise_if_closed)
+        torch.set_num_threads(num_threads)
+
 
 class ParallelMultiAgentEnv(_LegalRandomActions, ParallelEnv):
     """A :class:`~torchrl.envs.ParallelEnv` of :class:`MultiAgentEnv`: each environment in a process of its own.

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torchrl
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
@@ -458,3 +459,16 @@ def test_step_before_reset() -> None:
 def test_bad_image_size() -> None:
     with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
         MultiAgentEnv(MockEnv(), image_size=0)
+
+
+def test_closing_a_serial_batch_leaves_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [1]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torchrl, "_THREAD_POOL_INIT", 8)
+    env = SerialMultiAgentEnv(2, lambda: MultiAgentEnv(MockEnv()))
+    env.reset()
+    env.close()
+    assert env.is_closed
+    # TorchRL's own closing takes more; what counts is what is left.
+    assert chosen == [1, 3, 1]
