@@ -1,10 +1,11 @@
-"""How good a trained world model is on fresh data of simple_tag.
+"""How good a trained world model is on fresh data.
 
     python benchmarks/world_model_quality.py runs/NAME/policy.pt
 
-Prints, and writes as JSON: the average precision with which the predicted rewards of pursuers rank "this step brings
-contact", from the true and from the sampled next latent; and the error of open-loop imagination against the trivial
-predictors (last observation, mean reward, action frequencies). Fresh data: random and scripted agents in all pairings.
+Prints open-loop errors of observations, rewards and teammates' actions beside those of the trivial predictors (last
+observation, mean reward, action frequencies), on fresh episodes that the policy plays itself. On simple_tag also the
+average precision with which the predicted rewards of pursuers rank "this step brings contact", from the true and from
+the sampled next latent, on those episodes and on episodes of random and scripted agents in all pairings.
 """
 
 from __future__ import annotations
@@ -16,20 +17,91 @@ from pathlib import Path
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torchrl.envs import TransformedEnv
 
 from matwm_rl.data import to_focal
-from matwm_rl.envs import make_env
+from matwm_rl.envs import AgentLayout, make_env
 from matwm_rl.functional import agents_first, agents_last, sample_index
-from matwm_rl.modules import WorldModel
+from matwm_rl.modules import WorldModel, WorldModelPolicy
 from matwm_rl.training import CrossPlay, RandomActions, TagScript, episode_windows, load_policy, open_loop_errors
 
 HORIZONS = (1, 5, 10)
-PAIRINGS: dict[str, list[str]] = {
-    "random against random": [],
-    "chasing against random": ["adversary"],
-    "random against fleeing": ["agent"],
-    "chasing against fleeing": ["adversary", "agent"],
-}
+CONTEXT = 8
+QUANTITIES = ("observation", "reward", "teammate")
+PAIRINGS: tuple[list[str], ...] = ([], ["adversary"], ["agent"], ["adversary", "agent"])
+"""Which groups of simple_tag are scripted, the others being random."""
+
+
+def world_model_quality(policy: WorldModelPolicy, env_name: str, *, episodes: int, seed: int) -> dict[str, float]:
+    """Everything that is measured, flat: see :func:`open_loop_table` and :func:`contact_precision`.
+
+    Args:
+        policy: of a trained world model.
+        env_name: as given to ``make_env``.
+        episodes: that the policy plays; of each pairing of scripts a quarter as many.
+        seed: of the environments and of all sampling.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        env = make_env(env_name, num_envs=10, seed=seed)
+        own = play(TransformedEnv(env, policy.make_tensordict_primer()), policy, episodes)
+        metrics = open_loop_table(policy.world_model, own)
+        if is_tag(env.layout):
+            env, script = make_env(env_name, num_envs=10, seed=seed), TagScript(env.layout)
+            played = [
+                play(env, CrossPlay(script, RandomActions(), env.layout, groups), max(10, episodes // len(PAIRINGS)))
+                for groups in PAIRINGS
+            ]
+            for name, rollout in {"own": own, "scripted": torch.cat(played)}.items():
+                precision = contact_precision(policy.world_model, rollout, len(env.layout.group_map["adversary"]))
+                metrics |= {f"contact_precision/{name}/{latent}": value for latent, value in precision.items()}
+    return metrics
+
+
+def is_tag(layout: AgentLayout) -> bool:
+    """Whether there are pursuers, rewarded by contact with the one evader."""
+    return list(layout.group_map) == ["adversary", "agent"] and len(layout.group_map["agent"]) == 1
+
+
+@torch.no_grad()
+def play(env: TransformedEnv, policy: torch.nn.Module, episodes: int) -> TensorDictBase:
+    """Whole episodes ``[E, T]`` of a batch of environments whose episodes are equally long."""
+    quota = -(-episodes // env.batch_size.numel())
+    first = env.rollout(1000, policy)
+    more = env.rollout(first.shape[-1] * (quota - 1), policy, break_when_any_done=False) if quota > 1 else first[:, :0]
+    kept = [key for key in to_focal(first.copy()).keys(True, True) if key in first.keys(True, True)]
+    return torch.cat([part.select(*kept, ("next", "done"), ("next", "terminated")) for part in (first, more)], 1)
+
+
+def open_loop_table(world_model: WorldModel, rollout: TensorDictBase) -> dict[str, float]:
+    """``open_loop/<quantity>/<steps ahead>`` of the model, and the same with ``/trivial`` behind; means over agents."""
+    windows = episode_windows(rollout, CONTEXT + max(HORIZONS))
+    errors = open_loop_errors(world_model, windows, context_length=CONTEXT, horizon=max(HORIZONS))
+    return {
+        f"open_loop/{quantity}/{step}{suffix}": float(errors[source, quantity][step - 1].mean())
+        for source, suffix in (("model", ""), ("trivial", "/trivial"))
+        for quantity in QUANTITIES
+        for step in HORIZONS
+        if (source, quantity) in errors.keys(include_nested=True)
+    }
+
+
+@torch.no_grad()
+def contact_precision(world_model: WorldModel, rollout: TensorDictBase, pursuers: int) -> dict[str, float]:
+    """Average precision of the predicted rewards of the first ``pursuers`` agents, and the share of steps with contact.
+
+    From the true next latent (``true``) and from one drawn from the dynamics predictor (``sampled``); a model whose
+    reward predictor reads h_t has only the former.
+    """
+    outputs = world_model(to_focal(rollout.copy()))
+    contact = (rollout["next", "agents", "reward"][..., :pursuers, 0] > 0).flatten()
+    rewards = {"true": world_model.two_hot.decode(outputs["next", "agents", "reward_logits"])}
+    if world_model.reward_input == "next_latent":
+        index = sample_index(outputs["next", "agents", "prior_log_probs"].exp())
+        latent = agents_first(world_model.latent.from_index(index).value)
+        rewards["sampled"] = agents_last(world_model.two_hot.decode(world_model.reward(latent)), 0)
+    precision = {name: average_precision(value[..., :pursuers].flatten(), contact) for name, value in rewards.items()}
+    return {**precision, "base_rate": float(contact.float().mean())}
 
 
 def average_precision(score: Tensor, label: Tensor) -> float:
@@ -39,70 +111,22 @@ def average_precision(score: Tensor, label: Tensor) -> float:
     return float((precision * hit).sum() / hit.sum().clamp(min=1))
 
 
-def collect(env_name: str, episodes: int, seed: int) -> list[TensorDictBase]:
-    """One rollout ``[E, T]`` for every pairing."""
-    env = make_env(env_name, num_envs=10, seed=seed)
-    script, steps = TagScript(env.layout), 25 * episodes // 10
-    return [
-        env.rollout(steps, CrossPlay(script, RandomActions(), env.layout, groups), break_when_any_done=False)
-        for groups in PAIRINGS.values()
-    ]
-
-
-@torch.no_grad()
-def contact_precision(world_model: WorldModel, rollout: TensorDictBase, pursuers: int) -> dict[str, float]:
-    """Average precision of the predicted reward of the first ``pursuers`` agents."""
-    outputs = world_model(to_focal(rollout.copy()))
-    contact = (rollout["next", "agents", "reward"][..., :pursuers, 0] > 0).flatten()
-    rewards = {"true latent": world_model.two_hot.decode(outputs["next", "agents", "reward_logits"])}
-    if world_model.reward_input == "next_latent":
-        index = sample_index(outputs["next", "agents", "prior_log_probs"].exp())
-        latent = agents_first(world_model.latent.from_index(index).value)
-        rewards["sampled latent"] = agents_last(world_model.two_hot.decode(world_model.reward(latent)), 0)
-    return {name: average_precision(value[..., :pursuers].flatten(), contact) for name, value in rewards.items()}
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policy", type=Path, help="policy.pt of a run")
-    parser.add_argument("--env", default="mpe2/simple_tag_v3")
-    parser.add_argument("--episodes", type=int, default=200, help="episodes of every pairing")
+    parser.add_argument("--env", default="mpe2/simple_tag_v3", help="the environment it was trained in")
+    parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--seed", type=int, default=12345)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/world_model_quality.json"))
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     arguments = parser.parse_args()
-    torch.manual_seed(arguments.seed)
-    world_model = load_policy(arguments.policy).world_model
-    rollouts = collect(arguments.env, arguments.episodes, arguments.seed)
-
-    result: dict[str, object] = {"policy": arguments.policy.name, "env": arguments.env, "seed": arguments.seed}
-    pursuers = world_model.num_agents - 1
-    everything = torch.cat(rollouts)
-    precision = {
-        name: contact_precision(world_model, rollout, pursuers)
-        for name, rollout in [*zip(PAIRINGS, rollouts, strict=True), ("all", everything)]
-    }
-    result["contact_precision"] = precision
-    for name, values in precision.items():
-        print(f"{name:26s}" + "".join(f"  {kind} {value:.2f}" for kind, value in values.items()))
-
-    windows = episode_windows(everything, 8 + max(HORIZONS))
-    errors = open_loop_errors(world_model, windows, context_length=8, horizon=max(HORIZONS))
-    table = {
-        quantity: {
-            str(step): {source: float(errors[source, quantity][step - 1].mean()) for source in ("model", "trivial")}
-            for step in HORIZONS
-        }
-        for quantity in ("observation", "reward", "teammate")
-    }
-    result["open_loop"] = table
-    for quantity, by_step in table.items():
-        cells = "".join(
-            f"   {step:>2}: {cell['model']:7.3f} / {cell['trivial']:7.3f}" for step, cell in by_step.items()
-        )
-        print(f"open loop, {quantity:12s} (model / trivial){cells}")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    policy = load_policy(arguments.policy, layout=make_env(arguments.env).layout)
+    metrics = world_model_quality(policy, arguments.env, episodes=arguments.episodes, seed=arguments.seed)
+    for name, value in metrics.items():
+        print(f"{name:36s} {value:8.3f}")
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

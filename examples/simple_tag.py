@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -61,6 +62,7 @@ def main(cfg: DictConfig) -> None:
     actor = make_actor(world_model, **cfg.actor_critic).to(cfg.device)
     critic = make_critic(world_model, **cfg.actor_critic).to(cfg.device)
     policy = WorldModelPolicy(world_model, actor, **cfg.policy)
+    save = partial(save_policy, layout=layout, world_model=model_config, actor=cfg.actor_critic)
     horizon, starts = agent_batch(cfg, layout.num_agents)
     learner = Learner(world_model, actor, critic, LearnerConfig.from_dict({**cfg.learner, "horizon": horizon}))
     replay = make_replay(
@@ -105,6 +107,8 @@ def main(cfg: DictConfig) -> None:
                 log.log(matches.metrics(), env_steps)
                 log.note(f"{env_steps} steps: {matches}")
                 save_checkpoint(run_dir, learner=learner, replay=replay, env_steps=env_steps)
+                if cfg.evaluation.keep_policies:
+                    save(run_dir / "policies" / f"{env_steps:08d}.pt", policy)
             if cfg.max_minutes and time.monotonic() - started > 60 * cfg.max_minutes:
                 log.note(f"stopped by max_minutes={cfg.max_minutes} after {env_steps} of {cfg.total_steps} steps")
                 break
@@ -114,7 +118,7 @@ def main(cfg: DictConfig) -> None:
         log.log(matches.metrics(), env_steps)
         log.note(f"{env_steps} steps: {matches}")
         save_checkpoint(run_dir, learner=learner, replay=replay, env_steps=env_steps)
-        save_policy(run_dir / "policy.pt", policy, layout=layout, world_model=model_config, actor=cfg.actor_critic)
+        save(run_dir / "policy.pt", policy)
         log.write_summary(
             {
                 "env": cfg.env,

@@ -1,4 +1,4 @@
-"""Actors and critics: one per agent, with stacked weights (section 3)."""
+"""Actors and critics: one per agent, or one per group of like agents, with stacked weights (section 3)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STATE_KEYS = [keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS]
 
 
 class StateMLP(nn.Module):
-    """One MLP per agent on its own s_t = (z_t, h_t, p_t), in TorchRL's layout.
+    """A stack of MLPs, each agent's on its own s_t = (z_t, h_t, p_t), in TorchRL's layout.
 
     Teammates' logits enter as probabilities: bounded, and zero for actions that a teammate does not have.
 
@@ -30,12 +30,12 @@ class StateMLP(nn.Module):
         hidden_size: F.
         teammate_size: (N-1) * A, or 0 without teammate predictor.
         out_features: number of outputs.
-        num_agents: N.
+        stack_index: for each of the N agents, which MLP of the stack it uses.
         num_cells: width of the hidden layers.
         depth: number of hidden layers.
 
     Examples:
-        >>> net = StateMLP(4, 8, 10, 5, num_agents=3, num_cells=16)
+        >>> net = StateMLP(4, 8, 10, 5, stack_index=range(3), num_cells=16)
         >>> net(torch.zeros(7, 3, 4), torch.zeros(7, 3, 8), torch.zeros(7, 3, 2, 5)).shape
         torch.Size([7, 3, 5])
     """
@@ -47,13 +47,13 @@ class StateMLP(nn.Module):
         teammate_size: int,
         out_features: int,
         *,
-        num_agents: int,
+        stack_index: Sequence[int],
         num_cells: int = 512,
         depth: int = 2,
     ) -> None:
         super().__init__()
         size = latent_size + hidden_size + teammate_size
-        self.mlp = StackedMLP(size, out_features, num_agents=num_agents, num_cells=num_cells, depth=depth)
+        self.mlp = StackedMLP(size, out_features, stack_index=stack_index, num_cells=num_cells, depth=depth)
 
     def forward(self, latent: Tensor, hidden: Tensor, teammate_logits: Tensor) -> Tensor:
         """Apply each agent's MLP.
@@ -101,20 +101,24 @@ def _state_keys(world_model: WorldModel) -> list[NestedKey]:
     return [keys.LATENT_ONES if world_model.latent.multi_hot else keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS]
 
 
-def _state_mlp(world_model: WorldModel, out_features: int, num_cells: int, depth: int) -> StateMLP:
+def _state_mlp(
+    world_model: WorldModel, out_features: int, *, num_cells: int, depth: int, share_by_group: bool
+) -> StateMLP:
     teammates = 0 if world_model.teammates is None else (world_model.num_agents - 1) * world_model.num_actions
     return StateMLP(
         world_model.latent.latent_size,
         world_model.transformer.features,
         teammates,
         out_features,
-        num_agents=world_model.num_agents,
+        stack_index=world_model.group_index if share_by_group else range(world_model.num_agents),
         num_cells=num_cells,
         depth=depth,
     )
 
 
-def make_actor(world_model: WorldModel, *, num_cells: int = 512, depth: int = 2) -> ProbabilisticTensorDictSequential:
+def make_actor(
+    world_model: WorldModel, *, num_cells: int = 512, depth: int = 2, share_by_group: bool = False
+) -> ProbabilisticTensorDictSequential:
     """Actors of all agents, pi_i(a given s_t), as one TorchRL ``ProbabilisticActor``.
 
     Only sizes are read from the world model; the actor holds no reference to it.
@@ -123,6 +127,8 @@ def make_actor(world_model: WorldModel, *, num_cells: int = 512, depth: int = 2)
         world_model: gives the sizes.
         num_cells: width of the hidden layers.
         depth: number of hidden layers.
+        share_by_group: one actor for all agents of a group of the environment (ours), which learns from the dreams of
+            all of them; off = the paper's, every agent its own.
 
     Keys read: ``("agents", "latent" | "hidden" | "teammate_logits" | "action_mask")``, of a multi-hot code
     ``("agents", "latent_ones")`` in place of the latent; written: ``("agents", "logits" | "action")``. The distribution
@@ -134,7 +140,9 @@ def make_actor(world_model: WorldModel, *, num_cells: int = 512, depth: int = 2)
         >>> make_actor(world_model, num_cells=16).out_keys
         [('agents', 'logits'), ('agents', 'action')]
     """
-    network = _state_mlp(world_model, world_model.num_actions, num_cells, depth)
+    network = _state_mlp(
+        world_model, world_model.num_actions, num_cells=num_cells, depth=depth, share_by_group=share_by_group
+    )
     return ProbabilisticActor(
         TensorDictModule(network, in_keys=_state_keys(world_model), out_keys=[keys.LOGITS]),
         in_keys={"logits": keys.LOGITS, "mask": keys.ACTION_MASK},
@@ -144,7 +152,12 @@ def make_actor(world_model: WorldModel, *, num_cells: int = 512, depth: int = 2)
 
 
 def make_critic(
-    world_model: WorldModel, *, num_cells: int = 512, depth: int = 2, two_hot: TwoHot | None = None
+    world_model: WorldModel,
+    *,
+    num_cells: int = 512,
+    depth: int = 2,
+    share_by_group: bool = False,
+    two_hot: TwoHot | None = None,
 ) -> TensorDictSequential:
     """Critics of all agents, V_i(s_t) as two-hot logits and as a number.
 
@@ -152,6 +165,7 @@ def make_critic(
         world_model: gives the sizes.
         num_cells: width of the hidden layers.
         depth: number of hidden layers.
+        share_by_group: see :func:`make_actor`.
         two_hot: code of the value; 255 bins by default.
 
     Keys read: ``("agents", "latent" | "hidden" | "teammate_logits")``, of a multi-hot code
@@ -165,7 +179,9 @@ def make_critic(
         [('agents', 'state_value_logits'), ('agents', 'state_value')]
     """
     two_hot = two_hot or TwoHot()
-    network = _state_mlp(world_model, two_hot.num_bins, num_cells, depth)
+    network = _state_mlp(
+        world_model, two_hot.num_bins, num_cells=num_cells, depth=depth, share_by_group=share_by_group
+    )
     return TensorDictSequential(
         TensorDictModule(network, in_keys=_state_keys(world_model), out_keys=[keys.STATE_VALUE_LOGITS]),
         TensorDictModule(two_hot, in_keys=[keys.STATE_VALUE_LOGITS], out_keys=[keys.STATE_VALUE]),

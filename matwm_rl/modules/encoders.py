@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from matwm_rl.functional import widen
 from matwm_rl.modules.stacked import StackedLinear, mlp
 
+COORDINATE_SCALE = 0.35
+"""Of observations in a coordinate code: what lies within -2 and 2 then falls on the straight middle of the code's tanh."""
+
 
 class FourierFeatures(nn.Module):
     r"""Append sines and cosines of every coordinate: ``[..., D] -> [..., (2 K + 1) D]`` (arXiv:2006.10739).
@@ -55,7 +58,8 @@ class MLPEncoder(nn.Module):
         num_cells: width of the hidden layers.
         depth: number of hidden layers.
         fourier_features: frequencies of :class:`FourierFeatures` before the first layer; 0 is the paper's.
-        linear_skip: add a linear map of the observation (each group's own) to the output.
+        linear_skip: add a linear map of the observation (each group's own) to the output; see also
+            :meth:`start_as_coordinates`.
 
     Examples:
         >>> MLPEncoder(4, 6, group_index=[0, 0, 1], num_cells=8)(torch.zeros(3, 5, 4)).shape
@@ -80,6 +84,26 @@ class MLPEncoder(nn.Module):
         self.output = nn.Linear(num_cells, out_features)
         self.skip = StackedLinear(observation_size, out_features, group_index) if linear_skip else None
 
+    @torch.no_grad()
+    def start_as_coordinates(self, spacing: float) -> None:
+        """Start with a code in which every coordinate has features of its own, copies of it, and the MLP adds nothing.
+
+        Args:
+            spacing: of the code's levels. The copies are shifted against each other by parts of it, so that together
+                they tell values apart that one copy would round to the same level.
+
+        Raises:
+            ValueError: without linear skip, or with fewer features than coordinates.
+        """
+        skip = _skip_of(self)
+        _, size, features = skip.weight.shape
+        skip.weight.copy_(COORDINATE_SCALE * _coordinates(size, features))
+        copies = features // size
+        shift = ((torch.arange(copies) + 0.5) / copies - 0.5) * spacing
+        skip.bias.zero_()[:, : copies * size] = shift.repeat_interleave(size)
+        self.output.weight.zero_()
+        self.output.bias.zero_()
+
     def forward(self, observation: Tensor) -> Tensor:
         """``[N, *batch, D] -> [N, *batch, out_features]``."""
         out = self.output(self.trunk(self.input(self.features(observation))))
@@ -95,7 +119,8 @@ class MLPDecoder(nn.Module):
         group_index: group of each of the N agents.
         num_cells: width of the hidden layers.
         depth: number of hidden layers.
-        linear_skip: add a linear map of the latent (each group's own) to the output.
+        linear_skip: add a linear map of the latent (each group's own) to the output; see also
+            :meth:`start_as_coordinates`.
 
     Examples:
         >>> MLPDecoder(6, 4, group_index=[0, 0, 1], num_cells=8)(torch.zeros(3, 5, 6)).shape
@@ -117,10 +142,76 @@ class MLPDecoder(nn.Module):
         self.output = StackedLinear(num_cells, observation_size, group_index)
         self.skip = StackedLinear(latent_size, observation_size, group_index) if linear_skip else None
 
+    @torch.no_grad()
+    def start_as_coordinates(self) -> None:
+        """Start by reading the code of :meth:`MLPEncoder.start_as_coordinates`; the MLP adds nothing.
+
+        Raises:
+            ValueError: without linear skip, or with fewer latent features than coordinates.
+        """
+        skip = _skip_of(self)
+        _, features, size = skip.weight.shape
+        skip.weight.copy_(_coordinates(size, features).T / (COORDINATE_SCALE * (features // size)))
+        skip.bias.zero_()
+        self.output.weight.zero_()
+        self.output.bias.zero_()
+
     def forward(self, latent: Tensor) -> Tensor:
         """``[N, *batch, Z] -> [N, *batch, D]``."""
         out = self.output(self.trunk(latent))
         return widen(out if self.skip is None else out + self.skip(latent))
+
+
+def _coordinates(observation_size: int, features: int) -> Tensor:
+    """``[D, Z]``: 1 where a code dimension is a coordinate's own, ``Z // D`` for each; the rest is free."""
+    copies = features // observation_size
+    if not copies:
+        raise ValueError(f"{observation_size} coordinates do not fit into {features} code dimensions")
+    own = torch.eye(observation_size).repeat(1, copies)
+    return torch.cat([own, own.new_zeros(observation_size, features - own.shape[1])], 1)
+
+
+def _skip_of(module: MLPEncoder | MLPDecoder) -> StackedLinear:
+    if module.skip is None:
+        raise ValueError(f"{type(module).__name__} has no linear skip to start from; build it with linear_skip=True")
+    return module.skip
+
+
+class ObservationHead(nn.Module):
+    """Predicts something of the observation itself; the first and the last layer are each group's own.
+
+    Args:
+        observation_size: size of the zero-padded observation.
+        out_features: number of outputs; they start at zero.
+        group_index: group of each of the N agents.
+        num_cells: width of the hidden layers.
+        depth: number of hidden layers.
+        fourier_features: frequencies of :class:`FourierFeatures` before the first layer.
+
+    Examples:
+        >>> ObservationHead(4, 6, group_index=[0, 0, 1], num_cells=8)(torch.zeros(3, 5, 4)).shape
+        torch.Size([3, 5, 6])
+    """
+
+    def __init__(
+        self,
+        observation_size: int,
+        out_features: int,
+        *,
+        group_index: Sequence[int],
+        num_cells: int = 512,
+        depth: int = 2,
+        fourier_features: int = 0,
+    ) -> None:
+        super().__init__()
+        self.features = FourierFeatures(fourier_features)
+        self.input = StackedLinear(observation_size * self.features.size_factor, num_cells, group_index)
+        self.trunk = nn.Sequential(nn.LayerNorm(num_cells), nn.SiLU(), mlp(num_cells, num_cells, depth - 1))
+        self.output = StackedLinear(num_cells, out_features, group_index, zero_init=True)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """``[N, *batch, D] -> [N, *batch, out_features]``."""
+        return widen(self.output(self.trunk(self.input(self.features(observation)))))
 
 
 def _check_image(shape: Sequence[int], depth: int) -> None:

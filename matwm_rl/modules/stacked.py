@@ -122,51 +122,66 @@ class _NormSiLU(torch.autograd.Function):
 
 
 class StackedNormSiLU(nn.Module):
-    """Layer normalisation with one gain and offset per agent, then SiLU; ``[N, *batch, F]``.
+    """Layer normalisation with a stack of gains and offsets, then SiLU; ``[N, *batch, F]``.
+
+    Args:
+        features: F.
+        stack_index: for each of the N agents, which gain and offset of the stack it uses; see :class:`StackedLinear`.
 
     Examples:
-        >>> StackedNormSiLU(4, num_agents=2)(torch.randn(2, 5, 4)).shape
+        >>> StackedNormSiLU(4, stack_index=[0, 0])(torch.randn(2, 5, 4)).shape
         torch.Size([2, 5, 4])
     """
 
-    def __init__(self, features: int, num_agents: int) -> None:
+    stack_index: Tensor
+
+    def __init__(self, features: int, stack_index: Sequence[int]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_agents, features))
-        self.bias = nn.Parameter(torch.zeros(num_agents, features))
+        stack = max(stack_index) + 1
+        self.per_agent = list(stack_index) == list(range(stack))
+        self.register_buffer("stack_index", torch.tensor(list(stack_index)), persistent=False)
+        self.weight = nn.Parameter(torch.ones(stack, features))
+        self.bias = nn.Parameter(torch.zeros(stack, features))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension, apply agent n's gain and offset, then SiLU."""
         flat = widen(x).reshape(x.shape[0], -1, x.shape[-1])
-        return _NormSiLU.apply(flat, self.weight.unsqueeze(1), self.bias.unsqueeze(1)).view(x.shape)
+        weight, bias = self.weight, self.bias
+        if not self.per_agent:
+            weight, bias = weight[self.stack_index], bias[self.stack_index]
+        return _NormSiLU.apply(flat, weight.unsqueeze(1), bias.unsqueeze(1)).view(x.shape)
 
 
 class StackedMLP(nn.Sequential):
-    """One MLP per agent, ``[N, *batch, in] -> [N, *batch, out]``: linear, layer norm, SiLU, ..., linear.
+    """A stack of MLPs, ``[N, *batch, in] -> [N, *batch, out]``: linear, layer norm, SiLU, ..., linear.
 
     Args:
         in_features: size of the input.
         out_features: size of the output.
-        num_agents: N.
+        stack_index: for each of the N agents, which MLP of the stack it uses; see :class:`StackedLinear`.
         num_cells: width of the hidden layers.
         depth: number of hidden layers.
 
     Examples:
-        >>> StackedMLP(3, 2, num_agents=4, num_cells=8)(torch.zeros(4, 5, 3)).shape
+        >>> StackedMLP(3, 2, stack_index=range(4), num_cells=8)(torch.zeros(4, 5, 3)).shape
         torch.Size([4, 5, 2])
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, num_agents: int, num_cells: int = 512, depth: int = 2
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        stack_index: Sequence[int],
+        num_cells: int = 512,
+        depth: int = 2,
     ) -> None:
         layers: list[nn.Module] = []
         for _ in range(depth):
-            layers += [
-                StackedLinear(in_features, num_cells, range(num_agents)),
-                StackedNormSiLU(num_cells, num_agents),
-            ]
+            layers += [StackedLinear(in_features, num_cells, stack_index), StackedNormSiLU(num_cells, stack_index)]
             in_features = num_cells
         # Zero: the policy starts uniform and the value at 0, whatever the seed.
-        layers.append(StackedLinear(in_features, out_features, range(num_agents), zero_init=True))
+        layers.append(StackedLinear(in_features, out_features, stack_index, zero_init=True))
         super().__init__(*layers)
 
     def forward(self, x: Tensor, ones: Tensor | None = None) -> Tensor:

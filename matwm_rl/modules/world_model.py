@@ -95,6 +95,7 @@ class WorldModel(TensorDictModuleBase):
         reward_input: see :class:`WorldModelConfig`.
         reencode: see :class:`WorldModelConfig`.
         legal: bool ``[N, A]``, which actions each agent has at all.
+        group_index: for each agent the group of like agents it is of; by default all are alike.
         observation_dims: 1 for vectors, 3 for images.
 
     Attributes:
@@ -135,6 +136,7 @@ class WorldModel(TensorDictModuleBase):
         continuation: nn.Module,
         two_hot: TwoHot,
         legal: Tensor,
+        group_index: Sequence[int] | None = None,
         action_mask: nn.Module | None = None,
         teammates: TeammatePredictor | None = None,
         reward_input: str = "hidden",
@@ -153,6 +155,7 @@ class WorldModel(TensorDictModuleBase):
         self.successors: int | None = None
         self.register_buffer("legal", legal, persistent=False)
         self.num_agents, self.num_actions = legal.shape
+        self.group_index = list(group_index or [0] * self.num_agents)
         self.in_keys: list[NestedKey] = [
             keys.OBSERVATION,
             keys.ACTION,
@@ -298,8 +301,14 @@ class WorldModel(TensorDictModuleBase):
         Returns:
             rewards r_t, and probabilities that the episode goes on, ``[N, *batch]`` each.
         """
-        reward_input = reached.hidden if self.reward_input == "hidden" else reached.latent.value
-        reward = self.two_hot.decode(self.reward(reward_input))
+        match self.reward_input:
+            case "hidden":
+                read = reached.hidden
+            case "next_latent":
+                read = reached.latent.value
+            case _:
+                read = self.decode(reached.latent)
+        reward = self.two_hot.decode(self.reward(read))
         return reward, self.continuation(reached.hidden).squeeze(-1).sigmoid()
 
     def _no_teammates(self, latent: Latent) -> Tensor:
@@ -321,7 +330,13 @@ class WorldModel(TensorDictModuleBase):
         latent = self.latent.sample_posterior(features)
         tokens = self.action_mixer(latent, action)
         hidden = self.transformer(tokens.flatten(0, 1), mask).view(tokens.shape)
-        reward_input = hidden if self.reward_input == "hidden" else self.latent.sample_posterior(next_features).value
+        match self.reward_input:
+            case "hidden":
+                read = hidden
+            case "next_latent":
+                read = self.latent.sample_posterior(next_features).value
+            case _:
+                read = next_observation
         teammates = self._no_teammates(latent) if self.teammates is None else self.teammates(latent, mask)
         outputs = {
             keys.LATENT: latent.value,
@@ -330,7 +345,7 @@ class WorldModel(TensorDictModuleBase):
             keys.RECONSTRUCTION: self.decode(latent),
             keys.POSTERIOR: self.latent.posterior(next_features),
             keys.PRIOR: self.latent.prior(self.dynamics(hidden), latent),
-            keys.REWARD_LOGITS: self.reward(reward_input),
+            keys.REWARD_LOGITS: self.reward(read),
             keys.CONTINUATION_LOGITS: self.continuation(hidden),
         }
         if self.action_mask is not None:

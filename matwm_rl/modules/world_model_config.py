@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, MLPDecoder, MLPEncoder
+from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, MLPDecoder, MLPEncoder, ObservationHead
 from matwm_rl.modules.heads import ActionMixer, Head, TeammatePredictor
 from matwm_rl.modules.latent import make_latent
 from matwm_rl.modules.transformer import Transformer
@@ -34,7 +34,9 @@ class WorldModelConfig:
             (ours); 0 is the paper's.
         head_depth: hidden layers of the heads.
         channels: channels of the first convolution, for images.
-        reward_input: what the reward predictor reads: ``"hidden"`` (h_t, the paper's) or ``"next_latent"`` (z_{t+1}).
+        reward_input: what the reward predictor reads: ``"hidden"`` (h_t, the paper's), ``"next_latent"`` (z_{t+1}) or
+            ``"next_observation"`` (o_{t+1} itself in training, z_{t+1} decoded in imagination; for vectors), with the
+            encoder's Fourier features.
         reencode: imagined latents of vector observations are decoded and encoded again (ours), so that they stay codes
             of observations. The dimensions of a sample are drawn independently; a policy finds combinations that no
             observation has, and for which the reward predictor dreams up rewards.
@@ -42,6 +44,9 @@ class WorldModelConfig:
         group_layers: own first encoder layer and own last layers per group of unlike agents (ours); off = the paper's.
         linear_skips: linear maps beside the MLPs of vector encoder, decoder and dynamics predictor (ours), so that what
             is nearly linear, such as positions that move on, need not be learnt by them; off = the paper's.
+        coordinate_code: start these linear maps so that every coordinate has code dimensions of its own (ours), as many
+            as there are for each. Then nothing has to be learnt to reconstruct, and what is uncertain of one coordinate
+            does not blur the others when the dimensions of z_{t+1} are drawn independently.
         teammate_predictor: switch of the paper's ablation.
         teammate_hidden_size: width of the teammate predictor; ``None``: that of the world model.
         action_scaling: switch of the paper's ablation.
@@ -64,6 +69,7 @@ class WorldModelConfig:
     reward_interpolation: str = "raw"
     group_layers: bool = True
     linear_skips: bool = False
+    coordinate_code: bool = False
     teammate_predictor: bool = True
     teammate_hidden_size: int | None = None
     action_scaling: bool = True
@@ -86,9 +92,17 @@ def build_parts(
         group_index: group of each agent.
         has_action_mask: whether legal actions change from step to step.
     """
-    if cfg.reward_input not in ("hidden", "next_latent"):
-        raise ValueError(f"reward_input must be 'hidden' or 'next_latent', got {cfg.reward_input!r}")
     image = len(observation_shape) == 3
+    if cfg.reward_input not in ("hidden", "next_latent", "next_observation"):
+        raise ValueError(
+            f"reward_input must be 'hidden', 'next_latent' or 'next_observation', got {cfg.reward_input!r}"
+        )
+    if image and cfg.reward_input == "next_observation":
+        raise ValueError("reward_input 'next_observation' is for vectors; for images take 'hidden' or 'next_latent'")
+    if cfg.coordinate_code and not (cfg.linear_skips and cfg.latent == "fsq"):
+        raise ValueError(
+            f"coordinate_code needs linear_skips and latent 'fsq', got {cfg.linear_skips} and {cfg.latent!r}"
+        )
     num_agents, num_actions = len(action_counts), max(action_counts)
     # Images have one common layout, so their agents are alike for the encoder whatever their groups.
     groups = list(group_index) if cfg.group_layers and not image else [0] * num_agents
@@ -117,8 +131,24 @@ def build_parts(
             depth=cfg.encoder_depth,
             linear_skip=cfg.linear_skips,
         )
+        # With fewer code dimensions than coordinates there is none for each: then both start at random.
+        if cfg.coordinate_code and observation_shape[0] <= cfg.num_dims:
+            encoder.start_as_coordinates(spacing=2 / (cfg.num_classes - 1))
+            decoder.start_as_coordinates()
     head = partial(Head, group_index=groups, num_cells=width, depth=cfg.head_depth)
     two_hot = TwoHot(interpolation=cfg.reward_interpolation)
+    reward: nn.Module
+    if cfg.reward_input == "next_observation":
+        reward = ObservationHead(
+            observation_shape[0],
+            two_hot.num_bins,
+            group_index=groups,
+            num_cells=width,
+            depth=cfg.encoder_depth,
+            fourier_features=cfg.fourier_features,
+        )
+    else:
+        reward = head(width if cfg.reward_input == "hidden" else size, two_hot.num_bins, zero_init=True)
     teammates = TeammatePredictor(
         size,
         action_counts=action_counts,
@@ -142,7 +172,7 @@ def build_parts(
             final_norm=not cfg.linear_skips,
         ),
         "dynamics": head(width, latent.dynamics_size, linear_skip=cfg.linear_skips),
-        "reward": head(width if cfg.reward_input == "hidden" else size, two_hot.num_bins, zero_init=True),
+        "reward": reward,
         "reward_input": cfg.reward_input,
         "reencode": cfg.reencode and not image,
         "continuation": head(width, 1),
@@ -150,5 +180,6 @@ def build_parts(
         "action_mask": head(size, num_actions) if predict_mask else None,
         "teammates": teammates if cfg.teammate_predictor and num_agents > 1 else None,
         "legal": torch.arange(num_actions) < torch.tensor(list(action_counts)).unsqueeze(-1),
+        "group_index": list(group_index),
         "observation_dims": len(observation_shape),
     }

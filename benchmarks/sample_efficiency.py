@@ -1,0 +1,336 @@
+"""MATWM against model-free methods at equal environment steps.
+
+    python benchmarks/sample_efficiency.py --jobs 2                        # everything that is not finished yet
+    python benchmarks/sample_efficiency.py --methods matwm ippo --environments simple_tag --seeds 0 1 2
+    python benchmarks/sample_efficiency.py --list                          # what is finished
+    python benchmarks/sample_efficiency_report.py                          # curves and tables of what is finished
+
+Every run, (environment, method, seed), is one core's work. When it ends, its figures and its configuration are written
+to ``runs/ENVIRONMENT-METHOD-SEED.json`` in the results folder, and it is not run again; ``results.csv`` (environment,
+method, seed, env_steps, metric, value) and ``summary.json`` there are made anew from all runs. A run of MATWM that was
+interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import sha256
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import model_free
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from protocol import ENVIRONMENTS, Environment, evaluate_policy
+from tensordict.nn import TensorDictModuleBase
+from tqdm import tqdm
+from world_model_quality import world_model_quality
+
+from matwm_rl.envs import make_env
+from matwm_rl.training import RandomActions, load_policy, prepare_process
+from matwm_rl.training.files import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "sample_efficiency"
+COLUMNS = ("environment", "method", "seed", "env_steps", "metric", "value")
+QUALITY_EPISODES = 100
+
+Checkpoints = Iterator[tuple[int, TensorDictModuleBase]]
+"""Env steps and the policy that a method has after them."""
+
+
+# -- methods ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Matwm:
+    """The training script as a user would start it.
+
+    Attributes:
+        overrides: of its configuration.
+        total_steps: of a run; ``None``: the environment's.
+        only: the environments it is run in by default; ``None``: all.
+    """
+
+    overrides: tuple[str, ...] = ()
+    total_steps: int | None = None
+    only: tuple[str, ...] | None = None
+
+    def steps(self, environment: Environment) -> int:
+        return self.total_steps or environment.total_steps
+
+    def arguments(self, environment: Environment) -> list[str]:
+        return [
+            f"env={environment.env}",
+            f"total_steps={self.steps(environment)}",
+            "max_minutes=null",
+            "progress=false",
+            "num_threads=1",
+            f"evaluation.every={environment.every}",
+            # A glance for the log: what counts is evaluated afterwards, as for all methods.
+            "evaluation.episodes=10",
+            "evaluation.final_episodes=10",
+            "evaluation.keep_policies=true",
+            *self.overrides,
+        ]
+
+    def settings(self, environment: Environment) -> dict[str, Any]:
+        with initialize_config_dir(str(ROOT / "examples" / "conf"), version_base=None):
+            config = compose("config", overrides=["run_dir=unnamed", *self.arguments(environment)])
+        settings = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(settings, dict)
+        return {name: value for name, value in settings.items() if name not in ("run_dir", "seed", "resume")}
+
+    def train(self, environment: Environment, seed: int, folder: Path) -> Checkpoints:
+        command = [sys.executable, str(ROOT / "examples" / "simple_tag.py"), *self.arguments(environment)]
+        command += [f"seed={seed}", f"run_dir={folder}"]
+        if (folder / "checkpoints").exists():
+            command += ["resume=true"]
+        if not (folder / "summary.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "output.txt").open("a") as output:
+                done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            if done.returncode:
+                raise RuntimeError(f"training failed, see {folder / 'output.txt'}")
+        for path in sorted((folder / "policies").glob("*.pt")):
+            yield int(path.stem), load_policy(path)
+
+
+@dataclass(frozen=True)
+class ModelFree:
+    """A method of model_free.py."""
+
+    name: str
+    only: None = None
+
+    def steps(self, environment: Environment) -> int:
+        return environment.total_steps
+
+    def settings(self, environment: Environment) -> dict[str, Any]:
+        return asdict(model_free.settings(self.name, environment.env))
+
+    def train(self, environment: Environment, seed: int, folder: Path) -> Checkpoints:
+        return model_free.train(
+            self.name, environment.env, seed=seed, total_steps=environment.total_steps, every=environment.every
+        )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Agents that do not learn: random ones, or the environment's script."""
+
+    scripted: bool
+    only: None = None
+
+    def steps(self, environment: Environment) -> int:
+        return 0
+
+    def settings(self, environment: Environment) -> dict[str, Any]:
+        return {"scripted": self.scripted}
+
+    def train(self, environment: Environment, seed: int, folder: Path) -> Checkpoints:
+        if not self.scripted:
+            yield 0, RandomActions()
+        elif environment.script is not None:
+            yield 0, environment.script(make_env(environment.env).layout)
+
+
+ABLATED = partial(Matwm, total_steps=10_000, only=("simple_tag", "simple_spread"))
+METHODS: dict[str, Matwm | ModelFree | Reference] = {
+    "random": Reference(scripted=False),
+    "scripted": Reference(scripted=True),
+    "matwm": Matwm(),
+    **{name: ModelFree(name) for name in model_free.METHODS},
+    "matwm_no_teammates": ABLATED(("teammate_predictor=false",)),
+    "matwm_no_recency": ABLATED(("recency=false",)),
+    "matwm_no_action_scaling": ABLATED(("action_scaling=false",)),
+}
+
+
+# -- one run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method in one environment with one seed."""
+
+    environment: str
+    method: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.environment}-{self.method}-{self.seed}"
+
+    def path(self, results: Path) -> Path:
+        return results / "runs" / f"{self}.json"
+
+    def settings(self) -> dict[str, Any]:
+        return METHODS[self.method].settings(ENVIRONMENTS[self.environment])
+
+
+def carry_out(run: Run, results: Path, scratch: Path) -> float:
+    """Train, evaluate at every checkpoint, write the run's file; returns the seconds it took."""
+    prepare_process(num_threads=1, matmul_precision="highest")
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the training script
+    environment, method = ENVIRONMENTS[run.environment], METHODS[run.method]
+    torch.manual_seed(run.seed)
+    began = time.monotonic()
+    figures: dict[str, dict[str, float]] = {}
+    settings = run.settings()
+    # Named by its settings too, so that no other setting's training is gone on with.
+    folder = scratch / f"{run}-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
+    for env_steps, policy in method.train(environment, run.seed, folder):
+        metrics = evaluate_policy(environment, policy)
+        if isinstance(method, Matwm):
+            metrics |= world_model_quality(policy, environment.env, episodes=QUALITY_EPISODES, seed=run.seed + 1_000)
+        figures[str(env_steps)] = {name: float(f"{value:.5g}") for name, value in metrics.items()}
+    seconds = time.monotonic() - began
+    stored = {**asdict(run), "seconds": round(seconds), "settings": settings, "figures": figures}
+    path = run.path(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(stored, indent=1) + "\n")
+    return seconds
+
+
+# -- all runs --------------------------------------------------------------------------------------------------------
+
+
+def stored_runs(results: Path) -> list[dict[str, Any]]:
+    """Everything that is finished, in the order of :data:`ENVIRONMENTS` and :data:`METHODS`."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in (results / "runs").glob("*.json")]
+
+    def order(run: Mapping[str, Any]) -> tuple[int, int, int]:
+        return [*ENVIRONMENTS].index(run["environment"]), [*METHODS].index(run["method"]), run["seed"]
+
+    return sorted((run for run in runs if run["environment"] in ENVIRONMENTS and run["method"] in METHODS), key=order)
+
+
+def rows(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, int, int, str, float]]:
+    """The tidy table's rows."""
+    for run in runs:
+        for env_steps, metrics in run["figures"].items():
+            for metric, value in metrics.items():
+                yield run["environment"], run["method"], run["seed"], int(env_steps), metric, value
+
+
+def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """``{environment: {method: {seeds, seconds, settings, figures}}}``; figures are ``[median, min, max]`` over seeds."""
+    values: dict[tuple[str, str], dict[int, dict[str, list[float]]]] = {}
+    for environment, method, _, env_steps, metric, value in rows(runs):
+        if not metric.endswith("/se"):
+            by_metric = values.setdefault((environment, method), {}).setdefault(env_steps, {})
+            by_metric.setdefault(metric, []).append(value)
+    summary: dict[str, Any] = {}
+    for (environment, method), by_steps in values.items():
+        same = [run for run in runs if (run["environment"], run["method"]) == (environment, method)]
+        summary.setdefault(environment, {})[method] = {
+            "seeds": [run["seed"] for run in same],
+            "seconds": median(run["seconds"] for run in same),
+            "settings": same[0]["settings"],
+            "figures": {
+                str(env_steps): {metric: [median(v), min(v), max(v)] for metric, v in by_metric.items()}
+                for env_steps, by_metric in sorted(by_steps.items())
+            },
+        }
+    return summary
+
+
+def write_tables(results: Path) -> None:
+    """``results.csv`` and ``summary.json`` of all finished runs."""
+    runs = stored_runs(results)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(rows(runs))
+    write_text(results / "results.csv", text.getvalue())
+    write_text(results / "summary.json", json.dumps(summarise(runs), indent=1) + "\n")
+
+
+def chosen_runs(methods: Sequence[str] | None, environments: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    """The grid, seed by seed; a method that is not named is run only where it is meant to be."""
+    return [
+        Run(environment, method, seed)
+        for seed in seeds
+        for method in methods or METHODS
+        for environment in environments
+        if methods or environment in (METHODS[method].only or ENVIRONMENTS)
+    ]
+
+
+def other_settings(run: Run, results: Path) -> list[str]:
+    """Which settings a finished run was made with that would be others now."""
+    stored = _flat(json.loads(run.path(results).read_text(encoding="utf-8"))["settings"])
+    now = _flat(json.loads(json.dumps(run.settings())))
+    names = sorted({*stored, *now})
+    return [f"{name}: {stored.get(name)}, now {now.get(name)}" for name in names if stored.get(name) != now.get(name)]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def main() -> None:
+    """Run what is asked for and not finished."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all")
+    parser.add_argument("--environments", nargs="+", choices=ENVIRONMENTS, default=[*ENVIRONMENTS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one core each")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finished runs and tables")
+    parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "sample_efficiency", help="folder of trainings")
+    parser.add_argument("--replace", action="store_true", help="run again what was run with other settings")
+    parser.add_argument("--list", action="store_true", help="only say what is finished")
+    arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
+
+    todo: list[Run] = []
+    for run in chosen_runs(arguments.methods, arguments.environments, arguments.seeds):
+        if not run.path(arguments.results).exists():
+            state = "to do"
+            todo.append(run)
+        elif different := other_settings(run, arguments.results):
+            state = "to do again" if arguments.replace else "finished with other settings (--replace runs it again)"
+            state += ": " + "; ".join(different[:3])
+            todo += [run] if arguments.replace else []
+        else:
+            state = "finished"
+        print(f"{str(run):48s} {state}", flush=True)
+    if arguments.list:
+        return
+
+    failed = 0
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as workers:
+        futures = {workers.submit(carry_out, run, arguments.results, arguments.scratch): run for run in todo}
+        for future in (bar := tqdm(as_completed(futures), total=len(futures), unit="run")):
+            try:
+                bar.write(f"{futures[future]}: {future.result():.0f} s")
+            except Exception:
+                failed += 1
+                bar.write(f"{futures[future]} failed\n{traceback.format_exc()}")
+            write_tables(arguments.results)
+    write_tables(arguments.results)
+    if failed:
+        sys.exit(f"{failed} of {len(todo)} runs failed; the others are written. Start again to repeat them")
+
+
+if __name__ == "__main__":
+    main()
