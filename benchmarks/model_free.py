@@ -243,7 +243,9 @@ class PPOLearner(Learner):
 
     def __init__(self, group: Group, settings: PPOSettings) -> None:
         layout = group.layout
-        key, size = ("state", group.state_size) if settings.central_critic else ("observation", layout.observation_shape[0])
+        key, size = (
+            ("state", group.state_size) if settings.central_critic else ("observation", layout.observation_shape[0])
+        )
         self.policy = _stochastic_actor(group, settings)
         critic = TensorDictModule(_mlp(settings, size, 1), in_keys=[key], out_keys=["state_value"])
         self.loss = ClipPPOLoss(
@@ -273,7 +275,10 @@ class PPOLearner(Learner):
     def with_advantage(self, batch: TensorDictBase) -> TensorDictBase:
         """The view ``[E, T, n]`` with ``advantage`` and ``value_target``."""
         view = self.group.view(batch, state=self.central)
-        parameters = {"params": self.loss.critic_network_params, "target_params": self.loss.target_critic_network_params}
+        parameters = {
+            "params": self.loss.critic_network_params,
+            "target_params": self.loss.target_critic_network_params,
+        }
         return self.loss.value_estimator(view, **parameters, time_dim=1)
 
 
@@ -426,7 +431,13 @@ def train(
     groups = [Group(layout, index) for index in range(len(layout.group_map))]
     learners = [make_learner(group, settings, total_steps + settings.frames_per_batch) for group in groups]
     policy = GroupPolicies(groups, [learner.policy for learner in learners])
-    collector = Collector(env, policy, frames_per_batch=settings.frames_per_batch, total_frames=-1)
+    collector = Collector(
+        env,
+        policy,
+        frames_per_batch=settings.frames_per_batch,
+        total_frames=-1,
+        auto_register_policy_transforms=False,
+    )
     env_steps, ahead = 0, sorted(set(checkpoints))
     for batch in collector:
         env_steps += batch.numel()
