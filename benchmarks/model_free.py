@@ -50,9 +50,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class PPOSettings(Settings):
-    central_critic: (
-        bool  # the critic sees what all agents observe (MAPPO), not its own agent's observation alone (IPPO)
-    )
+    central_critic: bool  # it sees what all agents observe (MAPPO), or its own agent's observation alone (IPPO)
     frames_per_batch: int = 1_000
     epochs: int = 10
     minibatch_size: int = 250  # environment steps, with all agents of the group
@@ -352,9 +350,7 @@ def train(
     torch.manual_seed(seed)
     env = make_env(env_name, seed=seed, num_envs=settings.num_envs)
     if env.layout.is_image:
-        raise ValueError(
-            f"expected an environment of vector observations, which MLPs can read; {env_name!r} has images"
-        )
+        raise ValueError(f"expected vector observations, which MLPs can read; {env_name!r} has images")
     groups = [Group(env.layout, index) for index in range(len(env.layout.group_map))]
     learners = [LEARNERS[type(settings)](group, settings) for group in groups]
     policy = GroupPolicies(groups, [learner.policy for learner in learners])
