@@ -179,9 +179,7 @@ def make_critic(
         [('agents', 'state_value_logits'), ('agents', 'state_value')]
     """
     two_hot = two_hot or TwoHot()
-    network = _state_mlp(
-        world_model, two_hot.num_bins, num_cells=num_cells, depth=depth, share_by_group=share_by_group
-    )
+    network = _state_mlp(world_model, two_hot.num_bins, num_cells=num_cells, depth=depth, share_by_group=share_by_group)
     return TensorDictSequential(
         TensorDictModule(network, in_keys=_state_keys(world_model), out_keys=[keys.STATE_VALUE_LOGITS]),
         TensorDictModule(two_hot, in_keys=[keys.STATE_VALUE_LOGITS], out_keys=[keys.STATE_VALUE]),

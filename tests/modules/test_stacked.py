@@ -70,7 +70,7 @@ def test_one_shared_layer_looks_up_for_any_number_of_agents() -> None:
 @pytest.mark.parametrize("num_agents", [1, 3])
 @pytest.mark.parametrize("depth", [0, 2])
 def test_stacked_mlp_of_a_multi_hot_part_and_the_rest(float64: None, num_agents: int, depth: int) -> None:
-    net = randomize(StackedMLP(20 + 3, 2, num_agents=num_agents, num_cells=8, depth=depth))
+    net = randomize(StackedMLP(20 + 3, 2, stack_index=range(num_agents), num_cells=8, depth=depth))
     ones, numbers = multi_hot(num_agents, (2, 7), 4, 5)
     behind = torch.randn(num_agents, 2, 7, 3)
     out, expected = net(behind, ones), net(torch.cat([numbers, behind], -1))
@@ -80,7 +80,7 @@ def test_stacked_mlp_of_a_multi_hot_part_and_the_rest(float64: None, num_agents:
 
 
 def test_stacked_norm_is_one_layer_norm_per_agent_and_its_gradient(float64: None) -> None:
-    layer = randomize(StackedNormSiLU(4, num_agents=3))
+    layer = randomize(StackedNormSiLU(4, stack_index=range(3)))
     x = torch.randn(3, 2, 5, 4, requires_grad=True)
     out = layer(x)
     expected = torch.stack([silu(layer_norm(x[n], (4,), layer.weight[n], layer.bias[n])) for n in range(3)])
@@ -94,12 +94,12 @@ def test_stacked_norm_is_one_layer_norm_per_agent_and_its_gradient(float64: None
 
 
 def test_stacked_mlp_starts_at_zero() -> None:
-    assert not StackedMLP(3, 2, num_agents=4, num_cells=8)(torch.randn(4, 5, 3)).any()
+    assert not StackedMLP(3, 2, stack_index=range(4), num_cells=8)(torch.randn(4, 5, 3)).any()
 
 
 @pytest.mark.parametrize("num_agents", [1, 3])
 def test_agents_share_nothing(num_agents: int) -> None:
-    net = randomize(StackedMLP(3, 2, num_agents=num_agents, num_cells=8))
+    net = randomize(StackedMLP(3, 2, stack_index=range(num_agents), num_cells=8))
     x = torch.randn(num_agents, 5, 3)
     for n in range(num_agents):
         for grad in grads(net(x)[n].square().sum(), net.parameters()):
