@@ -56,7 +56,7 @@ def main(cfg: DictConfig) -> None:
 
     env = make_env(cfg.env, seed=cfg.seed, num_envs=cfg.num_envs, device=cfg.device)
     layout = env.layout
-    # One world model, shared by all agents; actors and critics are each agent's own, with stacked weights.
+    # One world model, shared by all agents; actors and critics are each agent's or each group's, with stacked weights.
     model_config = WorldModelConfig(**cfg.world_model)
     world_model = WorldModel.from_env(env, **asdict(model_config)).to(cfg.device)
     actor = make_actor(world_model, **cfg.actor_critic).to(cfg.device)

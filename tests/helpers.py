@@ -19,6 +19,9 @@ COUNTS, GROUPS, SIZE = (4, 4, 3), (0, 0, 1), 5
 """The mock environment's agents: two hunters with 4 actions, one prey with 3, observations padded to 5."""
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "num_dims": 4, "num_classes": 5, "dropout": 0.0}
 
+STATE_KEYS: list[NestedKey] = [keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS]
+"""Of s_t = (z_t, h_t, p_t)."""
+
 M = TypeVar("M", bound=nn.Module)
 
 

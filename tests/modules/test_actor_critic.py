@@ -10,8 +10,8 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MaskedCategorical
 
 from matwm_rl import keys
-from matwm_rl.modules import STATE_KEYS, ActionDistribution, StateMLP, TwoHot, make_actor, make_critic
-from tests.helpers import COUNTS, grads, make_model, random_imagined, randomize, read_keys
+from matwm_rl.modules import ActionDistribution, StateMLP, TwoHot, make_actor, make_critic
+from tests.helpers import COUNTS, STATE_KEYS, grads, make_model, random_imagined, randomize, read_keys
 
 N = len(COUNTS)
 LATENTS = ["categorical", "fsq"]

@@ -8,9 +8,9 @@ from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import keys
-from matwm_rl.modules import STATE_KEYS, Imagination, Latent, WorldModel, make_actor
+from matwm_rl.modules import Imagination, Latent, WorldModel, make_actor
 from matwm_rl.modules import transformer as transformer_module
-from tests.helpers import COUNTS, make_model, mock_replay, random_batch, randomize
+from tests.helpers import COUNTS, STATE_KEYS, make_model, mock_replay, random_batch, randomize
 
 N, S, C, H = len(COUNTS), 6, 3, 4
 
