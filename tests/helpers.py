@@ -52,9 +52,11 @@ def make_model(
     )
 
 
-def make_learner(world_model: WorldModel | None = None, **config: Any) -> Learner:
+def make_learner(world_model: WorldModel | None = None, *, share_by_group: bool = False, **config: Any) -> Learner:
     model = make_model() if world_model is None else world_model
-    actor, critic = (randomize(make(model, num_cells=8)) for make in (make_actor, make_critic))
+    actor, critic = (
+        randomize(make(model, num_cells=8, share_by_group=share_by_group)) for make in (make_actor, make_critic)
+    )
     return Learner(model, actor, critic, LearnerConfig(**({"horizon": 3} | config)))
 
 

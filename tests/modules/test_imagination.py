@@ -177,6 +177,7 @@ def test_replayed_starts_of_any_context(context: int) -> None:
         {"action_scaling": False, "group_layers": False, "predict_mask": False},
         {"observation_shape": (3, 32, 32), "channels": 4},
         {"reward_input": "next_latent", "reward_interpolation": "symlog"},
+        {"latent": "fsq", "reward_input": "next_observation", "fourier_features": 2, "reencode": True},
     ],
     ids=str,
 )

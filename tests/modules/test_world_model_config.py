@@ -126,3 +126,5 @@ def test_images_have_no_reward_of_the_next_observation() -> None:
 def test_the_model_knows_the_groups_of_its_agents(group_layers: bool) -> None:
     """Whether or not its own layers follow them: actors may be shared by group in either case."""
     assert build(group_index=(0, 1, 1), group_layers=group_layers).group_index == [0, 1, 1]
+    with pytest.raises(ValueError, match=r"each of 3 agents, got \[0, 1\]"):
+        build(group_index=(0, 1), group_layers=group_layers)

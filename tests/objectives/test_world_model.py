@@ -213,6 +213,15 @@ def test_each_term_trains_its_parts(latent: str) -> None:
     assert set().union(*PARTS.values()) == names
 
 
+def test_the_reward_of_the_next_observation_trains_its_head_alone() -> None:
+    switches = {"latent": "fsq", "num_dims": 12, "linear_skips": True, "coordinate_code": True}
+    model = make_model(reward_input="next_observation", **switches)
+    loss = losses_of(model, random_batch())["loss_reward"]
+    trained = {name for name, child in model.named_children() if grad_norm(loss, child) > 0}
+    assert trained == {"reward"}
+    assert all(grad.any() for grad in grads(loss, model.reward.parameters()))
+
+
 def test_dynamics_term_moves_the_prior_and_representation_term_the_posterior() -> None:
     """One step per sequence: the present observation enters through the prior, the next through the posterior."""
     model, batch = make_model(), random_batch(4, 1)
