@@ -139,10 +139,10 @@ def test_a_coordinate_code_reconstructs_to_half_a_level_at_its_start(
 
 @torch.no_grad()
 def test_more_copies_of_a_coordinate_are_finer_than_one() -> None:
-    observation = (2 * torch.rand(1, 2000, 3) - 1).expand(3, -1, -1)
+    observation = (2 * torch.rand(1, 2000, 4) - 1).expand(3, -1, -1)
     errors = []
     for copies in (1, 2, 4, 8):
-        code = CoordinateCode([0, 0, 1], 3, 3 * copies)
+        code = CoordinateCode([0, 0, 1], 4, 4 * copies)
         bent = (COORDINATE_SCALE * observation).tanh() / COORDINATE_SCALE
         errors.append(float((code.decode(code.encode(observation)) - bent).square().mean().sqrt()))
     # Uniform within one level; and within half, a quarter, an eighth of it where the copies divide it evenly.

@@ -44,6 +44,10 @@ def test_a_model_with_a_coordinate_code_knows_its_observations_from_the_start(
     rebuilt = model.decode(model.encode(observation))
     level = 2 / 31 / COORDINATE_SCALE
     assert ((rebuilt - observation).abs() <= 0.14 * observation.abs() + 0.55 * level).all()
+    # Shifted against each other by parts of one level.
+    copies = num_dims // size
+    shifts = model.encoder.skip.bias[:, : copies * size].unflatten(1, (copies, size))
+    torch.testing.assert_close(shifts.diff(dim=1), torch.full_like(shifts[:, 1:], 2 / 31 / copies))
     chance = build(size, group_index, **{**options, "coordinate_code": False})
     assert (chance.decode(chance.encode(observation)) - observation).abs().mean() > 3 * level
 
