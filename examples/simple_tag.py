@@ -56,7 +56,7 @@ def main(cfg: DictConfig) -> None:
 
     env = make_env(cfg.env, seed=cfg.seed, num_envs=cfg.num_envs, device=cfg.device)
     layout = env.layout
-    # One world model, shared by all agents; actors and critics are each agent's own, with stacked weights.
+    # One world model, shared by all agents; actors and critics are each agent's or each group's, with stacked weights.
     model_config = WorldModelConfig(**cfg.world_model)
     world_model = WorldModel.from_env(env, **asdict(model_config)).to(cfg.device)
     actor = make_actor(world_model, **cfg.actor_critic).to(cfg.device)
@@ -90,6 +90,9 @@ def main(cfg: DictConfig) -> None:
 
     with RunLog(run_dir, total_steps=cfg.total_steps, resume_from=first_step or None, progress=cfg.progress) as log:
         OmegaConf.save(cfg, run_dir / "config.yaml")
+        policies = run_dir / "policies"
+        if cfg.evaluation.keep_policies:
+            policies.mkdir(exist_ok=True)
         env_steps = first_step
         for batch in collector:
             # Algorithm 2: store what was seen; then the world model learns, and all agents learn inside it.
@@ -108,7 +111,7 @@ def main(cfg: DictConfig) -> None:
                 log.note(f"{env_steps} steps: {matches}")
                 save_checkpoint(run_dir, learner=learner, replay=replay, env_steps=env_steps)
                 if cfg.evaluation.keep_policies:
-                    save(run_dir / "policies" / f"{env_steps:08d}.pt", policy)
+                    save(policies / f"{env_steps:08d}.pt", policy)
             if cfg.max_minutes and time.monotonic() - started > 60 * cfg.max_minutes:
                 log.note(f"stopped by max_minutes={cfg.max_minutes} after {env_steps} of {cfg.total_steps} steps")
                 break
@@ -119,6 +122,8 @@ def main(cfg: DictConfig) -> None:
         log.note(f"{env_steps} steps: {matches}")
         save_checkpoint(run_dir, learner=learner, replay=replay, env_steps=env_steps)
         save(run_dir / "policy.pt", policy)
+        if cfg.evaluation.keep_policies:
+            save(policies / f"{env_steps:08d}.pt", policy)
         log.write_summary(
             {
                 "env": cfg.env,

@@ -174,13 +174,12 @@ class _BalancedKL(torch.autograd.Function):
         return to_q, q * -dynamics[..., None, None]
 
 
-def balanced_kl(log_q: Tensor, log_p: Tensor, free_nats: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The two KL losses of section 2, each clamped at ``free_nats`` per element.
+def balanced_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The two KL terms of section 2, before their free nats are taken off: of one value, with different gradients.
 
     Args:
         log_q: posterior log-probabilities of z_{t+1}, ``[..., K, C]``.
         log_p: prior log-probabilities of z_{t+1} from the dynamics predictor, ``[..., K, C]``.
-        free_nats: lower bound of each element.
 
     Returns:
         ``(dynamics, representation)``, each ``[...]``: the first moves the prior only, the second the posterior only.
@@ -190,8 +189,7 @@ def balanced_kl(log_q: Tensor, log_p: Tensor, free_nats: float = 1.0) -> tuple[T
         >>> [round(x.item(), 3) for x in balanced_kl(q, p)]
         [1.614, 1.614]
     """
-    dynamics, representation = _BalancedKL.apply(log_q, log_p)
-    return dynamics.clamp(min=free_nats), representation.clamp(min=free_nats)
+    return _BalancedKL.apply(log_q, log_p)
 
 
 def lambda_return(reward: Tensor, continuation: Tensor, next_value: Tensor, gamma: float, lmbda: float) -> Tensor:
@@ -278,17 +276,17 @@ def masked_mean(value: Tensor, mask: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def clip_grad_norm_per_agent_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Clip the gradients of stacked parameters ``[N, ...]`` for every agent on its own.
+    """Clip the gradients of a stack of networks, ``[stack, ...]``, for every one of them on its own.
 
-    ``torch.nn.utils.clip_grad_norm_`` takes one norm over everything: one agent's large gradient would shrink the
-    others'.
+    The networks are the agents' own, or those of groups of like agents. ``torch.nn.utils.clip_grad_norm_`` takes one
+    norm over everything: one agent's large gradient would shrink the others'.
 
     Args:
-        parameters: tensors whose first dimension is the agent.
-        max_norm: largest norm of an agent's gradient.
+        parameters: tensors whose first dimension is the stack's.
+        max_norm: largest norm of one network's gradient.
 
     Returns:
-        the norms before clipping, ``[N]``.
+        the norms before clipping, ``[stack]``.
 
     Examples:
         >>> weight = torch.zeros(2, 1, requires_grad=True)

@@ -19,6 +19,9 @@ COUNTS, GROUPS, SIZE = (4, 4, 3), (0, 0, 1), 5
 """The mock environment's agents: two hunters with 4 actions, one prey with 3, observations padded to 5."""
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "num_dims": 4, "num_classes": 5, "dropout": 0.0}
 
+STATE_KEYS: list[NestedKey] = [keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS]
+"""Of s_t = (z_t, h_t, p_t)."""
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -49,9 +52,11 @@ def make_model(
     )
 
 
-def make_learner(world_model: WorldModel | None = None, **config: Any) -> Learner:
+def make_learner(world_model: WorldModel | None = None, *, share_by_group: bool = False, **config: Any) -> Learner:
     model = make_model() if world_model is None else world_model
-    actor, critic = (randomize(make(model, num_cells=8)) for make in (make_actor, make_critic))
+    actor, critic = (
+        randomize(make(model, num_cells=8, share_by_group=share_by_group)) for make in (make_actor, make_critic)
+    )
     return Learner(model, actor, critic, LearnerConfig(**({"horizon": 3} | config)))
 
 

@@ -1,7 +1,7 @@
 """Networks: the world model and its parts, actors and critics, acting, imagination."""
 
-from matwm_rl.modules.actor_critic import STATE_KEYS, ActionDistribution, StateMLP, make_actor, make_critic
-from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, FourierFeatures, MLPDecoder, MLPEncoder
+from matwm_rl.modules.actor_critic import ActionDistribution, StateMLP, make_actor, make_critic
+from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, FourierFeatures, MLPDecoder, MLPEncoder, ObservationHead
 from matwm_rl.modules.exploration import RandomEpisodes
 from matwm_rl.modules.heads import ActionMixer, Head, TeammatePredictor
 from matwm_rl.modules.imagination import Imagination
@@ -15,7 +15,6 @@ from matwm_rl.modules.world_model_config import WorldModelConfig
 
 __all__ = [
     "CONTEXT_KEYS",
-    "STATE_KEYS",
     "ActionDistribution",
     "ActionMixer",
     "CNNDecoder",
@@ -29,9 +28,10 @@ __all__ = [
     "KVCache",
     "Latent",
     "LatentCode",
-    "RandomEpisodes",
     "MLPDecoder",
     "MLPEncoder",
+    "ObservationHead",
+    "RandomEpisodes",
     "StackedLinear",
     "StackedMLP",
     "StackedNormSiLU",

@@ -16,9 +16,6 @@ from matwm_rl.modules.stacked import StackedMLP
 from matwm_rl.modules.two_hot import TwoHot
 from matwm_rl.modules.world_model import WorldModel
 
-STATE_KEYS = [keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS]
-"""Keys of s_t = (z_t, h_t, p_t)."""
-
 
 class StateMLP(nn.Module):
     """A stack of MLPs, each agent's on its own s_t = (z_t, h_t, p_t), in TorchRL's layout.
@@ -96,16 +93,12 @@ class ActionDistribution(MaskedCategorical):
         return sample_index(probs.expand(*(sample_shape or ()), *probs.shape))
 
 
-def _state_keys(world_model: WorldModel) -> list[NestedKey]:
-    """What :class:`StateMLP` reads: of a multi-hot z the positions of its ones, which it looks up."""
-    return [keys.LATENT_ONES if world_model.latent.multi_hot else keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS]
-
-
-def _state_mlp(
-    world_model: WorldModel, out_features: int, *, num_cells: int, depth: int, share_by_group: bool
-) -> StateMLP:
+def _state_network(
+    world_model: WorldModel, out_key: NestedKey, out_features: int, *, num_cells: int, depth: int, share_by_group: bool
+) -> TensorDictModule:
+    """A :class:`StateMLP` with its keys: of a multi-hot z it reads the positions of its ones, which it looks up."""
     teammates = 0 if world_model.teammates is None else (world_model.num_agents - 1) * world_model.num_actions
-    return StateMLP(
+    network = StateMLP(
         world_model.latent.latent_size,
         world_model.transformer.features,
         teammates,
@@ -114,6 +107,8 @@ def _state_mlp(
         num_cells=num_cells,
         depth=depth,
     )
+    latent = keys.LATENT_ONES if world_model.latent.multi_hot else keys.LATENT
+    return TensorDictModule(network, in_keys=[latent, keys.HIDDEN, keys.TEAMMATE_LOGITS], out_keys=[out_key])
 
 
 def make_actor(
@@ -140,11 +135,15 @@ def make_actor(
         >>> make_actor(world_model, num_cells=16).out_keys
         [('agents', 'logits'), ('agents', 'action')]
     """
-    network = _state_mlp(
-        world_model, world_model.num_actions, num_cells=num_cells, depth=depth, share_by_group=share_by_group
-    )
     return ProbabilisticActor(
-        TensorDictModule(network, in_keys=_state_keys(world_model), out_keys=[keys.LOGITS]),
+        _state_network(
+            world_model,
+            keys.LOGITS,
+            world_model.num_actions,
+            num_cells=num_cells,
+            depth=depth,
+            share_by_group=share_by_group,
+        ),
         in_keys={"logits": keys.LOGITS, "mask": keys.ACTION_MASK},
         out_keys=[keys.ACTION],
         distribution_class=ActionDistribution,
@@ -179,10 +178,14 @@ def make_critic(
         [('agents', 'state_value_logits'), ('agents', 'state_value')]
     """
     two_hot = two_hot or TwoHot()
-    network = _state_mlp(
-        world_model, two_hot.num_bins, num_cells=num_cells, depth=depth, share_by_group=share_by_group
-    )
     return TensorDictSequential(
-        TensorDictModule(network, in_keys=_state_keys(world_model), out_keys=[keys.STATE_VALUE_LOGITS]),
+        _state_network(
+            world_model,
+            keys.STATE_VALUE_LOGITS,
+            two_hot.num_bins,
+            num_cells=num_cells,
+            depth=depth,
+            share_by_group=share_by_group,
+        ),
         TensorDictModule(two_hot, in_keys=[keys.STATE_VALUE_LOGITS], out_keys=[keys.STATE_VALUE]),
     )

@@ -138,6 +138,9 @@ class TeammatePredictor(nn.Module):
         self.transformer = Transformer(features, num_layers=num_layers, num_heads=num_heads, dropout=dropout)
         self.output = StackedLinear(features, (self.num_agents - 1) * self.num_actions, group_index)
 
+    def _tokens(self, latent: Latent) -> Tensor:
+        return read_latent(self.input, latent.detach())
+
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = widen(self.output(hidden)).unflatten(-1, (self.num_agents - 1, self.num_actions))
         legal = self.legal.view(self.num_agents, *[1] * (logits.ndim - 3), *self.legal.shape[1:])
@@ -153,16 +156,16 @@ class TeammatePredictor(nn.Module):
         Returns:
             ``[N, B, T, N-1, A]``.
         """
-        tokens = read_latent(self.input, latent.detach())
+        tokens = self._tokens(latent)
         return self._logits(self.transformer(tokens.flatten(0, 1), mask).view(tokens.shape))
 
     def prefill(self, latent: Latent, mask: Tensor, room: int) -> tuple[Tensor, KVCache]:
         """Logits ``[N, S, N-1, A]`` at the last of the steps ``[N, S, T, Z]``, and a cache for ``room`` more."""
-        tokens = read_latent(self.input, latent.detach())
+        tokens = self._tokens(latent)
         hidden, cache = self.transformer.prefill(tokens.flatten(0, 1), mask, room)
         return self._logits(hidden.view(*tokens.shape[:2], -1)), cache
 
     def step(self, latent: Latent, cache: KVCache) -> Tensor:
         """Logits ``[N, S, N-1, A]`` at the next step ``latent [N, S, Z]``."""
-        tokens = read_latent(self.input, latent.detach())
+        tokens = self._tokens(latent)
         return self._logits(self.transformer.step(tokens.flatten(0, 1), cache).view(tokens.shape))

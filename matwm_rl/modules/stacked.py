@@ -146,9 +146,7 @@ class StackedNormSiLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension, apply agent n's gain and offset, then SiLU."""
         flat = widen(x).reshape(x.shape[0], -1, x.shape[-1])
-        weight, bias = self.weight, self.bias
-        if not self.per_agent:
-            weight, bias = weight[self.stack_index], bias[self.stack_index]
+        weight, bias = (p if self.per_agent else p[self.stack_index] for p in (self.weight, self.bias))
         return _NormSiLU.apply(flat, weight.unsqueeze(1), bias.unsqueeze(1)).view(x.shape)
 
 

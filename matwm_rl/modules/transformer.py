@@ -48,6 +48,11 @@ def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+def _score_bias(mask: Tensor, like: Tensor) -> Tensor:
+    """Added to the scores of every head, ``[..., 1, T, T]``: nothing is attended to but ``mask [..., T, T]``."""
+    return like.new_zeros(()).masked_fill(~mask, MASKED).unsqueeze(-3)
+
+
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Attention of whole sequences, ``[M, T, h, D/h]`` each; ``bias`` is added to the scores ``[M, h, T, T]``."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -175,7 +180,7 @@ class Transformer(nn.Module):
         Returns:
             ``[M, T, D]``.
         """
-        bias = x.new_zeros(()).masked_fill(~mask, MASKED).unsqueeze(-3)
+        bias = _score_bias(mask, x)
         rotary = self._rotary(x.shape[1], x)[:, :, None, None]
         for block in self.blocks:
             x = block.finish(x, _attend(*block.project(x, rotary), bias), drop=True)
@@ -204,7 +209,7 @@ class Transformer(nn.Module):
         """
         cache = self.empty_cache(x.shape[0], x.shape[1] + room)
         length = cache.length = x.shape[1]
-        bias = x.new_zeros(()).masked_fill(~mask, MASKED).unsqueeze(-3)
+        bias = _score_bias(mask, x)
         visible = mask.expand(x.shape[0], -1, -1)[:, -1] if visible is None else visible
         cache.bias[:length] = cache.bias[:length].masked_fill(~visible.T.unsqueeze(-1), MASKED)
         rotary = cache.rotary[:, :length, None, None]

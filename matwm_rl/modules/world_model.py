@@ -155,7 +155,9 @@ class WorldModel(TensorDictModuleBase):
         self.successors: int | None = None
         self.register_buffer("legal", legal, persistent=False)
         self.num_agents, self.num_actions = legal.shape
-        self.group_index = list(group_index or [0] * self.num_agents)
+        self.group_index = [0] * self.num_agents if group_index is None else list(group_index)
+        if len(self.group_index) != self.num_agents:
+            raise ValueError(f"group_index must name a group for each of {self.num_agents} agents, got {group_index}")
         self.in_keys: list[NestedKey] = [
             keys.OBSERVATION,
             keys.ACTION,

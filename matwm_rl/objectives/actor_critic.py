@@ -1,4 +1,4 @@
-"""Actor and critic losses of section 5, for all agents at once and each in isolation."""
+"""Actor and critic losses of section 5, for all agents at once and each on its own dreams alone."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class ActorLoss(KeyedLoss):
     .. math::
         -\mathrm{sg}\left(\frac{G_t - V(s_t)}{\max(1, S)}\right) \ln \pi(a_t | s_t) - \eta H(\pi)
 
-    weighted by the probability that the rollout reached t; mean over starts and steps, sum over agents. As no weight is
-    shared between agents, each agent's gradient is that of its own loss alone.
+    weighted by the probability that the rollout reached t; mean over starts and steps, sum over agents. So an actor's
+    gradient is that of its own agent's loss alone, and that of an actor which several agents share the sum of theirs.
 
     Args:
         actor_network: has ``get_dist(tensordict)``; reads s_t and ``("agents", "action_mask")``.

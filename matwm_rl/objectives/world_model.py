@@ -130,7 +130,7 @@ class WorldModelLoss(KeyedLoss):
         # A dying agent's successor is no observation.
         survived = alive if alive is None else alive & tensordict.get(k.next_alive, alive)
         posterior, prior = model[k.posterior], model[k.prior]
-        dynamics, representation = balanced_kl(posterior, prior, free_nats=0.0)
+        dynamics, representation = balanced_kl(posterior, prior)
         losses["dynamics"] = masked_mean(dynamics.clamp(min=self.free_nats), survived)
         losses["representation"] = masked_mean(representation.clamp(min=self.free_nats), survived)
 

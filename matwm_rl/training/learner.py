@@ -26,7 +26,7 @@ class LearnerConfig:
         world_model_lr: learning rate of the world model.
         world_model_clip: largest gradient norm of the world model.
         actor_critic_lr: learning rate of actors and critics.
-        actor_critic_clip: largest gradient norm of one agent's actor, and of its critic.
+        actor_critic_clip: largest gradient norm of each actor, and of each critic, in the stack.
         horizon: imagined steps H.
         gamma: discount factor.
         lmbda: lambda of the return.
@@ -77,8 +77,8 @@ class Learner:
 
     Args:
         world_model: the shared world model.
-        actor: actors of all agents, stacked weights.
-        critic: critics of all agents, stacked weights.
+        actor: actors of all agents, stacked weights; see :func:`~matwm_rl.modules.make_actor`.
+        critic: critics of all agents, stacked weights; see :func:`~matwm_rl.modules.make_critic`.
         config: settings.
 
     Attributes:

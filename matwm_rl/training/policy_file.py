@@ -23,7 +23,7 @@ def save_policy(
     *,
     layout: AgentLayout,
     world_model: WorldModelConfig,
-    actor: Mapping[str, int] | None = None,
+    actor: Mapping[str, Any] | None = None,
 ) -> None:
     """Save what it takes to act, and to imagine: no critics, optimizers or data.
 

@@ -7,8 +7,9 @@ import platform
 
 import torch
 
-# glibc's mallopt(3): never give the heap's free end back; take no memory in blocks that are given back when freed.
-_KEEP_MEMORY = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0)}
+# Parameters of glibc's mallopt(3).
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
 
 
 def prepare_process(*, num_threads: int, matmul_precision: str = "highest") -> None:
@@ -41,5 +42,7 @@ def prepare_process(*, num_threads: int, matmul_precision: str = "highest") -> N
     torch.set_float32_matmul_precision(matmul_precision)
     torch.set_flush_denormal(True)
     if platform.libc_ver()[0] == "glibc":
-        for parameter, value in _KEEP_MEMORY.values():
-            ctypes.CDLL(None).mallopt(parameter, value)
+        libc = ctypes.CDLL(None)
+        # Never give the heap's free end back; take no memory in blocks that are given back when freed.
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_MAX, 0)

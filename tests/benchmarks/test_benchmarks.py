@@ -127,7 +127,7 @@ def test_flops_of_a_layer_and_its_gradients() -> None:
 
 
 def test_flops_of_stacked_networks() -> None:
-    network = StackedMLP(3, 2, num_agents=4, num_cells=8, depth=2)
+    network = StackedMLP(3, 2, stack_index=range(4), num_cells=8, depth=2)
     assert flops(lambda: network(torch.randn(4, 5, 3))) == 2 * 4 * 5 * (3 * 8 + 8 * 8 + 8 * 2)
 
 

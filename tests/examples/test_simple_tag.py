@@ -49,13 +49,18 @@ def run(*overrides: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def kept_policies(run_dir: Path) -> list[int]:
+    """Env steps after which policies were kept."""
+    return sorted(int(path.stem) for path in (run_dir / "policies").iterdir())
+
+
 def config(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(ROOT / "examples" / "conf"), version_base=None):
         return compose("config", overrides=list(overrides))
 
 
 def test_trains_evaluates_draws_and_resumes(tmp_path: Path) -> None:
-    run(f"run_dir={tmp_path}", "total_steps=120")
+    run(f"run_dir={tmp_path}", "total_steps=120", "evaluation.keep_policies=true")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["env_steps"] == 120
     assert summary["updates"] == 4
@@ -66,8 +71,13 @@ def test_trains_evaluates_draws_and_resumes(tmp_path: Path) -> None:
     layout = make_env("mpe2/simple_tag_v3").layout
     policy = load_policy(tmp_path / "policy.pt", layout=layout)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
+    assert kept_policies(tmp_path) == [60, 120]
+    kept = [load_policy(tmp_path / "policies" / f"{step:08d}.pt", layout=layout).state_dict() for step in (60, 120)]
+    assert all(torch.equal(value, before[name]) for name, value in kept[1].items())
+    assert any(not torch.equal(value, before[name]) for name, value in kept[0].items())
 
-    run(f"run_dir={tmp_path}", "total_steps=200", "resume=true")
+    run(f"run_dir={tmp_path}", "total_steps=200", "resume=true", "evaluation.keep_policies=true")
+    assert kept_policies(tmp_path) == [60, 120, 180, 200]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["env_steps"], summary["updates"]) == (200, 8)
     steps = [step for step, _ in read_metrics(tmp_path)["loss_reward"]]
@@ -81,6 +91,7 @@ def test_other_environments(tmp_path: Path, env: str) -> None:
     run(f"run_dir={tmp_path}", f"env={env}", "total_steps=80", "+world_model.predict_mask=true")
     evaluation = json.loads((tmp_path / "summary.json").read_text())["evaluation"]
     assert set(evaluation) == (TAG if "simple_tag" in env else {"speaker", "listener"})
+    assert not (tmp_path / "policies").exists()
 
 
 @pytest.mark.parametrize("preset", ["cpu", "paper"])

@@ -5,13 +5,15 @@ import math
 
 import pytest
 import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
 from torch.nn.functional import layer_norm, silu
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MaskedCategorical
 
 from matwm_rl import keys
-from matwm_rl.modules import STATE_KEYS, ActionDistribution, StateMLP, TwoHot, make_actor, make_critic
-from tests.helpers import COUNTS, grads, make_model, random_imagined, randomize, read_keys
+from matwm_rl.modules import ActionDistribution, StateMLP, TwoHot, make_actor, make_critic
+from tests.helpers import COUNTS, STATE_KEYS, grads, make_model, random_imagined, randomize, read_keys
 
 N = len(COUNTS)
 LATENTS = ["categorical", "fsq"]
@@ -175,6 +177,69 @@ def test_untrained_policy_is_uniform_and_value_zero() -> None:
     td = make_critic(model, num_cells=8)(make_actor(model, num_cells=8)(td))
     assert not td[keys.LOGITS].any()
     assert td[keys.STATE_VALUE].abs().max() < 1e-4
+
+
+# -- shared by group -------------------------------------------------------------------------------------------------
+
+GROUPINGS = [(0, 0, 1), (0, 1, 0), (0, 0, 0), (0, 1, 2)]
+
+
+def of_state(net: TensorDictSequential, td: TensorDict) -> torch.Tensor:
+    """Logits of an actor or a critic."""
+    return net[0](td.clone())[net[0].out_keys[0]]
+
+
+@pytest.mark.parametrize("make", [make_actor, make_critic])
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize("group_index", GROUPINGS, ids=str)
+def test_agents_of_a_group_do_the_same_in_the_same_state(make: type, latent: str, group_index: tuple[int, ...]) -> None:
+    model = make_model(group_index=group_index, latent=latent)
+    net = randomize(make(model, num_cells=8, share_by_group=True))
+    assert all(p.shape[0] == len(set(group_index)) for p in net.parameters())
+    td = random_imagined(model=model)
+    for key in read_keys(model):
+        td[key] = td[key][:, :, :1].expand_as(td[key]).contiguous()
+    out = of_state(net, td)
+    for n, m in itertools.combinations(range(N), 2):
+        same = torch.isclose(out[..., n, :], out[..., m, :], rtol=1e-4, atol=1e-6).all(-1)
+        assert same.all() if group_index[n] == group_index[m] else not same.any()
+
+
+@pytest.mark.parametrize("make", [make_actor, make_critic])
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize("group_index", GROUPINGS, ids=str)
+def test_a_shared_networks_gradient_is_the_sum_over_its_agents(
+    float64: None, make: type, latent: str, group_index: tuple[int, ...]
+) -> None:
+    """Against one agent, one state at a time, each agent through the network of its group."""
+    model = make_model(group_index=group_index, latent=latent)
+    net = randomize(make(model, num_cells=8, share_by_group=True))
+    td, parameters = random_imagined(2, 3, model=model), list(net.parameters())
+    out = of_state(net, td)
+    weight = torch.randn_like(out)
+    expected = [torch.zeros_like(p) for p in parameters]
+    for s, h, n in itertools.product(range(2), range(3), range(N)):
+        latent_value, hidden, teammates = (td[key][s, h, n] for key in STATE_KEYS)
+        state = torch.cat([latent_value, hidden, teammates.softmax(-1).flatten()])
+        alone = slow_state_mlp(net[0].module, group_index[n], state)
+        torch.testing.assert_close(out[s, h, n], alone)
+        for sum_, grad in zip(expected, grads((weight[s, h, n] * alone).sum(), parameters), strict=True):
+            sum_ += grad
+    for grad, slow in zip(grads((weight * out).sum(), parameters), expected, strict=True):
+        assert grad.flatten(1).any(1).all()
+        torch.testing.assert_close(grad, slow)
+    for n, own in enumerate(group_index):
+        for grad in grads((weight * out)[..., n, :].sum(), parameters):
+            assert grad[own].any() and not grad[:own].any() and not grad[own + 1 :].any()
+
+
+@pytest.mark.parametrize("make", [make_actor, make_critic])
+def test_a_shared_network_is_as_large_for_any_number_of_agents_alike(make: type) -> None:
+    sizes = []
+    for num_agents in (2, 5):
+        model = make_model([4] * num_agents, [0] * num_agents, teammate_predictor=False)
+        sizes.append(sum(p.numel() for p in make(model, num_cells=8, share_by_group=True).parameters()))
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize("make", [make_actor, make_critic])

@@ -5,10 +5,20 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from matwm_rl.modules import CNNDecoder, CNNEncoder, FourierFeatures, MLPDecoder, MLPEncoder
-from tests.helpers import grads
+from matwm_rl.modules import (
+    CNNDecoder,
+    CNNEncoder,
+    FourierFeatures,
+    FSQLatent,
+    Latent,
+    MLPDecoder,
+    MLPEncoder,
+    ObservationHead,
+)
+from matwm_rl.modules.encoders import COORDINATE_SCALE
+from tests.helpers import grads, randomize
 
 GROUPS = [0, 0, 1]
 
@@ -78,6 +88,161 @@ def test_depth_counts_hidden_layers(depth: int) -> None:
         MLPDecoder(6, 4, group_index=GROUPS, num_cells=8, depth=depth),
     ):
         assert sum(isinstance(module, nn.LayerNorm) for module in net.modules()) == depth
+
+
+# -- coordinate code -------------------------------------------------------------------------------------------------
+
+LAYOUTS = [
+    pytest.param([0, 0, 0], 4, 4, id="one copy, one group"),
+    pytest.param([0, 0, 1], 3, 12, id="four copies, unequal groups"),
+    pytest.param([0, 1, 2], 5, 13, id="two copies and three free dimensions"),
+    pytest.param([0, 1, 0], 1, 7, id="one coordinate"),
+]
+
+
+class CoordinateCode:
+    """Encoder, FSQ code and decoder at their start."""
+
+    def __init__(self, groups: list[int], coordinates: int, dims: int, levels: int = 32) -> None:
+        sizes = {"group_index": groups, "num_cells": 16, "linear_skip": True}
+        self.spacing = 2 / (levels - 1)
+        self.code = FSQLatent(dims, levels)
+        self.encoder = MLPEncoder(coordinates, dims, fourier_features=2, **sizes)
+        self.decoder = MLPDecoder(dims, coordinates, **sizes)
+        self.encoder.start_as_coordinates(self.spacing)
+        self.decoder.start_as_coordinates()
+
+    def encode(self, observation: Tensor) -> Latent:
+        return self.code.sample_posterior(self.encoder(observation))
+
+    def decode(self, latent: Latent) -> Tensor:
+        return self.decoder(latent.value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("levels", [8, 15, 32])
+@pytest.mark.parametrize(("groups", "coordinates", "dims"), LAYOUTS)
+def test_a_coordinate_code_reconstructs_to_half_a_level_at_its_start(
+    groups: list[int], coordinates: int, dims: int, levels: int
+) -> None:
+    code = CoordinateCode(groups, coordinates, dims, levels)
+    observation = 4 * torch.rand(3, 500, coordinates) - 2
+    rebuilt = code.decode(code.encode(observation))
+    # What tanh bends: 14% at the ends of the range, 1% at 0.5.
+    bent = (COORDINATE_SCALE * observation).tanh() / COORDINATE_SCALE
+    assert ((bent - observation).abs() < 0.14 * observation.abs()).all()
+    # Half a level of rounding, and the little by which the copies, shifted against each other, differ in the bend.
+    half = code.spacing / 2 / COORDINATE_SCALE
+    assert ((rebuilt - bent).abs() <= half * (1 + code.spacing)).all()
+    assert (rebuilt - bent).abs().max() > 0.1 * half
+
+
+@torch.no_grad()
+def test_more_copies_of_a_coordinate_are_finer_than_one() -> None:
+    observation = (2 * torch.rand(1, 2000, 4) - 1).expand(3, -1, -1)
+    errors = []
+    for copies in (1, 2, 4, 8):
+        code = CoordinateCode([0, 0, 1], 4, 4 * copies)
+        bent = (COORDINATE_SCALE * observation).tanh() / COORDINATE_SCALE
+        errors.append(float((code.decode(code.encode(observation)) - bent).square().mean().sqrt()))
+    # Uniform within one level; and within half, a quarter, an eighth of it where the copies divide it evenly.
+    assert errors[0] == pytest.approx(code.spacing / COORDINATE_SCALE / math.sqrt(12), rel=0.05)
+    for one, twice in itertools.pairwise(errors):
+        assert twice < 0.75 * one
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("groups", "coordinates", "dims"), LAYOUTS)
+def test_a_coordinate_has_code_dimensions_of_its_own_at_the_start(
+    groups: list[int], coordinates: int, dims: int
+) -> None:
+    code = CoordinateCode(groups, coordinates, dims)
+    observation = torch.randn(3, 20, coordinates)
+    latent = code.encode(observation).value
+    taken = torch.zeros(dims, dtype=torch.int)
+    for d in range(coordinates):
+        other = observation.clone()
+        other[..., d] += 1.5 * other[..., d].sign()
+        own = (code.encode(other).value != latent).flatten(0, 1).any(0)
+        assert own.sum() == dims // coordinates
+        taken += own
+        # And back: nothing of another coordinate's is read.
+        rebuilt = code.decode(Latent(torch.where(own, latent, torch.rand_like(latent))))[..., d]
+        torch.testing.assert_close(rebuilt, code.decode(Latent(latent))[..., d])
+    assert taken.max() == 1
+    assert (taken == 0).sum() == dims % coordinates
+
+
+def test_a_coordinate_code_is_a_start_from_which_everything_learns() -> None:
+    """The MLPs add nothing at first; one step later gradients reach all of their layers, and the free dimensions."""
+    code = CoordinateCode([0, 0, 1], 3, 8)
+    observation = torch.randn(3, 50, 3)
+    parameters = [*code.encoder.named_parameters(), *code.decoder.named_parameters()]
+    optimizer = torch.optim.SGD([p for _, p in parameters], lr=0.1)
+    losses = []
+    for _ in range(30):
+        loss = (code.decode(code.encode(observation)) - observation).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        if len(losses) == 1:
+            assert code.encoder.output.weight.grad.any() and code.decoder.output.weight.grad.any()
+        optimizer.step()
+    idle = [name for name, p in parameters if not p.grad.any()]
+    assert not idle
+    assert code.encoder.skip.weight.grad[..., 6:].any() and code.decoder.skip.weight.grad[:, 6:].any()
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_what_has_no_place_for_a_coordinate_code_is_told() -> None:
+    sizes = {"group_index": GROUPS, "num_cells": 8}
+    with pytest.raises(ValueError, match="MLPEncoder has no linear skip.*linear_skip=True"):
+        MLPEncoder(4, 6, **sizes).start_as_coordinates(0.1)
+    with pytest.raises(ValueError, match="MLPDecoder has no linear skip.*linear_skip=True"):
+        MLPDecoder(6, 4, **sizes).start_as_coordinates()
+    with pytest.raises(ValueError, match="4 coordinates do not fit into 3"):
+        MLPEncoder(4, 3, linear_skip=True, **sizes).start_as_coordinates(0.1)
+    with pytest.raises(ValueError, match="4 coordinates do not fit into 3"):
+        MLPDecoder(3, 4, linear_skip=True, **sizes).start_as_coordinates()
+
+
+# -- observation head ------------------------------------------------------------------------------------------------
+
+
+def test_an_observation_head_has_its_outer_layers_per_group() -> None:
+    head = randomize(ObservationHead(4, 6, group_index=GROUPS, num_cells=8, fourier_features=2))
+    out = head(torch.randn(3, 5, 2, 4))
+    assert out.shape == (3, 5, 2, 6)
+    outer = {"input.weight", "input.bias", "output.weight", "output.bias"}
+    for agent, group in enumerate(GROUPS):
+        for name, parameter in head.named_parameters():
+            (grad,) = grads(out[agent].square().sum(), [parameter])
+            if name in outer:
+                assert parameter.shape[0] == 2
+                assert grad[group].any() and not grad[1 - group].any(), name
+            else:
+                assert grad.any(), name
+
+
+def test_an_observation_head_starts_at_zero_and_counts_its_layers() -> None:
+    for depth in (1, 3):
+        head = ObservationHead(4, 6, group_index=GROUPS, num_cells=8, depth=depth)
+        assert sum(isinstance(module, nn.LayerNorm) for module in head.modules()) == depth
+        assert not head(torch.randn(3, 5, 4)).any()
+
+
+@torch.no_grad()
+def test_an_observation_head_tells_fine_differences_by_its_fourier_features(float64: None) -> None:
+    head = randomize(ObservationHead(1, 2, group_index=[0, 1], num_cells=8, fourier_features=3))
+    x = torch.randn(2, 5, 1)
+    for n in range(2):
+        features = head.features(x[n]) @ head.input.weight[n] + head.input.bias[n]
+        expected = head.trunk(features) @ head.output.weight[n] + head.output.bias[n]
+        torch.testing.assert_close(head(x)[n], expected)
+    assert head.input.weight.shape == (2, 7, 8)
+
+
+# -- images ----------------------------------------------------------------------------------------------------------
 
 
 def test_cnn_reads_uint8_as_numbers_from_0_to_1() -> None:

@@ -8,9 +8,9 @@ from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import keys
-from matwm_rl.modules import STATE_KEYS, Imagination, Latent, WorldModel, make_actor
+from matwm_rl.modules import Imagination, Latent, WorldModel, make_actor
 from matwm_rl.modules import transformer as transformer_module
-from tests.helpers import COUNTS, make_model, mock_replay, random_batch, randomize
+from tests.helpers import COUNTS, STATE_KEYS, make_model, mock_replay, random_batch, randomize
 
 N, S, C, H = len(COUNTS), 6, 3, 4
 
@@ -177,6 +177,7 @@ def test_replayed_starts_of_any_context(context: int) -> None:
         {"action_scaling": False, "group_layers": False, "predict_mask": False},
         {"observation_shape": (3, 32, 32), "channels": 4},
         {"reward_input": "next_latent", "reward_interpolation": "symlog"},
+        {"latent": "fsq", "reward_input": "next_observation", "fourier_features": 2, "reencode": True},
     ],
     ids=str,
 )

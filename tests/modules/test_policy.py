@@ -10,8 +10,8 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from matwm_rl import keys
 from matwm_rl.data import to_focal
 from matwm_rl.envs import MockEnv, MultiAgentEnv, SerialMultiAgentEnv
-from matwm_rl.modules import CONTEXT_KEYS, STATE_KEYS, WorldModel, WorldModelPolicy, make_actor
-from tests.helpers import COUNTS, make_model, mock_env, randomize
+from matwm_rl.modules import CONTEXT_KEYS, WorldModel, WorldModelPolicy, make_actor
+from tests.helpers import COUNTS, STATE_KEYS, make_model, mock_env, randomize
 
 N = len(COUNTS)
 

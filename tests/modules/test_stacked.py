@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -67,10 +69,11 @@ def test_one_shared_layer_looks_up_for_any_number_of_agents() -> None:
     torch.testing.assert_close(layer.from_ones(ones), layer(numbers))
 
 
-@pytest.mark.parametrize("num_agents", [1, 3])
+@pytest.mark.parametrize("stack_index", INDICES)
 @pytest.mark.parametrize("depth", [0, 2])
-def test_stacked_mlp_of_a_multi_hot_part_and_the_rest(float64: None, num_agents: int, depth: int) -> None:
-    net = randomize(StackedMLP(20 + 3, 2, num_agents=num_agents, num_cells=8, depth=depth))
+def test_stacked_mlp_of_a_multi_hot_part_and_the_rest(float64: None, stack_index: list[int], depth: int) -> None:
+    num_agents = len(stack_index)
+    net = randomize(StackedMLP(20 + 3, 2, stack_index=stack_index, num_cells=8, depth=depth))
     ones, numbers = multi_hot(num_agents, (2, 7), 4, 5)
     behind = torch.randn(num_agents, 2, 7, 3)
     out, expected = net(behind, ones), net(torch.cat([numbers, behind], -1))
@@ -79,11 +82,14 @@ def test_stacked_mlp_of_a_multi_hot_part_and_the_rest(float64: None, num_agents:
         torch.testing.assert_close(one, other)
 
 
-def test_stacked_norm_is_one_layer_norm_per_agent_and_its_gradient(float64: None) -> None:
-    layer = randomize(StackedNormSiLU(4, num_agents=3))
-    x = torch.randn(3, 2, 5, 4, requires_grad=True)
+@pytest.mark.parametrize("stack_index", INDICES)
+def test_stacked_norm_is_one_layer_norm_per_agent_and_its_gradient(float64: None, stack_index: list[int]) -> None:
+    layer = randomize(StackedNormSiLU(4, stack_index=stack_index))
+    assert layer.weight.shape == layer.bias.shape == (len(set(stack_index)), 4)
+    x = torch.randn(len(stack_index), 2, 5, 4, requires_grad=True)
     out = layer(x)
-    expected = torch.stack([silu(layer_norm(x[n], (4,), layer.weight[n], layer.bias[n])) for n in range(3)])
+    slices = [layer_norm(x[n], (4,), layer.weight[index], layer.bias[index]) for n, index in enumerate(stack_index)]
+    expected = silu(torch.stack(slices))
     torch.testing.assert_close(out, expected)
     weight = torch.randn_like(out)
     inputs = [x, *layer.parameters()]
@@ -94,14 +100,18 @@ def test_stacked_norm_is_one_layer_norm_per_agent_and_its_gradient(float64: None
 
 
 def test_stacked_mlp_starts_at_zero() -> None:
-    assert not StackedMLP(3, 2, num_agents=4, num_cells=8)(torch.randn(4, 5, 3)).any()
+    assert not StackedMLP(3, 2, stack_index=range(4), num_cells=8)(torch.randn(4, 5, 3)).any()
 
 
-@pytest.mark.parametrize("num_agents", [1, 3])
-def test_agents_share_nothing(num_agents: int) -> None:
-    net = randomize(StackedMLP(3, 2, num_agents=num_agents, num_cells=8))
-    x = torch.randn(num_agents, 5, 3)
-    for n in range(num_agents):
+@pytest.mark.parametrize("stack_index", INDICES)
+def test_agents_share_the_networks_that_the_index_says_and_no_others(stack_index: list[int]) -> None:
+    net = randomize(StackedMLP(3, 2, stack_index=stack_index, num_cells=8))
+    x = torch.randn(len(stack_index), 5, 3)
+    for n, own in enumerate(stack_index):
         for grad in grads(net(x)[n].square().sum(), net.parameters()):
-            assert grad[n].any()
-            assert not grad[:n].any() and not grad[n + 1 :].any()
+            assert grad.shape[0] == len(set(stack_index))
+            assert grad[own].any()
+            assert not grad[:own].any() and not grad[own + 1 :].any()
+    same = net(x[:1].expand_as(x))
+    for (n, one), (m, other) in itertools.combinations(enumerate(stack_index), 2):
+        assert torch.allclose(same[n], same[m], atol=1e-6) is (one == other)

@@ -116,8 +116,43 @@ def test_reward_may_be_read_from_the_next_latent(float64: None) -> None:
         features = for_agent(model.encoder, n, batch[keys.NEXT_OBSERVATION][b, :, n])
         expected = for_agent(model.reward, n, model.latent.sample_posterior(features).value)
         torch.testing.assert_close(out[keys.REWARD_LOGITS][b, :, n], expected)
-    with pytest.raises(ValueError, match="reward_input"):
-        make_model(reward_input="latent")
+
+
+@torch.no_grad()
+def test_reward_may_be_read_from_the_next_observation(float64: None) -> None:
+    """In training from o_{t+1} itself, which at an episode's end is the true final observation."""
+    done = torch.zeros(2, 6, N, dtype=torch.bool)
+    done[:, 2] = True
+    options = {"latent": "fsq", "fourier_features": 2}
+    model, batch = make_model(reward_input="next_observation", **options), random_batch(2, 6, done=done)
+    out = run(model, batch)
+    for b, n in itertools.product(range(2), range(N)):
+        expected = for_agent(model.reward, n, batch[keys.NEXT_OBSERVATION][b, :, n])
+        torch.testing.assert_close(out[keys.REWARD_LOGITS][b, :, n], expected)
+    # What follows the reset is another observation; the step before it does not read that.
+    assert (batch[keys.OBSERVATION][:, 3] != batch[keys.NEXT_OBSERVATION][:, 2]).all()
+    changed = batch.clone()
+    changed[keys.OBSERVATION] += 1.0
+    changed[keys.ACTION] = (changed[keys.ACTION] + 1) % 3
+    assert torch.equal(run(model, changed)[keys.REWARD_LOGITS], out[keys.REWARD_LOGITS])
+    changed[keys.NEXT_OBSERVATION][:, 2] += 1.0
+    differs = (run(model, changed)[keys.REWARD_LOGITS] != out[keys.REWARD_LOGITS]).any(-1)
+    assert differs[:, 2].all() and not differs[:, [0, 1, 3, 4, 5]].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reencode", [False, True])
+def test_in_imagination_the_next_observation_is_the_decoded_latent(float64: None, reencode: bool) -> None:
+    model = make_model(latent="fsq", reward_input="next_observation", reencode=reencode)
+    reached = State(random_latent(model.latent, N, 50), torch.randn(N, 50, 16), torch.randn(N, 50, N - 1, 4))
+    reward, continuation = model.outcome(reached)
+    for n in range(N):
+        observation = for_agent(model.decoder, n, reached.latent.value[n])
+        logits = for_agent(model.reward, n, observation)
+        torch.testing.assert_close(reward[n], model.two_hot.decode(logits))
+    assert (reward.std(1) > 0).all()
+    again = model.outcome(State(reached.latent, torch.randn_like(reached.hidden), reached.teammate_logits))
+    assert torch.equal(again[0], reward) and not torch.equal(again[1], continuation)
 
 
 @torch.no_grad()
@@ -354,9 +389,9 @@ def test_step_decodes_reward_and_continuation_and_samples_the_prior(float64: Non
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"latent": "fsq", "reward_input": "next_latent"}], ids=str)
-def test_outcome_of_many_steps_at_once_is_that_of_each(float64: None, options: dict) -> None:
-    model = make_model(**options)
+@pytest.mark.parametrize("reward_input", ["hidden", "next_latent", "next_observation"])
+def test_outcome_of_many_steps_at_once_is_that_of_each(float64: None, reward_input: str) -> None:
+    model = make_model(latent="fsq", reward_input=reward_input)
     states = [
         State(random_latent(model.latent, N, 5), torch.randn(N, 5, 16), torch.randn(N, 5, N - 1, 4)) for _ in range(3)
     ]

@@ -192,6 +192,57 @@ def test_agents_are_trained_in_isolation(make: type) -> None:
             assert not torch.equal(g[n], h[n])
 
 
+GROUPS = (0, 1, 0)
+
+
+def make_pair(make: type) -> tuple[ActorLoss | CriticLoss, ActorLoss | CriticLoss]:
+    """The loss of networks shared by group, and of networks of the agents' own with the same weights."""
+    model = make_model(group_index=GROUPS)
+    shared, own = (make(model, num_cells=8, share_by_group=switch) for switch in (True, False))
+    losses = [ActorLoss(net, num_agents=N) if make is make_actor else CriticLoss(net) for net in (shared, own)]
+    if make is make_critic:
+        for loss in losses:
+            # As the learner does; from here on the EMA copies are those of untrained critics, whose values are zero.
+            SoftUpdate(loss, eps=0.98)
+    randomize(shared)
+    with torch.no_grad():
+        for p, q in zip(own.parameters(), shared.parameters(), strict=True):
+            p.copy_(q[list(GROUPS)])
+    return losses[0], losses[1]
+
+
+@pytest.mark.parametrize("make", [make_actor, make_critic])
+def test_a_shared_network_learns_from_all_of_its_agents(float64: None, make: type) -> None:
+    shared, own = make_pair(make)
+    td, name = imagined(), shared.out_keys[0]
+    params, own_params = ([p for p in loss.parameters() if p.requires_grad] for loss in (shared, own))
+    loss, expected = shared(td)[name], own(td)[name]
+    torch.testing.assert_close(loss, expected)
+    for grad, alone in zip(grads(loss, params), grads(expected, own_params), strict=True):
+        assert grad.shape[0] == 2 and alone.shape[0] == N
+        for group in range(2):
+            slow = sum(alone[n] for n in range(N) if GROUPS[n] == group)
+            torch.testing.assert_close(grad[group], slow)
+    # Where the dreams of one group are those of the dead, it learns nothing.
+    td[keys.ALIVE] = torch.tensor([True, False, True]).expand_as(td[keys.ALIVE])
+    for grad in grads(shared.eval()(td)[name], params):
+        assert grad[0].any() and not grad[1].any()
+
+
+def test_the_ema_of_a_shared_critic_follows_slowly() -> None:
+    loss = make_pair(make_critic)[0]
+    updater = SoftUpdate(loss, eps=0.9)
+    trained = {name: p for name, p in loss.critic_network.named_parameters()}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    target = dict(loss.target_critic_network_params.flatten_keys(".").items())
+    old = {name: target[name].detach().clone() for name in trained}
+    randomize(loss.critic_network)
+    updater.step()
+    for name, p in trained.items():
+        assert target[name].shape[0] == 2 and not torch.equal(p, before[name])
+        torch.testing.assert_close(target[name].data, 0.9 * old[name] + 0.1 * p.data)
+
+
 def test_losses_hold_and_train_their_own_parameters_alone() -> None:
     td = imagined(deaths=False)
     actor_loss, critic_loss = make_actor_loss(), make_critic_loss()

@@ -14,7 +14,7 @@ from torchrl.modules import SymExpTwoHot
 
 from matwm_rl import keys
 from matwm_rl.data import to_focal
-from matwm_rl.functional import balanced_kl
+from matwm_rl.functional import balanced_kl, categorical_kl
 from matwm_rl.modules import WorldModel
 from matwm_rl.objectives import WorldModelLoss, WorldModelLossWeights
 from tests.helpers import COUNTS, grad_norm, grads, make_model, mock_env, others, random_batch, total
@@ -213,6 +213,15 @@ def test_each_term_trains_its_parts(latent: str) -> None:
     assert set().union(*PARTS.values()) == names
 
 
+def test_the_reward_of_the_next_observation_trains_its_head_alone() -> None:
+    switches = {"latent": "fsq", "num_dims": 12, "linear_skips": True, "coordinate_code": True}
+    model = make_model(reward_input="next_observation", **switches)
+    loss = losses_of(model, random_batch())["loss_reward"]
+    trained = {name for name, child in model.named_children() if grad_norm(loss, child) > 0}
+    assert trained == {"reward"}
+    assert all(grad.any() for grad in grads(loss, model.reward.parameters()))
+
+
 def test_dynamics_term_moves_the_prior_and_representation_term_the_posterior() -> None:
     """One step per sequence: the present observation enters through the prior, the next through the posterior."""
     model, batch = make_model(), random_batch(4, 1)
@@ -228,7 +237,7 @@ def test_inside_a_slice_too_the_dynamics_term_leaves_the_posterior_alone() -> No
     model, batch = make_model(), random_batch(4, 3, done=torch.zeros(4, 3, N, dtype=torch.bool))
     observation = batch[keys.OBSERVATION].requires_grad_()
     out = model(batch)
-    dynamics, representation = balanced_kl(out[keys.POSTERIOR][:, 0], out[keys.PRIOR][:, 0], 0.0)
+    dynamics, representation = balanced_kl(out[keys.POSTERIOR][:, 0], out[keys.PRIOR][:, 0])
     (grad,) = grads(dynamics.sum(), [observation])
     assert grad[:, 0].any() and not grad[:, 1:].any()
     (grad,) = grads(representation.sum(), [observation])
@@ -240,6 +249,19 @@ def test_free_bits_stop_the_gradient() -> None:
     losses = losses_of(model, random_batch(), free_nats=1e6)
     for term in ("dynamics", "representation"):
         assert grad_norm(losses[f"loss_{term}"], model) == 0.0
+
+
+def test_free_bits_stop_the_gradient_of_each_element_apart(float64: None) -> None:
+    model, batch = make_model(), random_batch(deaths=False)
+    torch.manual_seed(3)
+    out = model(batch.copy())
+    kl = categorical_kl(out[keys.POSTERIOR].detach(), out[keys.PRIOR])
+    free_nats = kl.mean().item()
+    expected = 0.5 * kl[kl > free_nats].sum() / kl.numel()
+    parameters = list(model.parameters())
+    losses = losses_of(model, batch, free_nats=free_nats)
+    for grad, slow in zip(grads(losses["loss_dynamics"], parameters), grads(expected, parameters), strict=True):
+        torch.testing.assert_close(grad, slow)
 
 
 # -- any module with the right keys ----------------------------------------------------------------------------------

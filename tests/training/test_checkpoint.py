@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from matwm_rl.training.policy_file import load_policy, save_policy
 CONFIG = WorldModelConfig(hidden_size=16, num_heads=2, num_dims=4, num_classes=4, dropout=0.0)
 
 
-def make_learner(**overrides: Any) -> Learner:
+def make_learner(*, share_by_group: bool = False, **overrides: Any) -> Learner:
     model = WorldModel.from_env(make_env("mock", seed=0), **{**asdict(CONFIG), **overrides})
-    return Learner(model, make_actor(model, num_cells=8), make_critic(model, num_cells=8), LearnerConfig(horizon=2))
+    sizes = {"num_cells": 8, "share_by_group": share_by_group}
+    return Learner(model, make_actor(model, **sizes), make_critic(model, **sizes), LearnerConfig(horizon=2))
 
 
 def make_filled_replay(capacity: int = 60, steps: int = 40) -> Replay:
@@ -47,8 +48,11 @@ def assert_same(first: Any, second: Any) -> None:
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=name)
 
 
-def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tmp_path: Path) -> None:
-    learner, replay = make_learner(), make_filled_replay()
+@pytest.mark.parametrize(
+    "switches", [{}, {"share_by_group": True, "latent": "fsq", "reward_input": "next_observation"}], ids=str
+)
+def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tmp_path: Path, switches: dict[str, Any]) -> None:
+    learner, replay = make_learner(**switches), make_filled_replay()
     for _ in range(3):
         learner.update(replay)
     # What loading does to the newest step; without it the two runs would sample different starts.
@@ -58,7 +62,7 @@ def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tmp_path: Path) 
         learner.update(replay)
 
     torch.manual_seed(1)
-    resumed, resumed_replay = make_learner(), make_filled_replay(steps=0)
+    resumed, resumed_replay = make_learner(**switches), make_filled_replay(steps=0)
     info = load_checkpoint(tmp_path, learner=resumed, replay=resumed_replay)
     assert info == {"env_steps": 40, "extra": {"due": 0.25, "best": [1, None, "a"]}}
     assert resumed.updates == 3
@@ -165,6 +169,7 @@ def test_loading_without_a_checkpoint(tmp_path: Path) -> None:
         ({"hidden_size": 32}, r"world_model\.[\w.]+ has shape \(.*16.*\), expected \(.*32"),
         ({"num_layers": 1}, r"world_model\.\w+\.blocks\.1\.[\w.]+ is unknown here"),
         ({"num_layers": 3}, r"world_model\.\w+\.blocks\.2\.[\w.]+ is missing"),
+        ({"share_by_group": True}, r"actor\.[\w.]+ has shape \(3, .*\), expected \(2, "),
     ],
 )
 def test_a_checkpoint_of_other_sizes_names_the_weights_and_changes_nothing(
@@ -205,16 +210,30 @@ def test_extra_that_could_not_be_loaded_again_is_refused_at_once(tmp_path: Path)
     assert not has_checkpoint(tmp_path)
 
 
-def test_a_saved_policy_acts_as_the_original(tmp_path: Path) -> None:
-    learner = make_learner()
+SWITCHES = {
+    "latent": "fsq",
+    "num_dims": 12,
+    "linear_skips": True,
+    "coordinate_code": True,
+    "reward_input": "next_observation",
+}
+
+
+@pytest.mark.parametrize(
+    ("share_by_group", "switches"), [(False, {}), (True, {}), (True, SWITCHES)], ids=["own", "shared", "switches"]
+)
+def test_a_saved_policy_acts_as_the_original(tmp_path: Path, share_by_group: bool, switches: dict[str, Any]) -> None:
+    learner = make_learner(share_by_group=share_by_group, **switches)
     learner.update(make_filled_replay())
     policy = WorldModelPolicy(learner.world_model, learner.actor, context_length=3).eval()
     env = make_env("mock", seed=0)
     path = tmp_path / "policy.pt"
     before = torch.get_rng_state()
-    save_policy(path, policy, layout=env.layout, world_model=CONFIG, actor={"num_cells": 8})
+    actor = {"num_cells": 8, "share_by_group": share_by_group}
+    save_policy(path, policy, layout=env.layout, world_model=replace(CONFIG, **switches), actor=actor)
     assert torch.equal(before, torch.get_rng_state()), "saving must not change the run"
     loaded = load_policy(path, layout=env.layout)
+    assert len(next(loaded.actor.parameters())) == (2 if share_by_group else 3)
 
     rollouts = []
     for acting in (policy, loaded):

@@ -112,14 +112,32 @@ def test_world_model_gradient_is_clipped() -> None:
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_each_agents_gradient_is_clipped_on_its_own() -> None:
-    learner, replay = make_learner(actor_critic_clip=1e-3), mock_replay()
+@pytest.mark.parametrize("share_by_group", [False, True])
+def test_each_networks_gradient_is_clipped_on_its_own(share_by_group: bool) -> None:
+    learner, replay = make_learner(actor_critic_clip=1e-3, share_by_group=share_by_group), mock_replay()
     learner.update_agents(replay.starts.sample())
     for optimizer in (learner.actor_optimizer, learner.critic_optimizer):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for n in range(3):
+        assert {len(p) for p in parameters} == {2 if share_by_group else 3}
+        for n in range(len(parameters[0])):
             norm = sum(float(p.grad[n].square().sum()) for p in parameters) ** 0.5
             assert norm == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_group_with_huge_rewards_leaves_the_update_of_the_other_alone() -> None:
+    learner, twin = (make_learner(actor_critic_clip=0.1, share_by_group=True) for _ in range(2))
+    twin.load_state_dict(copy.deepcopy(learner.state_dict()))
+    torch.manual_seed(2)
+    imagined = learner.imagination(mock_replay().starts.sample())
+    spoilt = imagined.clone()
+    spoilt[keys.REWARD][:, :, 0] += 1e4 * torch.randn_like(spoilt[keys.REWARD][:, :, 0])
+    learner.update_actor_critic(imagined)
+    twin.update_actor_critic(spoilt)
+    for one, other in ((learner.actor, twin.actor), (learner.critic, twin.critic)):
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            # The prey is a group of its own, the first hunter's group has another gradient.
+            torch.testing.assert_close(p[1], q[1], rtol=1e-5, atol=1e-7)
+            assert not torch.equal(p.grad[0], q.grad[0])
 
 
 def test_an_agent_with_huge_rewards_leaves_the_others_update_alone() -> None:
@@ -270,13 +288,14 @@ def update_from(learner: Learner, sequences: TensorDict, starts: TensorDict, see
     learner.updates += 1
 
 
-def test_resumed_learner_goes_on_exactly() -> None:
-    learner, replay = make_learner(**OPTIONS), mock_replay()
+@pytest.mark.parametrize("share_by_group", [False, True])
+def test_resumed_learner_goes_on_exactly(share_by_group: bool) -> None:
+    learner, replay = make_learner(share_by_group=share_by_group, **OPTIONS), mock_replay()
     data = [(replay.sequences.sample(), replay.starts.sample()) for _ in range(5)]
     for seed, (sequences, starts) in enumerate(data[:3]):
         update_from(learner, sequences, starts, seed)
     state = saved(learner.state_dict())
-    resumed = make_learner(**OPTIONS)
+    resumed = make_learner(share_by_group=share_by_group, **OPTIONS)
     resumed.load_state_dict(state)
     assert_same(resumed.state_dict(), learner.state_dict())
     for seed, (sequences, starts) in enumerate(data[3:]):
@@ -317,6 +336,15 @@ def test_state_of_another_size_is_refused() -> None:
         {"teammate_predictor": False},
         {"action_scaling": False, "group_layers": False, "predict_mask": False},
         {"latent": "fsq", "reward_input": "next_latent", "reward_interpolation": "symlog"},
+        {
+            "latent": "fsq",
+            "num_dims": 12,
+            "linear_skips": True,
+            "coordinate_code": True,
+            "reward_input": "next_observation",
+            "fourier_features": 2,
+            "reencode": True,
+        },
         {"observation_shape": (3, 32, 32), "channels": 4},
     ],
     ids=str,
