@@ -19,9 +19,6 @@ from matwm_rl.envs import AgentLayout, make_env
 from matwm_rl.modules import WorldModelPolicy
 from matwm_rl.training import Returns, TagScript, evaluate_matches
 
-EPISODES = 50
-"""Of every match, and of each of the two ways to choose actions."""
-NUM_ENVS = 10
 EVALUATION_SEED = 1_000_003
 """Of the evaluation's environments and of its sampling: every policy meets the same episodes."""
 EXPLORATION = {"sampled": ExplorationType.RANDOM, "greedy": ExplorationType.DETERMINISTIC}
@@ -36,13 +33,16 @@ class Environment:
         script: what plays it by simple rules, for the reference line; ``None`` where there is none.
         total_steps: of a run.
         every: env steps between evaluations.
-        entropy_coeff: of the PPO baselines, which were tuned per environment.
+        episodes: of every match of an evaluation, and of each of the two ways to choose actions.
+        num_envs: in which they are played side by side.
     """
 
     env: str
     script: Callable[[AgentLayout], TensorDictModuleBase] | None = None
     total_steps: int = 25_000
     every: int = 5_000
+    episodes: int = 100
+    num_envs: int = 10
 
     @property
     def checkpoints(self) -> list[int]:
@@ -52,14 +52,14 @@ class Environment:
 
 ENVIRONMENTS = {
     "simple_tag": Environment("mpe2/simple_tag_v3", TagScript),
-    "simple_spread": Environment("mpe2/simple_spread_v3", SpreadScript),
-    "simple_speaker_listener": Environment("mpe2/simple_speaker_listener_v4", ListenerScript),
-    "vmas_simple_tag": Environment("vmas/simple_tag", TagScript),
+    "simple_spread": Environment("mpe2/simple_spread_v3", SpreadScript, episodes=200),
+    "simple_speaker_listener": Environment("mpe2/simple_speaker_listener_v4", ListenerScript, episodes=200),
+    "vmas_simple_tag": Environment("vmas/simple_tag", TagScript, num_envs=100),
 }
 
 
 def evaluate_policy(environment: Environment, policy: TensorDictModuleBase) -> dict[str, float]:
-    """Mean returns over :data:`EPISODES` fixed episodes, with sampled and with greedy actions.
+    """Mean returns over the environment's fixed episodes, with sampled and with greedy actions.
 
     On simple_tag the pursuers' mean return in every match of the cross-play, else the mean return of an agent.
 
@@ -71,10 +71,12 @@ def evaluate_policy(environment: Environment, policy: TensorDictModuleBase) -> d
     for name, exploration in EXPLORATION.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(EVALUATION_SEED)
-            env = make_env(environment.env, num_envs=NUM_ENVS, seed=EVALUATION_SEED)
+            env = make_env(environment.env, num_envs=environment.num_envs, seed=EVALUATION_SEED)
             if isinstance(policy, WorldModelPolicy):
                 env = TransformedEnv(env, policy.make_tensordict_primer())
-            matches = evaluate_matches(environment.env, env, policy, episodes=EPISODES, exploration=exploration)
+            matches = evaluate_matches(
+                environment.env, env, policy, episodes=environment.episodes, exploration=exploration
+            )
         for match, returns in matches.returns.items():
             key = f"{match if match in matches.judged else 'return'}/{name}"
             values = _episode_values(returns, matches.judged.get(match))
@@ -86,7 +88,5 @@ def evaluate_policy(environment: Environment, policy: TensorDictModuleBase) -> d
 def _episode_values(returns: Returns, group: str | None) -> torch.Tensor:
     """Each episode's mean return over the agents of a group, or over all."""
     layout = returns.layout
-    members = [
-        group is None or name in layout.group_map[group] for name in layout.agent_names
-    ]
+    members = [group is None or name in layout.group_map[group] for name in layout.agent_names]
     return returns.values[:, torch.tensor(members)].mean(-1)

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -42,6 +42,7 @@ from tqdm import tqdm
 from world_model_quality import world_model_quality
 
 from matwm_rl.envs import make_env
+from matwm_rl.modules import WorldModelPolicy
 from matwm_rl.training import RandomActions, load_policy, prepare_process
 from matwm_rl.training.files import write_text
 
@@ -50,8 +51,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "sample_efficiency"
 COLUMNS = ("environment", "method", "seed", "env_steps", "metric", "value")
 QUALITY_EPISODES = 100
 
-Checkpoints = Iterator[tuple[int, TensorDictModuleBase]]
-"""Env steps and the policy that a method has after them."""
+OnCheckpoint = Callable[[int, TensorDictModuleBase], None]
+"""Called with env steps and the policy that a method has after them."""
 
 
 # -- methods ---------------------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ class Matwm:
         assert isinstance(settings, dict)
         return {name: value for name, value in settings.items() if name not in ("run_dir", "seed", "resume")}
 
-    def train(self, environment: Environment, seed: int, folder: Path) -> Checkpoints:
+    def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
         command = [sys.executable, str(ROOT / "examples" / "simple_tag.py"), *self.arguments(environment)]
         command += [f"seed={seed}", f"run_dir={folder}"]
         if (folder / "checkpoints").exists():
@@ -108,7 +109,7 @@ class Matwm:
             if done.returncode:
                 raise RuntimeError(f"training failed, see {folder / 'output.txt'}")
         for path in sorted((folder / "policies").glob("*.pt")):
-            yield int(path.stem), load_policy(path)
+            on_checkpoint(int(path.stem), load_policy(path))
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,16 @@ class ModelFree:
         return environment.total_steps
 
     def settings(self, environment: Environment) -> dict[str, Any]:
-        return asdict(model_free.settings(self.name, environment.env))
+        return asdict(model_free.METHODS[self.name])
 
-    def train(self, environment: Environment, seed: int, folder: Path) -> Checkpoints:
-        return model_free.train(
-            self.name, environment.env, seed=seed, total_steps=environment.total_steps, every=environment.every
+    def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
+        model_free.train(
+            self.name,
+            environment.env,
+            seed=seed,
+            total_steps=environment.total_steps,
+            checkpoints=environment.checkpoints,
+            on_checkpoint=on_checkpoint,
         )
 
 
@@ -143,11 +149,11 @@ class Reference:
     def settings(self, environment: Environment) -> dict[str, Any]:
         return {"scripted": self.scripted}
 
-    def train(self, environment: Environment, seed: int, folder: Path) -> Checkpoints:
+    def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
         if not self.scripted:
-            yield 0, RandomActions()
+            on_checkpoint(0, RandomActions())
         elif environment.script is not None:
-            yield 0, environment.script(make_env(environment.env).layout)
+            on_checkpoint(0, environment.script(make_env(environment.env).layout))
 
 
 ABLATED = partial(Matwm, total_steps=10_000, only=("simple_tag", "simple_spread"))
@@ -194,11 +200,14 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
     settings = run.settings()
     # Named by its settings too, so that no other setting's training is gone on with.
     folder = scratch / f"{run}-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
-    for env_steps, policy in method.train(environment, run.seed, folder):
+
+    def on_checkpoint(env_steps: int, policy: TensorDictModuleBase) -> None:
         metrics = evaluate_policy(environment, policy)
-        if isinstance(method, Matwm):
+        if isinstance(policy, WorldModelPolicy):
             metrics |= world_model_quality(policy, environment.env, episodes=QUALITY_EPISODES, seed=run.seed + 1_000)
         figures[str(env_steps)] = {name: float(f"{value:.5g}") for name, value in metrics.items()}
+
+    method.train(environment, run.seed, folder, on_checkpoint)
     seconds = time.monotonic() - began
     stored = {**asdict(run), "seconds": round(seconds), "settings": settings, "figures": figures}
     path = run.path(results)
@@ -229,7 +238,7 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, int, int
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """``{environment: {method: {seeds, seconds, settings, figures}}}``; figures are ``[median, min, max]`` over seeds."""
+    """``{environment: {method: {seeds, seconds, settings, figures}}}``, figures ``[median, min, max]`` over seeds."""
     values: dict[tuple[str, str], dict[int, dict[str, list[float]]]] = {}
     for environment, method, _, env_steps, metric, value in rows(runs):
         if not metric.endswith("/se"):

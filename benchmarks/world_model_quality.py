@@ -21,7 +21,7 @@ from torchrl.envs import TransformedEnv
 
 from matwm_rl.data import to_focal
 from matwm_rl.envs import AgentLayout, make_env
-from matwm_rl.functional import agents_first, agents_last, sample_index
+from matwm_rl.functional import agents_first, agents_last
 from matwm_rl.modules import WorldModel, WorldModelPolicy
 from matwm_rl.training import CrossPlay, RandomActions, TagScript, episode_windows, load_policy, open_loop_errors
 
@@ -90,16 +90,16 @@ def open_loop_table(world_model: WorldModel, rollout: TensorDictBase) -> dict[st
 def contact_precision(world_model: WorldModel, rollout: TensorDictBase, pursuers: int) -> dict[str, float]:
     """Average precision of the predicted rewards of the first ``pursuers`` agents, and the share of steps with contact.
 
-    From the true next latent (``true``) and from one drawn from the dynamics predictor (``sampled``); a model whose
-    reward predictor reads h_t has only the former.
+    From what really followed (``true``) and from a next latent drawn from the dynamics predictor (``sampled``); a model
+    whose reward predictor reads h_t has only the former.
     """
     outputs = world_model(to_focal(rollout.copy()))
     contact = (rollout["next", "agents", "reward"][..., :pursuers, 0] > 0).flatten()
     rewards = {"true": world_model.two_hot.decode(outputs["next", "agents", "reward_logits"])}
-    if world_model.reward_input == "next_latent":
-        index = sample_index(outputs["next", "agents", "prior_log_probs"].exp())
-        latent = agents_first(world_model.latent.from_index(index).value)
-        rewards["sampled"] = agents_last(world_model.two_hot.decode(world_model.reward(latent)), 0)
+    if world_model.reward_input != "hidden":
+        latent = world_model.latent.draw(agents_first(outputs["next", "agents", "prior_log_probs"], 2))
+        reads = world_model.decode(latent) if world_model.reward_input == "next_observation" else latent.value
+        rewards["sampled"] = agents_last(world_model.two_hot.decode(world_model.reward(reads)), 0)
     precision = {name: average_precision(value[..., :pursuers].flatten(), contact) for name, value in rewards.items()}
     return {**precision, "base_rate": float(contact.float().mean())}
 

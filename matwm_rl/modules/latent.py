@@ -115,6 +115,10 @@ class LatentCode(nn.Module):
         """Draw z_{t+1} ``[..., Z]`` from what :meth:`prior` describes."""
         raise NotImplementedError
 
+    def draw(self, log_probs: Tensor) -> Latent:
+        """Draw z ``[..., Z]`` from log-probabilities ``[..., K, C]``, as the world model's forward pass writes them."""
+        return self.from_index(sample_index(log_probs.exp()))
+
 
 class CategoricalLatent(LatentCode):
     """The paper's code: K categoricals of C classes, one-hot, straight-through, with unimix (section 2).
