@@ -40,6 +40,7 @@ AGENTS = "agents"
 
 OBSERVATION: NestedKey = (AGENTS, "observation")
 ACTION: NestedKey = (AGENTS, "action")
+ACTION_LOG_PROB: NestedKey = (AGENTS, "action_log_prob")
 ACTION_MASK: NestedKey = (AGENTS, "action_mask")
 ALIVE: NestedKey = (AGENTS, "alive")
 TEAMMATE_ACTION: NestedKey = (AGENTS, "teammate_action")

@@ -34,7 +34,9 @@ class ActorLoss(KeyedLoss):
     .. math::
         -\mathrm{sg}\left(\frac{G_t - V(s_t)}{\max(1, S)}\right) \ln \pi(a_t | s_t) - \eta H(\pi)
 
-    weighted by the probability that the rollout reached t; mean over starts and steps, sum over agents. So an actor's
+    weighted by the probability that the rollout reached t; mean over starts and steps, sum over agents. Where the batch
+    tells with what log-probability its actions were chosen, the loss is PPO's (arXiv:1707.06347): the first term is
+    clipped in the ratio of new to old probability, so that several steps can be taken on one rollout. So an actor's
     gradient is that of its own agent's loss alone, and that of an actor which several agents share the sum of theirs.
 
     Args:
@@ -44,9 +46,14 @@ class ActorLoss(KeyedLoss):
         scale_decay: decay of the moving average of the return scale S.
         center_advantage: subtract each agent's mean advantage over the batch (ours). While a young critic lags behind
             the returns, all advantages have one sign, and every sampled action would be reinforced alike.
+        standardize_advantage: centre advantages, and divide them by max(1, their standard deviation over the batch) in
+            place of max(1, S) (ours). S is the range of returns over all states; where states differ far more than
+            actions do, what actions change becomes too small to outweigh the entropy bonus.
+        clip_epsilon: how far the ratio of probabilities counts, where the batch has log-probabilities.
 
     Keys read (batch ``[S, H]``): the actor's, ``("agents", "action" | "lambda_return" | "state_value" | "weight")``,
-    optionally ``("agents", "alive")``. Keys written: ``loss_actor``, ``entropy`` in nats, ``return_scale`` ``[N]``.
+    optionally ``("agents", "alive" | "action_log_prob")``. Keys written: ``loss_actor``, ``entropy`` in nats,
+    ``return_scale`` ``[N]``.
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -60,6 +67,7 @@ class ActorLoss(KeyedLoss):
     @dataclass
     class _AcceptedKeys:
         action: NestedKey = keys.ACTION
+        action_log_prob: NestedKey = keys.ACTION_LOG_PROB
         alive: NestedKey = keys.ALIVE
         lambda_return: NestedKey = keys.LAMBDA_RETURN
         state_value: NestedKey = keys.STATE_VALUE
@@ -81,17 +89,22 @@ class ActorLoss(KeyedLoss):
         entropy_coeff: float = 3e-4,
         scale_decay: float = 0.99,
         center_advantage: bool = False,
+        standardize_advantage: bool = False,
+        clip_epsilon: float = 0.2,
     ) -> None:
         super().__init__()
         self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
         self.entropy_coeff = entropy_coeff
         self.center_advantage = center_advantage
+        self.standardize_advantage = standardize_advantage
+        self.clip_epsilon = clip_epsilon
         self.return_scale = ReturnScale(num_agents, decay=scale_decay)
         self._set_in_keys()
 
     def _read_keys(self) -> list[NestedKey]:
         k = self.tensor_keys
-        return [*self.actor_network.in_keys, k.action, k.alive, k.lambda_return, k.state_value, k.weight]
+        read = [k.action, k.action_log_prob, k.alive, k.lambda_return, k.state_value, k.weight]
+        return [*self.actor_network.in_keys, *read]
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -103,14 +116,16 @@ class ActorLoss(KeyedLoss):
         if self.training:
             self.return_scale.update(returns, alive)
         weight = tensordict.get(k.weight).squeeze(-1)
-        advantage = ((returns - value) / self.return_scale.scale()).detach()
-        if self.center_advantage:
-            counted = torch.where(alive, weight, 0.0)
-            advantage = advantage - (advantage * counted).sum((0, 1)) / counted.sum((0, 1)).clamp(min=1e-6)
+        advantage = self._advantage((returns - value).detach(), torch.where(alive, weight, 0.0))
         with self.actor_network_params.to_module(self.actor_network):
             dist = self.actor_network.get_dist(tensordict)
         log_prob, entropy = dist.log_prob(tensordict.get(k.action)), dist.entropy()
-        loss = _per_agent_mean(-advantage * log_prob - self.entropy_coeff * entropy, weight, alive).sum()
+        gain = advantage * log_prob
+        if (old_log_prob := tensordict.get(k.action_log_prob, None)) is not None:
+            ratio = (log_prob - old_log_prob).exp()
+            clipped = ratio.clamp(1 - self.clip_epsilon, 1 + self.clip_epsilon)
+            gain = torch.minimum(ratio * advantage, clipped * advantage)
+        loss = _per_agent_mean(-gain - self.entropy_coeff * entropy, weight, alive).sum()
         return TensorDict(
             {
                 "loss_actor": loss,
@@ -118,6 +133,18 @@ class ActorLoss(KeyedLoss):
                 "return_scale": self.return_scale.scale(),
             }
         )
+
+    def _advantage(self, advantage: Tensor, counted: Tensor) -> Tensor:
+        """``[S, H, N]``, each agent's on its own; ``counted`` is the weight of every step."""
+
+        def mean(value: Tensor) -> Tensor:
+            return (value * counted).sum((0, 1)) / counted.sum((0, 1)).clamp(min=1e-6)
+
+        if self.center_advantage or self.standardize_advantage:
+            advantage = advantage - mean(advantage)
+        if self.standardize_advantage:
+            return advantage / mean(advantage.square()).sqrt().clamp(min=1.0)
+        return advantage / self.return_scale.scale()
 
 
 class CriticLoss(KeyedLoss):

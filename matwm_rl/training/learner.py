@@ -12,6 +12,7 @@ from tensordict.nn import CudaGraphModule, ProbabilisticTensorDictSequential, Te
 from torch import Tensor
 from torchrl.objectives import LossModule, SoftUpdate
 
+from matwm_rl import keys
 from matwm_rl.data import Replay
 from matwm_rl.functional import autocast, clip_grad_norm_per_agent_
 from matwm_rl.modules import Imagination, WorldModel
@@ -26,12 +27,19 @@ class LearnerConfig:
         world_model_lr: learning rate of the world model.
         world_model_clip: largest gradient norm of the world model.
         actor_critic_lr: learning rate of actors and critics.
+        critic_lr: learning rate of critics (ours); ``None``: that of the actors.
         actor_critic_clip: largest gradient norm of each actor, and of each critic, in the stack.
         horizon: imagined steps H.
         gamma: discount factor.
         lmbda: lambda of the return.
         entropy_coeff: weight eta of the entropy bonus.
         center_advantage: see :class:`~matwm_rl.objectives.ActorLoss`.
+        standardize_advantage: see :class:`~matwm_rl.objectives.ActorLoss`.
+        agent_epochs: steps of every actor and critic on one imagined rollout; beyond one, the actors' are PPO's (ours).
+        clip_epsilon: see :class:`~matwm_rl.objectives.ActorLoss`.
+        world_model_warmup: updates of the world model alone before the first :meth:`Learner.update` (ours), so that
+            agents do not begin by learning in a model that knows nothing.
+        critic_warmup: updates in which the critics learn and the actors do not yet (ours).
         critic_decay: decay of the EMA critic.
         free_nats: clamp of the KL terms.
         cuda_graphs: capture the update of the world model, and that of the agents with their imagination, each as one
@@ -44,12 +52,18 @@ class LearnerConfig:
     world_model_lr: float = 3e-5
     world_model_clip: float = 1000.0
     actor_critic_lr: float = 3e-4
+    critic_lr: float | None = None
     actor_critic_clip: float = 100.0
     horizon: int = 16
     gamma: float = 0.985
     lmbda: float = 0.95
     entropy_coeff: float = 3e-4
     center_advantage: bool = False
+    standardize_advantage: bool = False
+    agent_epochs: int = 1
+    clip_epsilon: float = 0.2
+    world_model_warmup: int = 0
+    critic_warmup: int = 0
     critic_decay: float = 0.98
     free_nats: float = 1.0
     precision: str = "float32"
@@ -121,17 +135,23 @@ class Learner:
             num_agents=world_model.num_agents,
             entropy_coeff=cfg.entropy_coeff,
             center_advantage=cfg.center_advantage,
+            standardize_advantage=cfg.standardize_advantage,
+            clip_epsilon=cfg.clip_epsilon,
         )
         self.critic_loss = CriticLoss(critic)
         device = next(world_model.parameters()).device
+        if cfg.agent_epochs < 1:
+            raise ValueError(f"agent_epochs must be at least 1, got {cfg.agent_epochs}")
         if cfg.cuda_graphs and device.type != "cuda":
             raise ValueError(f"cuda_graphs needs the world model on a CUDA device, it is on {device}")
+        if cfg.cuda_graphs and cfg.critic_warmup:
+            raise ValueError("a CUDA graph repeats one update: with cuda_graphs, critic_warmup must be 0")
         for loss in (self.actor_loss, self.critic_loss):
             loss.to(device)
         self.target_updater = SoftUpdate(self.critic_loss, eps=cfg.critic_decay)
         self.world_model_optimizer = self._optimizer(self.world_model_loss, cfg.world_model_lr)
         self.actor_optimizer = self._optimizer(self.actor_loss, cfg.actor_critic_lr)
-        self.critic_optimizer = self._optimizer(self.critic_loss, cfg.actor_critic_lr)
+        self.critic_optimizer = self._optimizer(self.critic_loss, cfg.critic_lr or cfg.actor_critic_lr)
         self._run_world_model = self._graphed(self._step_world_model)
         self._run_agents = self._graphed(lambda starts: self.update_actor_critic(self.imagination(starts)))
         self.updates = 0
@@ -152,6 +172,8 @@ class Learner:
         Returns:
             detached scalars for the log: all losses, ``kl``, ``entropy``, ``value``, gradient norms.
         """
+        for _ in range(0 if self.updates else self.config.world_model_warmup):
+            self.update_world_model(replay.sequences.sample())
         metrics = self.update_world_model(replay.sequences.sample())
         metrics.update(self.update_agents(replay.starts.sample()))
         self.updates += 1
@@ -176,20 +198,32 @@ class Learner:
         return self._run_agents(starts)
 
     def update_actor_critic(self, imagined: TensorDictBase) -> TensorDict:
-        """One optimizer step of every actor and critic on an imagined rollout ``[S, H]``."""
+        """Steps of every actor and critic on an imagined rollout ``[S, H]``: ``agent_epochs`` of each."""
+        cfg = self.config
         with self._autocast():
             imagined = self.returns(imagined)
+            if cfg.agent_epochs > 1:
+                imagined.set(keys.ACTION_LOG_PROB, self._log_prob(imagined))
         metrics = TensorDict({"imagined_reward": imagined["next", "agents", "reward"].mean()})
-        for loss, optimizer in (
-            (self.actor_loss, self.actor_optimizer),
-            (self.critic_loss, self.critic_optimizer),
-        ):
-            with self._autocast():
-                losses = loss(imagined)
-            self._step(losses, optimizer, self.config.actor_critic_clip, per_agent=True)
-            metrics.update(losses.detach())
+        learning = [(self.critic_loss, self.critic_optimizer)]
+        if self.updates >= cfg.critic_warmup:
+            learning.insert(0, (self.actor_loss, self.actor_optimizer))
+        for epoch in range(cfg.agent_epochs):
+            # The return scale follows every rollout once.
+            self.actor_loss.train(epoch == 0)
+            for loss, optimizer in learning:
+                with self._autocast():
+                    losses = loss(imagined)
+                self._step(losses, optimizer, cfg.actor_critic_clip, per_agent=True)
+                metrics.update(losses.detach())
+        self.actor_loss.train()
         self.target_updater.step()
         return metrics
+
+    @torch.no_grad()
+    def _log_prob(self, imagined: TensorDictBase) -> Tensor:
+        """Of the imagined actions under the actors that chose them, ``[S, H, N]``."""
+        return self.actor.get_dist(imagined).log_prob(imagined.get(keys.ACTION))
 
     def _autocast(self) -> torch.autocast:
         return autocast(next(self.world_model.parameters()).device, self.config.precision)

@@ -87,6 +87,52 @@ def test_centred_advantages_have_mean_zero_for_every_agent(float64: None) -> Non
     assert loss.eval()(td)["loss_actor"].item() == pytest.approx(expected, rel=1e-9)
 
 
+def slow_standardized(td: TensorDict, n: int) -> dict[tuple[int, int], float]:
+    """Advantages of one agent by start and step: weighted mean 0, standard deviation 1 unless it was below."""
+    alive = [s for s in range(S) if td[keys.ALIVE][s, 0, n]]
+    pairs = [(s, t) for s in alive for t in range(H)]
+    raw = {(s, t): float(td[keys.LAMBDA_RETURN][s, t, n] - td[keys.STATE_VALUE][s, t, n]) for s, t in pairs}
+    weight = {(s, t): float(td[keys.WEIGHT][s, t, n]) for s, t in pairs}
+    mean = sum(weight[pair] * raw[pair] for pair in pairs) / sum(weight.values())
+    variance = sum(weight[pair] * (raw[pair] - mean) ** 2 for pair in pairs) / sum(weight.values())
+    return {pair: (raw[pair] - mean) / max(1.0, math.sqrt(variance)) for pair in pairs}
+
+
+@pytest.mark.parametrize("size", [0.1, 10.0])
+@pytest.mark.parametrize("old", [None, 0.0, 1.5, -1.5])
+def test_standardized_and_clipped_loss(float64: None, size: float, old: float | None) -> None:
+    """PPO's clipped surrogate where log-probabilities are given: at the old policy, and at 4.5 times more or less."""
+    loss, td = make_actor_loss(entropy_coeff=0.01, standardize_advantage=True, clip_epsilon=0.2), imagined()
+    td[keys.LAMBDA_RETURN] = size * td[keys.LAMBDA_RETURN]
+    td[keys.STATE_VALUE] = size * td[keys.STATE_VALUE]
+    with torch.no_grad():
+        dist = loss.actor_network.get_dist(td.clone())
+        log_prob, entropy = dist.log_prob(td[keys.ACTION]), dist.entropy()
+    if old is not None:
+        td[keys.ACTION_LOG_PROB] = log_prob + old
+    expected = 0.0
+    for n in range(N):
+        advantages = slow_standardized(td, n)
+        for (s, t), advantage in advantages.items():
+            gain = advantage * float(log_prob[s, t, n])
+            if old is not None:
+                ratio = math.exp(-old)
+                gain = min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+            weight = float(td[keys.WEIGHT][s, t, n])
+            expected -= weight * (gain + 0.01 * float(entropy[s, t, n])) / len(advantages)
+    assert loss(td)["loss_actor"].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_clipped_gradient_starts_as_the_policy_gradient(float64: None) -> None:
+    loss, td = make_actor_loss(standardize_advantage=True), imagined()
+    parameters = list(loss.actor_network_params.parameters())
+    plain = grads(loss(td)["loss_actor"], parameters)
+    with torch.no_grad():
+        td[keys.ACTION_LOG_PROB] = loss.actor_network.get_dist(td.clone()).log_prob(td[keys.ACTION])
+    for clipped, gradient in zip(grads(loss(td)["loss_actor"], parameters), plain, strict=True):
+        torch.testing.assert_close(clipped, gradient)
+
+
 def test_actor_gradient_is_the_policy_gradient(float64: None) -> None:
     """More of the action whose return beat the value, whatever the sign conventions along the way."""
     loss, td = make_actor_loss(entropy_coeff=0.0), imagined(1, 1, deaths=False)

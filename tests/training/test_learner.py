@@ -200,6 +200,52 @@ def test_updating_the_agents_is_imagining_and_one_step_of_actors_and_critics() -
 # -- bfloat16 --------------------------------------------------------------------------------------------------------
 
 
+def test_several_steps_on_one_rollout_keep_to_the_actors_that_dreamt_it() -> None:
+    """One dream, one change of return scale and EMA critic; actors and critics step as often as asked."""
+    learner = make_learner(**OPTIONS, agent_epochs=3, standardize_advantage=True)
+    imagined = learner.imagination(mock_replay().starts.sample())
+    with torch.no_grad():
+        chosen = learner.actor.get_dist(imagined.clone()).log_prob(imagined[keys.ACTION])
+    seen = []
+    forward = learner.actor_loss.forward
+    learner.actor_loss.forward = lambda td: (seen.append(td[keys.ACTION_LOG_PROB].clone()), forward(td))[1]
+    measured = []
+    update = learner.actor_loss.return_scale.update
+    learner.actor_loss.return_scale.update = lambda *args: (measured.append(args), update(*args))
+    target = learner.critic_loss.target_critic_network_params
+    before = target.clone().flatten_keys(".")
+    learner.update_actor_critic(imagined)
+    assert len(seen) == 3 and len(measured) == 1
+    for log_prob in seen:
+        torch.testing.assert_close(log_prob, chosen)
+    for optimizer in (learner.actor_optimizer, learner.critic_optimizer):
+        assert {int(state["step"]) for state in optimizer.state.values()} == {3}
+    after, now = target.flatten_keys("."), learner.critic_loss.critic_network_params.flatten_keys(".")
+    for name in (name for name, value in before.items() if value.is_floating_point()):
+        torch.testing.assert_close(after[name], 0.98 * before[name] + 0.02 * now[name])
+    assert learner.actor_loss.training
+
+
+def test_warm_ups_come_first_and_once() -> None:
+    learner = make_learner(**OPTIONS, world_model_warmup=4, critic_warmup=2)
+    replay = mock_replay()
+
+    def world_model_steps() -> int:
+        return max(int(state["step"]) for state in learner.world_model_optimizer.state.values())
+
+    for update in range(3):
+        before = snapshot(learner)
+        learner.update(replay)
+        assert world_model_steps() == 4 + update + 1
+        assert ("actor" in changed_parts(learner, before)) == (update >= 2)
+        assert "critic" in changed_parts(learner, before)
+
+
+def test_refused_settings_of_the_agents_updates() -> None:
+    with pytest.raises(ValueError, match="agent_epochs must be at least 1, got 0"):
+        make_learner(agent_epochs=0)
+
+
 def make_pair(latent: str) -> tuple[Learner, Learner]:
     """The same networks, updated in float32 and in bfloat16."""
     torch.manual_seed(1)
