@@ -298,7 +298,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run what is asked for and not finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all")
@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "sample_efficiency", help="folder of trainings")
     parser.add_argument("--replace", action="store_true", help="run again what was run with other settings")
     parser.add_argument("--list", action="store_true", help="only say what is finished")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
 
