@@ -49,6 +49,8 @@ from matwm_rl.training.files import write_text
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sample_efficiency"
 COLUMNS = ("environment", "method", "seed", "env_steps", "metric", "value")
+SEEDS = (0, 1, 2)
+"""Of every method in every environment, unless told otherwise."""
 QUALITY_EPISODES = 100
 
 OnCheckpoint = Callable[[int, TensorDictModuleBase], None]
@@ -296,18 +298,18 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run what is asked for and not finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all")
     parser.add_argument("--environments", nargs="+", choices=ENVIRONMENTS, default=[*ENVIRONMENTS])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[*SEEDS])
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one core each")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finished runs and tables")
     parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "sample_efficiency", help="folder of trainings")
     parser.add_argument("--replace", action="store_true", help="run again what was run with other settings")
     parser.add_argument("--list", action="store_true", help="only say what is finished")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
 

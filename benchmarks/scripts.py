@@ -20,6 +20,8 @@ STEPS = torch.tensor([[1, 2], [3, 4]])
 """mpe2's action that steps along an axis (0 = x, 1 = y) in the negative or positive direction."""
 NEAR = 0.05
 """Closer than this, an agent stays."""
+GLIDE = 0.2
+"""Where an agent counts as being: this times its velocity ahead. Without it, it overshoots: -13 on simple_spread."""
 
 
 class _Script(TensorDictModuleBase):
@@ -56,7 +58,8 @@ class SpreadScript(_Script):
         agents = torch.arange(LANDMARKS)
         total = torch.stack([distance[..., agents, assigned].sum(-1) for assigned in assignments], -1)
         own = assignments[total.argmin(-1)]
-        return step_towards(to_landmark.gather(-2, own[..., None, None].expand(*own.shape, 1, 2)).squeeze(-2))
+        offset = to_landmark.gather(-2, own[..., None, None].expand(*own.shape, 1, 2)).squeeze(-2)
+        return step_towards(offset, observation[..., :2])
 
 
 class ListenerScript(_Script):
@@ -69,12 +72,13 @@ class ListenerScript(_Script):
         """See the class; the speaker sees the goal's colour, the listener velocity and landmarks."""
         goal = observation[..., 0, :LANDMARKS].argmax(-1)
         to_landmark = observation[..., 1, 2 : 2 + 2 * LANDMARKS].unflatten(-1, (LANDMARKS, 2))
-        step = step_towards(to_landmark.gather(-2, goal[..., None, None].expand(*goal.shape, 1, 2)).squeeze(-2))
-        return torch.stack([goal, step], -1)
+        offset = to_landmark.gather(-2, goal[..., None, None].expand(*goal.shape, 1, 2)).squeeze(-2)
+        return torch.stack([goal, step_towards(offset, observation[..., 1, :2])], -1)
 
 
-def step_towards(offset: Tensor) -> Tensor:
-    """The action that steps along the larger axis of ``offset [..., 2]``; 0, to stay, where it is near."""
-    axis = offset.abs().argmax(-1, keepdim=True)
-    along = offset.gather(-1, axis)
+def step_towards(offset: Tensor, velocity: Tensor) -> Tensor:
+    """The action that steps along the larger axis of what is left to go, both ``[..., 2]``; 0, to stay, where near."""
+    left = offset - GLIDE * velocity
+    axis = left.abs().argmax(-1, keepdim=True)
+    along = left.gather(-1, axis)
     return torch.where(along.abs() < NEAR, 0, STEPS[axis, (along > 0).long()]).squeeze(-1)

@@ -105,10 +105,12 @@ def contact_precision(world_model: WorldModel, rollout: TensorDictBase, pursuers
 
 
 def average_precision(score: Tensor, label: Tensor) -> float:
-    """Mean precision at every true label, in the order of falling scores."""
-    hit = label[score.argsort(descending=True)].float()
-    precision = hit.cumsum(0) / torch.arange(1, len(hit) + 1)
-    return float((precision * hit).sum() / hit.sum().clamp(min=1))
+    """Mean precision at every true label, in the order of falling scores; equal scores count as one."""
+    _, rank = score.unique(return_inverse=True)
+    ranked = rank.bincount().flip(0)
+    hits = rank[label].bincount(minlength=len(ranked)).flip(0)
+    precision = hits.cumsum(0) / ranked.cumsum(0)
+    return float((precision * hits).sum() / hits.sum().clamp(min=1))
 
 
 def main() -> None:

@@ -1,0 +1,212 @@
+"""Pictures of sample_efficiency_report.py: learning curves of all methods, and open-loop errors of MATWM's world model.
+
+No script of its own: the report draws them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.ticker import FuncFormatter, NullLocator
+from protocol import ENVIRONMENTS
+from sample_efficiency_results import Measure, Results, baselines, measures
+from world_model_quality import HORIZONS, QUANTITIES
+
+from matwm_rl.training.figures import COLORS, panel_grid
+
+OURS = {"color": COLORS[1], "linewidth": 2.4, "marker": "o", "markersize": 4.5, "zorder": 4}
+BAND, FAINT_BAND = 0.25, 0.08
+"""Opacity of the range over seeds: of MATWM, of all others."""
+REFERENCES = {"random": ":", "scripted": "--"}
+TITLES = {"observation": "observations", "reward": "rewards", "teammate": "teammates' actions"}
+DPI = 130
+
+
+def label(method: str) -> str:
+    """A method's name in pictures and tables."""
+    if method in REFERENCES:
+        return method
+    return method.replace("matwm_no_", "MATWM without ").replace("_", " ") if "_" in method else method.upper()
+
+
+def digest(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Tells whether a picture was drawn from these runs; every picture carries it."""
+    return sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()
+
+
+def draw_curves(results: Results, path: Path) -> Any | None:
+    """One panel per environment and measure, and one of the score over all environments.
+
+    Returns:
+        the matplotlib figure, or ``None`` where there is nothing to draw.
+    """
+    panels = [measure for environment in ENVIRONMENTS for measure in measures(environment)]
+    # Environments with as many panels as a row has come first, so that each has a row of its own.
+    panels.sort(key=lambda measure: -len(measures(measure.environment)))
+    panels = [measure for measure in panels if any(results.steps(measure.environment, name) for name in methods())]
+    if not panels:
+        return None
+    steps = sorted({step for environment in ENVIRONMENTS for step in results.steps(environment, "matwm")})
+    together = results.common_environments(steps) if steps else []
+    figure, axes = panel_grid(len(panels) + bool(together), columns=3, width=3.7, height=2.6)
+    for axis, measure in zip(axes, panels, strict=False):
+        _draw_measure(axis, measure, results)
+    if together:
+        _draw_aggregate(axes[-1], results, together, steps)
+    handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    order = [label(name) for name in (*methods(), *REFERENCES) if label(name) in handles]
+    figure.legend([handles[name] for name in order], order, loc="outside lower center", ncols=len(order), frameon=False)
+    _save(figure, path, results)
+    return figure
+
+
+def methods() -> list[str]:
+    """Those that have curves."""
+    return ["matwm", *baselines()]
+
+
+def _look(method: str) -> dict[str, Any]:
+    if method == "matwm":
+        return OURS
+    index, colors = baselines().index(method), [color for color in COLORS if color != OURS["color"]]
+    # Markers too, for whoever sees no colours.
+    shape = {"marker": "s^vDP"[index % 5], "markersize": 3.5}
+    return {"color": colors[index % len(colors)], "linewidth": 1.2, "zorder": 3, **shape}
+
+
+def _draw_measure(axis: Any, measure: Measure, results: Results) -> None:
+    seen: list[float] = []
+    for method in reversed(methods()):
+        steps = results.steps(measure.environment, method)
+        by_step = {step: [*values.values()] for step in steps if (values := results.measured(measure, method, step))}
+        points = {step: (median(values), min(values), max(values)) for step, values in by_step.items()}
+        if points:
+            _draw_line(axis, method, points)
+        seen += [value for values in by_step.values() for value in values]
+    for reference, style in REFERENCES.items():
+        values = results.measured(measure, reference, 0)
+        if values and seen:
+            _draw_reference(axis, reference, style, median(values.values()), min(seen), max(seen))
+    axis.set_title(f"{measure.environment}\n{measure.title}", fontsize=9.5)
+    whose = "pursuers' mean return" if len(measures(measure.environment)) > 1 else "mean return"
+    _label(axis, "return (lower is better)" if measure.lower_is_better else whose)
+
+
+def _draw_line(axis: Any, method: str, points: Mapping[int, tuple[float, float | None, float | None]]) -> None:
+    """``{env steps: (middle, low, high)}`` as line and band."""
+    look = _look(method)
+    axis.plot([*points], [middle for middle, _, _ in points.values()], label=label(method), **look)
+    band = {step: (low, high) for step, (_, low, high) in points.items() if low is not None}
+    if band:
+        opacity = BAND if method == "matwm" else FAINT_BAND
+        lows, highs = zip(*band.values(), strict=True)
+        axis.fill_between(
+            [*band], lows, highs, color=look["color"], alpha=opacity, linewidth=0, zorder=look["zorder"] - 2
+        )
+
+
+def _draw_reference(axis: Any, name: str, style: str, value: float, low: float, high: float) -> None:
+    """A horizontal line; where it would flatten the curves, a note at the edge."""
+    room = 1.5 * max(high - low, 1e-6)
+    if low - room <= value <= high + room:
+        axis.axhline(value, color="0.35", linestyle=style, linewidth=1.2, label=label(name), zorder=2)
+        return
+    above = value > high
+    text = f"{label(name)} {value:.4g} {'↑' if above else '↓'}"
+    place = {"y": 0.98 if above else 0.02, "va": "top" if above else "bottom"}
+    axis.text(0.02, s=text, ha="left", transform=axis.transAxes, fontsize=8, color="0.35", **place)
+
+
+def _draw_aggregate(axis: Any, results: Results, environments: Sequence[str], steps: Sequence[int]) -> None:
+    for method in reversed(methods()):
+        aggregates = {step: results.aggregate(environments, method, step) for step in steps}
+        found = {step: aggregate for step, aggregate in aggregates.items() if aggregate is not None}
+        if found:
+            _draw_line(axis, method, found)
+    axis.axhline(0.0, color="0.35", linestyle=REFERENCES["random"], linewidth=1.2, zorder=2)
+    names = f"{len(environments)} environments together" if len(environments) > 1 else environments[0]
+    axis.set_title(f"{names}\ninterquartile mean, 95% interval", fontsize=9.5)
+    _label(axis, "score (random 0, script 1)")
+
+
+def _label(axis: Any, name: str) -> None:
+    axis.set_ylabel(name, fontsize=9)
+    axis.set_xlabel("env steps", fontsize=9)
+    axis.set_xlim(left=0)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}K" if value else "0"))
+
+
+def draw_world_model(results: Results, path: Path) -> Any | None:
+    """Open-loop error over the trivial predictor's against the horizon, a line for every stage of training.
+
+    Returns:
+        the matplotlib figure, or ``None`` where there is nothing to draw.
+    """
+    panels = {
+        (environment, quantity): lines
+        for environment in ENVIRONMENTS
+        for quantity in QUANTITIES
+        if (lines := _ratios(results, environment, quantity))
+    }
+    if not panels:
+        return None
+    stages = sorted({step for lines in panels.values() for step in lines})
+    shades = colormaps["viridis_r"]
+    colors = {step: shades(0.1 + 0.9 * index / max(1, len(stages) - 1)) for index, step in enumerate(stages)}
+    figure, axes = panel_grid(len(panels), columns=len(QUANTITIES), width=3.7, height=2.1)
+    for axis, ((environment, quantity), lines) in zip(axes, panels.items(), strict=True):
+        axis.axhline(1.0, color="0.35", linestyle="--", linewidth=1.2, label="trivial predictor")
+        for step, points in lines.items():
+            middles = [median(values) for values in points.values()]
+            name = f"after {step // 1000}K steps"
+            axis.plot([*points], middles, color=colors[step], marker="o", markersize=4, linewidth=1.8, label=name)
+        last = lines[max(lines)]
+        bounds = [min(values) for values in last.values()], [max(values) for values in last.values()]
+        axis.fill_between([*last], *bounds, color=colors[max(lines)], alpha=BAND, linewidth=0)
+        axis.set_title(f"{environment}\n{TITLES[quantity]}", fontsize=9.5)
+        axis.set_xlabel("steps ahead", fontsize=9)
+        axis.set_xticks(HORIZONS)
+        axis.set_ylabel("model / trivial", fontsize=9)
+        _ratio_scale(axis)
+    handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    _save(figure, path, results)
+    return figure
+
+
+def _ratios(results: Results, environment: str, quantity: str) -> dict[int, dict[int, list[float]]]:
+    """``{env steps: {steps ahead: error of every seed's model over the trivial predictor's}}``."""
+    lines: dict[int, dict[int, list[float]]] = {}
+    for step in results.steps(environment, "matwm"):
+        for horizon in HORIZONS:
+            name = f"open_loop/{quantity}/{horizon}"
+            model = results.get(environment, "matwm", step, name)
+            trivial = results.get(environment, "matwm", step, f"{name}/trivial")
+            if ratios := [model[seed] / trivial[seed] for seed in model if trivial.get(seed)]:
+                lines.setdefault(step, {})[horizon] = ratios
+    return lines
+
+
+def _ratio_scale(axis: Any) -> None:
+    """Logarithmic, since half and double are equally far from 1; with ticks that read as plain numbers."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    low, high = min(low, 0.79), max(high, 1.26)
+    coarse, fine = (0.01, 0.1, 1, 10, 100), (0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.2, 1.5, 2)
+    middling = (*coarse, 0.02, 0.05, 0.2, 0.5, 2, 5, 20, 50)
+    # The coarsest ticks of which an axis has a few.
+    ticks = next(t for t in (coarse, middling, fine) if t is fine or sum(low <= tick <= high for tick in t) > 3)
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ylim(low, high)
+
+
+def _save(figure: Any, path: Path, results: Results) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, metadata={"Description": digest(results.runs)})

@@ -1,0 +1,327 @@
+"""Curves and tables of the stored runs of sample_efficiency.py.
+
+    python benchmarks/sample_efficiency_report.py            # draws curves.png and world_model.png, prints the tables
+    python benchmarks/sample_efficiency_report.py --write    # also puts them into README.md and benchmarks/README.md
+
+What has not been run yet stands as a dash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from statistics import median
+
+from protocol import ENVIRONMENTS
+from sample_efficiency import METHODS, RESULTS, ROOT, SEEDS, stored_runs
+from sample_efficiency_figures import TITLES, draw_curves, draw_world_model, label
+from sample_efficiency_results import (
+    BySeed,
+    Measure,
+    Results,
+    ablations,
+    baselines,
+    contact_precision,
+    measures,
+)
+from world_model_quality import HORIZONS, QUANTITIES
+
+from matwm_rl.training.files import write_text
+
+BEGIN, END = "<!-- sample-efficiency:begin -->", "<!-- sample-efficiency:end -->"
+SHORT, LONG = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
+"""Documents with a section between these markers."""
+MISSING = "–"
+STEPS = (10_000, 25_000)
+"""Env steps at which methods are compared."""
+STAGES = (5_000, 15_000, 25_000)
+"""Env steps after which world models are."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What MATWM should reach.
+
+    Attributes:
+        measure: by what.
+        env_steps: after which.
+        bound: to be reached, from above where lower is better.
+        elsewhere: the best that other methods were seen to reach, outside this comparison.
+    """
+
+    measure: Measure
+    env_steps: int
+    bound: float
+    elsewhere: str
+
+    def met(self, value: float) -> bool:
+        return value <= self.bound if self.measure.lower_is_better else value >= self.bound
+
+
+RANDOM_EVADER, FLEEING_EVADER, CHASED = measures("simple_tag")
+SPREAD, LISTENER = (measures(name)[0] for name in ("simple_spread", "simple_speaker_listener"))
+TARGETS = (
+    Target(RANDOM_EVADER, 25_000, 20.0, "10.5; 13.0 at 50K, 13.5 at 200K"),
+    Target(FLEEING_EVADER, 25_000, 9.0, "5.4; 8.4 at 50K"),
+    Target(CHASED, 25_000, 24.0, "30.0; 28.2 at 50K"),
+    Target(contact_precision("simple_tag"), 10_000, 0.4, "0.70 by an MLP told the next observation"),
+    Target(contact_precision("simple_tag"), 25_000, 0.6, "0.85 by an MLP told the next observation"),
+    Target(SPREAD, 10_000, -18.5, "-19.7"),
+    Target(SPREAD, 25_000, -15.5, "-17.1; -15.2 at 50K"),
+    Target(LISTENER, 10_000, -15.0, "-17.8; -15.9 at 25K"),
+)
+
+
+# -- cells -----------------------------------------------------------------------------------------------------------
+
+
+def cell(values: BySeed, digits: int = 1, *, sign: str = "") -> str:
+    """Median (min to max) over seeds, and how many seeds where they are fewer than asked."""
+    if not values:
+        return MISSING
+    notes = []
+    if len(values) > 1:
+        notes.append(f"{min(values.values()):{sign}z.{digits}f} to {max(values.values()):{sign}z.{digits}f}")
+    if len(values) < len(SEEDS):
+        notes.append(f"{len(values)} of {len(SEEDS)} seeds")
+    return f"{middle(values, digits, sign=sign)} ({'; '.join(notes)})" if notes else middle(values, digits, sign=sign)
+
+
+def middle(values: BySeed, digits: int = 1, *, sign: str = "") -> str:
+    """Median over seeds."""
+    return f"{median(values.values()):{sign}z.{digits}f}" if values else MISSING
+
+
+def thousands(env_steps: int) -> str:
+    return f"{env_steps / 1000:g}K"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |".replace("| --- ", "|---").replace("--- |", "---|") for line in lines)
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def targets_table(results: Results) -> str:
+    """The targets, what MATWM and the best model-free method have, and whether they are met."""
+    header = ["", "after", "target", "MATWM", "beside it", "best model-free here", "seen elsewhere", "met"]
+    rows = []
+    for target in TARGETS:
+        measure, steps = target.measure, target.env_steps
+        ours, best = results.measured(measure, "matwm", steps), results.best_baseline(measure, steps)
+        beside = {
+            title: middle(results.get(measure.environment, "matwm", steps, metric), measure.digits)
+            for title, metric in measure.beside.items()
+        }
+        rows.append(
+            [
+                f"{measure.environment}: {measure.title}",
+                thousands(steps),
+                f"{'≤' if measure.lower_is_better else '≥'} {target.bound}",
+                f"**{cell(ours, measure.digits)}**" if ours else MISSING,
+                ", ".join(f"{title} {value}" for title, value in beside.items()) if ours else MISSING,
+                f"{cell(results.measured(measure, best, steps), measure.digits)} {label(best)}" if best else MISSING,
+                target.elsewhere,
+                ("yes" if target.met(median(ours.values())) else "no") if ours else MISSING,
+            ]
+        )
+    return markdown(header, rows)
+
+
+def methods_table(results: Results, environment: str) -> str:
+    """Every method by every measure of an environment."""
+    columns = [(measure, steps) for measure in measures(environment) for steps in STEPS]
+    header = ["", *(f"{measure.title}, {thousands(steps)}" for measure, steps in columns)]
+    rows = []
+    for method in METHODS:
+        if environment not in (METHODS[method].only or ENVIRONMENTS):
+            continue
+        found = [results.measured(measure, method, steps) for measure, steps in columns]
+        # Agents that do not learn play the same episodes with every seed.
+        show = middle if METHODS[method].steps(ENVIRONMENTS[environment]) == 0 else cell
+        rows.append([label(method), *(show(values, m.digits) for (m, _), values in zip(columns, found, strict=True))])
+    return markdown(header, rows)
+
+
+def aggregate_table(results: Results) -> str:
+    """One score of every method over all environments."""
+    environments = results.common_environments(STEPS)
+    rows = []
+    for method in ("matwm", *baselines()):
+        found = [results.aggregate(environments, method, steps) for steps in STEPS]
+        rows.append([label(method), *map(_interval, found)])
+    return markdown(["", *(thousands(steps) for steps in STEPS)], rows)
+
+
+def _interval(found: tuple[float, float | None, float | None] | None) -> str:
+    if found is None:
+        return MISSING
+    point, low, high = found
+    return f"{point:z.2f}" if low is None or high is None else f"{point:z.2f} ({low:z.2f} to {high:z.2f})"
+
+
+def ablations_table(results: Results) -> str:
+    """What MATWM loses without a part."""
+    names = [name for name in ENVIRONMENTS if any(name in (METHODS[m].only or ENVIRONMENTS) for m in ablations())]
+    columns = [measure for name in names for measure in measures(name)]
+    rows = []
+    for method in ablations():
+        row = [label(method).removeprefix("MATWM ")]
+        for measure in columns:
+            steps = METHODS[method].steps(ENVIRONMENTS[measure.environment])
+            row.append(cell(results.less(measure, method, "matwm", steps), measure.digits, sign="+"))
+        rows.append(row)
+    return markdown(["", *(f"{measure.environment}: {measure.title}" for measure in columns)], rows)
+
+
+def open_loop_table(results: Results) -> str:
+    """Errors of the world model's predictions and of the trivial predictors, over training."""
+    header = ["", *(f"{h} ahead, {thousands(steps)}" for steps in STAGES for h in HORIZONS)]
+    rows = []
+    for environment in ENVIRONMENTS:
+        for quantity in QUANTITIES:
+            row = [f"{environment}: {TITLES[quantity]}"]
+            for steps in STAGES:
+                for horizon in HORIZONS:
+                    name = f"open_loop/{quantity}/{horizon}"
+                    pair = [results.get(environment, "matwm", steps, metric) for metric in (name, f"{name}/trivial")]
+                    row.append(" / ".join(_short(values) for values in pair) if all(pair) else MISSING)
+            rows.append(row)
+    return markdown(header, rows)
+
+
+def _short(values: BySeed) -> str:
+    """Median in three digits at most."""
+    value = median(values.values())
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def seconds_table(results: Results) -> str:
+    """Median wall-clock seconds of a run."""
+    rows = []
+    for method in METHODS:
+        row = [label(method)]
+        for environment in ENVIRONMENTS:
+            seconds = [
+                run["seconds"] for run in results.runs if (run["environment"], run["method"]) == (environment, method)
+            ]
+            row.append(f"{median(seconds):,.0f}" if seconds else MISSING)
+        rows.append(row)
+    return markdown(["", *ENVIRONMENTS], rows)
+
+
+# -- sections --------------------------------------------------------------------------------------------------------
+
+
+def other_settings(results: Results) -> list[str]:
+    """Environments and methods whose seeds were not all run with the same settings."""
+    first: dict[tuple[str, str], Mapping[str, object]] = {}
+    different = {
+        f"{run['environment']}-{run['method']}"
+        for run in results.runs
+        if first.setdefault((run["environment"], run["method"]), run["settings"]) != run["settings"]
+    }
+    return sorted(different)
+
+
+def short_section(results: Results, pictures: Mapping[str, str]) -> str:
+    """Curves and targets."""
+    if not results.runs:
+        return "No runs are stored yet: `python benchmarks/sample_efficiency.py` makes them."
+    parts = [_picture(pictures, "curves", "Returns of all methods over env steps")]
+    parts += [_targets_text(), targets_table(results)]
+    return "\n\n".join(filter(None, parts))
+
+
+def long_section(results: Results, pictures: Mapping[str, str]) -> str:
+    """Everything."""
+    if not results.runs:
+        return short_section(results, pictures)
+    environments = results.common_environments(STEPS)
+    parts = [
+        "`python benchmarks/sample_efficiency.py` runs what is not stored yet ([results](results/sample_efficiency)), "
+        "`python benchmarks/sample_efficiency_report.py --write` makes this section and the README's.",
+        *(f"**Seeds differ in settings**: {name}." for name in other_settings(results)),
+        short_section(results, pictures),
+        f"**All methods**, {' and '.join(map(thousands, STEPS))} env steps; random agents and scripts do not learn.",
+        *chain.from_iterable((f"{name}:", methods_table(results, name)) for name in ENVIRONMENTS),
+        "**One score**: in every environment random agents have 0 and the script has 1 (of cross-play, the mean over "
+        "its matches). Interquartile mean over all environments and seeds, with the 95% interval of a bootstrap "
+        "stratified by environment (scipy). Environments that all methods have played: "
+        f"{', '.join(environments) or 'none yet'}.",
+        aggregate_table(results),
+        "**Ablations**: the return without a part less that with all of them, seed by seed, median (min to max) after "
+        f"{thousands(10_000)} env steps. What is negative was lost, but for the evader, where lower is better.",
+        ablations_table(results),
+        "**Open loop**: error of MATWM's world model / of the trivial predictor (last observation, mean reward, action "
+        "frequencies) on fresh episodes of its own policy, 1, 5 and 10 steps ahead, over training; medians.",
+        open_loop_table(results),
+        _picture(pictures, "world_model", "Open-loop errors of the world model over those of trivial predictors"),
+        "**Seconds of a run** on one core, evaluations included, medians.",
+        seconds_table(results),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _targets_text() -> str:
+    names = " and ".join(name for name in ENVIRONMENTS if measures(name)[0].kind == "sampled")
+    return (
+        f"Median (min to max) over {len(SEEDS)} seeds. In the cross-play of {names} actions are sampled, since whoever "
+        "always does the same is easily foreseen; elsewhere they are greedy, as in the figures seen elsewhere. The "
+        "other way stands beside. Contact is ranked on the policy's own episodes, from what really followed; beside "
+        "it, from a next latent drawn from the model, and on episodes of random and scripted agents."
+    )
+
+
+def _picture(pictures: Mapping[str, str], name: str, text: str) -> str:
+    return f"![{text}]({pictures[name]})" if name in pictures else ""
+
+
+def draw(results: Results, folder: Path) -> dict[str, Path]:
+    """Draw what there is to draw; ``{name: picture}``."""
+    drawn = {"curves": draw_curves(results, folder / "curves.png")}
+    drawn["world_model"] = draw_world_model(results, folder / "world_model.png")
+    return {name: folder / f"{name}.png" for name, figure in drawn.items() if figure is not None}
+
+
+def links(pictures: Mapping[str, Path], document: Path) -> dict[str, str]:
+    """Pictures as a document refers to them."""
+    return {name: Path(os.path.relpath(path, document.parent)).as_posix() for name, path in pictures.items()}
+
+
+def insert(text: str, section: str) -> str:
+    """Replace what a document has between the markers.
+
+    Raises:
+        ValueError: if it does not have each of them once, in their order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in before + after:
+        raise ValueError(f"the document should have a line {BEGIN} and after it a line {END}, once each")
+    return f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finished runs")
+    parser.add_argument("--write", action="store_true", help="put tables and pictures into the documents")
+    arguments = parser.parse_args(argv)
+    results = Results(stored_runs(arguments.results))
+    pictures = draw(results, arguments.results)
+    print(long_section(results, links(pictures, LONG)))
+    if arguments.write:
+        for document, section in ((SHORT, short_section), (LONG, long_section)):
+            text = document.read_text(encoding="utf-8")
+            write_text(document, insert(text, section(results, links(pictures, document))))
+
+
+if __name__ == "__main__":
+    main()

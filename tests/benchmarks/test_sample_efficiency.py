@@ -1,0 +1,394 @@
+"""The grid runs what is not finished, keeps what is, and loses nothing when a run fails."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+# Scripts import what they share from their own folder.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import sample_efficiency as grid
+from protocol import Environment
+from sample_efficiency import Matwm, ModelFree, Reference, Run
+
+from matwm_rl.envs import make_env
+from matwm_rl.modules import WorldModelPolicy
+from matwm_rl.training import RandomActions
+
+MOCK = Environment("mock", total_steps=20, every=10, episodes=2, num_envs=2)
+TINY = (
+    "init_random_steps=40",
+    "num_envs=1",
+    "updates_per_batch=1",
+    "evaluation.num_envs=2",
+    "sequences=8",
+    "starts_per_agent=4",
+    "world_model.hidden_size=32",
+    "world_model.num_dims=8",
+)
+
+
+@dataclass
+class Stub:
+    """Shows random agents at every checkpoint.
+
+    Attributes:
+        setting: what it is run with.
+        fails: the seed that ends in an error.
+        only: the environments it is run in by default.
+    """
+
+    setting: float = 0.5
+    fails: int | None = None
+    only: tuple[str, ...] | None = None
+
+    def steps(self, environment: Environment) -> int:
+        return environment.total_steps
+
+    def settings(self, environment: Environment) -> dict[str, Any]:
+        return {"setting": self.setting, "nested": {"sizes": (1, 2)}}
+
+    def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: Callable[..., None]) -> None:
+        if seed == self.fails:
+            raise RuntimeError("the stub fails")
+        for env_steps in environment.checkpoints:
+            on_checkpoint(env_steps, RandomActions())
+
+
+class Inline:
+    """An executor without processes, in which stubs exist too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.done: list[str] = DONE
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def submit(self, function: Callable[..., float], run: Run, *args: Any) -> Future[float]:
+        self.done.append(str(run))
+        future: Future[float] = Future()
+        try:
+            future.set_result(function(run, *args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+DONE: list[str] = []
+"""Runs carried out since the test began."""
+
+
+@pytest.fixture
+def stubs(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """The methods of the grid, to be changed; it has two environments."""
+    methods: dict[str, Any] = {"stub": Stub(), "part": Stub(only=("first",))}
+    monkeypatch.setattr(grid, "METHODS", methods)
+    monkeypatch.setattr(grid, "ENVIRONMENTS", {"first": MOCK, "second": MOCK})
+    monkeypatch.setattr(grid, "ProcessPoolExecutor", Inline)
+    # It sets what holds for the whole process.
+    monkeypatch.setattr(grid, "prepare_process", lambda **_: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    DONE.clear()
+    yield methods
+
+
+def start(folder: Path, *arguments: str) -> list[str]:
+    """Start the grid and return the runs that it carried out."""
+    DONE.clear()
+    grid.main([f"--results={folder}", f"--scratch={folder / 'scratch'}", *arguments])
+    return list(DONE)
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    text = (folder / "results.csv").read_text()
+    assert text.splitlines()[0] == "environment,method,seed,env_steps,metric,value"
+    return list(csv.DictReader(text.splitlines()))
+
+
+# -- the grid --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_finished_is_written_and_not_run_again(
+    tmp_path: Path, stubs: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    all_runs = ["first-stub-0", "second-stub-0", "first-part-0", "first-stub-1", "second-stub-1", "first-part-1"]
+    assert start(tmp_path, "--seeds", "0", "1") == all_runs
+    assert sorted(path.stem for path in (tmp_path / "runs").iterdir()) == sorted(all_runs)
+    stored = json.loads((tmp_path / "runs" / "second-stub-1.json").read_text())
+    assert {name: stored[name] for name in ("environment", "method", "seed", "settings")} == {
+        "environment": "second",
+        "method": "stub",
+        "seed": 1,
+        "settings": {"setting": 0.5, "nested": {"sizes": [1, 2]}},
+    }
+    metrics = {f"return/{kind}{se}" for kind in ("greedy", "sampled") for se in ("", "/se")}
+    assert {steps: set(found) for steps, found in stored["figures"].items()} == {"10": metrics, "20": metrics}
+    rows = table(tmp_path)
+    assert len(rows) == len(all_runs) * 2 * len(metrics)
+    found = {(r["environment"], r["method"], r["seed"], r["env_steps"], r["metric"]): float(r["value"]) for r in rows}
+    assert found["second", "stub", "1", "20", "return/greedy"] == stored["figures"]["20"]["return/greedy"]
+
+    capsys.readouterr()
+    assert start(tmp_path, "--seeds", "0", "1") == []
+    assert capsys.readouterr().out.count(" finished\n") == len(all_runs)
+    # One lost run is made again, the others are left alone.
+    (tmp_path / "runs" / "first-stub-1.json").unlink()
+    assert start(tmp_path, "--seeds", "0", "1") == ["first-stub-1"]
+    assert start(tmp_path, "--seeds", "2", "--methods", "stub") == ["first-stub-2", "second-stub-2"]
+
+
+def test_named_methods_run_where_they_are_asked_to(tmp_path: Path, stubs: dict[str, Any]) -> None:
+    assert start(tmp_path, "--seeds", "0", "--environments", "second") == ["second-stub-0"]
+    assert start(tmp_path, "--seeds", "0", "--environments", "second", "--methods", "part") == ["second-part-0"]
+
+
+def test_changed_settings_are_told_and_run_again_only_if_asked(
+    tmp_path: Path, stubs: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--seeds", "0", "--environments", "first", "--methods", "stub")
+    start(tmp_path, *asked)
+    stubs["stub"] = Stub(setting=0.7)
+    capsys.readouterr()
+    assert start(tmp_path, *asked) == []
+    said = "finished with other settings (--replace runs it again): setting: 0.5, now 0.7"
+    assert said in capsys.readouterr().out
+    assert start(tmp_path, *asked, "--replace", "--list") == []
+    assert json.loads((tmp_path / "runs" / "first-stub-0.json").read_text())["settings"]["setting"] == 0.5
+    assert start(tmp_path, *asked, "--replace") == ["first-stub-0"]
+    assert json.loads((tmp_path / "runs" / "first-stub-0.json").read_text())["settings"]["setting"] == 0.7
+    assert start(tmp_path, *asked, "--replace") == []
+
+
+def test_a_failing_run_loses_no_other(
+    tmp_path: Path, stubs: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stubs["stub"] = Stub(fails=0)
+    with pytest.raises(SystemExit, match="2 of 6 runs failed"):
+        start(tmp_path, "--seeds", "0", "1")
+    said = capsys.readouterr()
+    assert "RuntimeError: the stub fails" in said.out + said.err
+    assert {(row["method"], row["seed"]) for row in table(tmp_path)} == {("stub", "1"), ("part", "0"), ("part", "1")}
+    # Started again, it does what is missing, and no more.
+    stubs["stub"] = Stub()
+    assert start(tmp_path, "--seeds", "0", "1") == ["first-stub-0", "second-stub-0"]
+    assert len(table(tmp_path)) == 6 * 2 * 4
+
+
+def test_listing_runs_nothing(tmp_path: Path, stubs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(tmp_path, "--list", "--seeds", "3") == []
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out.count("to do") == 3
+
+
+def test_no_jobs_are_refused(tmp_path: Path, stubs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        start(tmp_path, "--jobs", "0")
+    assert "--jobs must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_runs_in_processes_of_their_own(tmp_path: Path) -> None:
+    # Every process imports this script again, and with it the stub.
+    script = tmp_path / "small_grid.py"
+    script.write_text(
+        f"""
+import sys
+sys.path.insert(0, {str(Path(grid.__file__).parent)!r})
+import sample_efficiency as grid
+from protocol import Environment
+
+class Stub:
+    only = None
+    def settings(self, environment):
+        return {{}}
+    def train(self, environment, seed, folder, on_checkpoint):
+        if seed == 1:
+            raise RuntimeError("the stub fails")
+        on_checkpoint(5, grid.RandomActions())
+
+grid.METHODS = {{"stub": Stub()}}
+grid.ENVIRONMENTS = {{"mock": Environment("mock", episodes=2, num_envs=2)}}
+if __name__ == "__main__":
+    grid.main()
+""",
+        encoding="utf-8",
+    )
+    command = [sys.executable, str(script), f"--results={tmp_path}", "--seeds", "0", "1", "--jobs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 of 2 runs failed" in done.stderr
+    assert [(row["seed"], row["env_steps"]) for row in table(tmp_path)] == [("0", "5")] * 4
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def stored(method: str, seed: int, value: float, seconds: int = 1) -> dict[str, Any]:
+    figures = {"10": {"return/greedy": value, "return/greedy/se": 9.0}, "5": {"return/greedy": -value}}
+    run = {"environment": "first", "method": method, "seed": seed}
+    return {**run, "seconds": seconds, "settings": {"of": method}, "figures": figures}
+
+
+def test_a_summary_has_medians_and_ranges_over_seeds(tmp_path: Path, stubs: dict[str, Any]) -> None:
+    values = [4.0, 1.0, 2.5, 8.0]
+    runs = [stored("stub", seed, value, seconds=seed) for seed, value in enumerate(values)] + [stored("part", 0, 3.0)]
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    unknown = {**stored("stub", 0, 1.0), "method": "no longer there"}
+    for index, run in enumerate([*reversed(runs), unknown]):
+        (folder / f"{index}.json").write_text(json.dumps(run))
+    assert grid.stored_runs(tmp_path) == runs
+    grid.write_tables(tmp_path)
+    assert len(table(tmp_path)) == 5 * 3
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary) == ["first"]
+    assert summary["first"]["stub"] == {
+        "seeds": [0, 1, 2, 3],
+        "seconds": 1.5,
+        "settings": {"of": "stub"},
+        "figures": {
+            "5": {"return/greedy": [-median(values), -8.0, -1.0]},
+            "10": {"return/greedy": [median(values), 1.0, 8.0]},
+        },
+    }
+    assert summary["first"]["part"]["figures"]["10"]["return/greedy"] == [3.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("method", grid.METHODS)
+def test_settings_survive_being_stored(tmp_path: Path, method: str) -> None:
+    run = Run("simple_spread", method, 0)
+    run.path(tmp_path).parent.mkdir()
+    settings = run.settings()
+    run.path(tmp_path).write_text(json.dumps({"settings": settings}))
+    assert grid.other_settings(run, tmp_path) == []
+    run.path(tmp_path).write_text(json.dumps({"settings": {**settings, "new": {"one": 1}}}))
+    assert grid.other_settings(run, tmp_path) == ["new.one: 1, now None"]
+
+
+# -- methods ---------------------------------------------------------------------------------------------------------
+
+
+def test_ablations_are_matwm_with_one_switch_off() -> None:
+    environment = grid.ENVIRONMENTS["simple_tag"]
+    whole = grid._flat(grid.METHODS["matwm"].settings(environment))
+    switches = {
+        "matwm_no_teammates": {"teammate_predictor", "world_model.teammate_predictor"},
+        "matwm_no_recency": {"recency"},
+        "matwm_no_action_scaling": {"action_scaling", "world_model.action_scaling"},
+    }
+    for name, names in switches.items():
+        part = grid._flat(grid.METHODS[name].settings(environment))
+        assert {key for key in whole if part[key] != whole[key]} == names | {"total_steps"}
+        assert all(part[key] is False for key in names)
+        assert part["total_steps"] == grid.METHODS[name].steps(environment) == 10_000
+    assert whole["total_steps"] == environment.total_steps
+    assert whole["env"] == environment.env
+
+
+@pytest.mark.parametrize("method", ["ippo", "iql"])
+def test_a_model_free_method_is_run(tmp_path: Path, method: str) -> None:
+    environment = Environment("mock", total_steps=500, every=250, episodes=2, num_envs=2)
+    shown: list[int] = []
+    ModelFree(method).train(environment, 0, tmp_path, lambda env_steps, policy: shown.append(env_steps))
+    assert shown == ([1_000] if method == "ippo" else [250, 500])
+
+
+def test_references_are_shown_once(tmp_path: Path) -> None:
+    for scripted, environment, expected in (
+        (False, MOCK, ["RandomActions"]),
+        (True, grid.ENVIRONMENTS["simple_spread"], ["SpreadScript"]),
+        (True, MOCK, []),
+    ):
+        shown: list[tuple[int, str]] = []
+        reference = Reference(scripted=scripted)
+        reference.train(environment, 0, tmp_path, lambda steps, p, shown=shown: shown.append((steps, type(p).__name__)))
+        assert shown == [(0, name) for name in expected]
+
+
+def test_matwm_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, commands = tmp_path / "run", []
+
+    def pretend(command: list[str], **options: Any) -> subprocess.CompletedProcess:
+        commands.append(command)
+        if len(commands) < 3:
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            return subprocess.CompletedProcess(command, 1)
+        (folder / "policies").mkdir()
+        for step in (10, 5):
+            (folder / "policies" / f"{step:08d}.pt").touch()
+        (folder / "summary.json").touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(grid.subprocess, "run", pretend)
+    monkeypatch.setattr(grid, "load_policy", lambda path: path.name)
+    shown: list[tuple[int, Any]] = []
+
+    def train() -> None:
+        Matwm(("recency=false",)).train(MOCK, 4, folder, lambda *arguments: shown.append(arguments))
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"training failed, see .*output\.txt"):
+            train()
+    train()
+    assert ["resume=true" in command for command in commands] == [False, True, True]
+    for command in commands:
+        assert {"env=mock", "total_steps=20", "seed=4", f"run_dir={folder}", "recency=false"} <= set(command)
+    assert shown == [(5, "00000005.pt"), (10, "00000010.pt")]
+    # Trained, but not evaluated to the end: it is evaluated, and not trained again.
+    train()
+    assert len(commands) == 3
+    assert len(shown) == 4
+
+
+def test_other_settings_train_in_another_folder(tmp_path: Path, stubs: dict[str, Any]) -> None:
+    folders = []
+
+    @dataclass
+    class Noting(Stub):
+        def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: Any) -> None:
+            folders.append(folder.name)
+
+    for setting in (0.5, 0.7, 0.5):
+        stubs["stub"] = Noting(setting)
+        grid.carry_out(Run("first", "stub", 0), tmp_path, tmp_path / "scratch")
+    first, second, third = folders
+    assert first == third != second
+    assert all(name.startswith("first-stub-0-") for name in folders)
+
+
+def test_matwm_is_trained_evaluated_and_its_world_model_measured(
+    tmp_path: Path, stubs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spread = Environment("mpe2/simple_spread_v3", total_steps=60, every=60, episodes=2, num_envs=2)
+    monkeypatch.setattr(grid, "ENVIRONMENTS", {"spread": spread})
+    monkeypatch.setattr(grid, "QUALITY_EPISODES", 10)
+    stubs["matwm"] = Matwm(TINY)
+    grid.carry_out(Run("spread", "matwm", 1), tmp_path, tmp_path / "scratch")
+    run = json.loads((tmp_path / "runs" / "spread-matwm-1.json").read_text())
+    assert list(run["figures"]) == ["60"]
+    metrics = run["figures"]["60"]
+    assert {"return/greedy", "return/sampled", "open_loop/teammate/10", "open_loop/reward/1/trivial"} <= set(metrics)
+    assert -100 < metrics["return/greedy"] < 0
+    assert run["settings"]["world_model"]["num_dims"] == 8
+    assert "seed" not in run["settings"]
+    # What was stored is what the policy of that time does.
+    (folder,) = (tmp_path / "scratch").iterdir()
+    policy = grid.load_policy(folder / "policies" / "00000060.pt", layout=make_env(spread.env).layout)
+    assert isinstance(policy, WorldModelPolicy)
+    torch.manual_seed(9)
+    again = grid.evaluate_policy(spread, policy)
+    assert run["figures"]["60"]["return/sampled"] == pytest.approx(again["return/sampled"], rel=1e-4)
