@@ -127,7 +127,7 @@ def random_batch(
 
 def random_latent(code: LatentCode, *shape: int) -> Latent:
     """Latents that a code can have."""
-    return code.from_index(torch.randint(code.num_classes, (*shape, code.num_dims)))
+    return code.from_code(torch.randint(code.num_classes, (*shape, code.num_dims)))
 
 
 def read_keys(model: WorldModel) -> list[NestedKey]:

@@ -66,13 +66,13 @@ CODES = [CategoricalLatent(3, 4), FSQLatent(3, 4), FSQLatent(3, 5)]
 @pytest.mark.parametrize("code", CODES)
 def test_indices_and_vectors_are_inverse(code: LatentCode) -> None:
     index = torch.randint(code.num_classes, (50, 3))
-    z = code.from_index(index)
+    z = code.from_code(index)
     assert z.value.shape == (50, code.latent_size)
-    assert torch.equal(code.to_index(z), index)
+    assert torch.equal(code.to_code(z), index)
     # From the numbers alone, too.
-    assert torch.equal(code.to_index(Latent(z.value)), index)
+    assert torch.equal(code.to_code(Latent(z.value)), index)
     encoded = code.sample_posterior(2 * torch.randn(50, code.encoder_size))
-    again = code.from_index(code.to_index(encoded))
+    again = code.from_code(code.to_code(encoded))
     torch.testing.assert_close(again.value, encoded.value)
     assert (again.ones is None) is (encoded.ones is None) is not code.multi_hot
     if code.multi_hot:
@@ -103,9 +103,9 @@ def test_latents_are_indexed_stacked_and_detached_as_one(code: LatentCode) -> No
 
     def same(one: Latent, index: Tensor) -> bool:
         """Whether numbers and ones both say what ``index`` says."""
-        return torch.equal(one.value, code.from_index(index).value) and torch.equal(code.to_index(one), index)
+        return torch.equal(one.value, code.from_code(index).value) and torch.equal(code.to_code(one), index)
 
-    index = code.to_index(latent)
+    index = code.to_code(latent)
     assert same(latent[:, 1], index[:, 1]) and same(latent[:, :, -1], index[:, :, -1])
     assert same(latent[:, :, 1:], index[:, :, 1:]) and same(latent[0], index[0])
     assert same(Latent.stack([latent[:, :, t] for t in range(4)], 2), index)
@@ -160,9 +160,9 @@ def test_distributions_are_normalised_and_finite(code: LatentCode) -> None:
 @pytest.mark.parametrize("code", CODES)
 def test_prior_is_sampled_from_what_the_loss_sees(code: LatentCode) -> None:
     index = torch.randint(code.num_classes, (3,))
-    output, latent = torch.randn(code.dynamics_size), code.from_index(index)
-    many = code.sample_prior(output.expand(20_000, -1), code.from_index(index.expand(20_000, -1)))
-    drawn = torch.nn.functional.one_hot(code.to_index(many), code.num_classes).float().mean(0)
+    output, latent = torch.randn(code.dynamics_size), code.from_code(index)
+    many = code.sample_prior(output.expand(20_000, -1), code.from_code(index.expand(20_000, -1)))
+    drawn = torch.nn.functional.one_hot(code.to_code(many), code.num_classes).float().mean(0)
     assert (drawn - code.prior(output, latent).exp()).abs().max() < 5 * 0.5 / math.sqrt(20_000)
 
 
@@ -189,7 +189,7 @@ def test_fsq_posterior_is_a_bell_around_the_value(float64: None) -> None:
     code = FSQLatent(2, 6, width=0.7)
     features = torch.randn(10, 2)
     probs = code.posterior(features).exp()
-    taken = code.to_index(code.sample_posterior(features))
+    taken = code.to_code(code.sample_posterior(features))
     for b, k in itertools.product(range(10), range(2)):
         assert probs[b, k].tolist() == pytest.approx(slow_bell(math.tanh(float(features[b, k])), 6, 0.7), rel=1e-6)
         assert int(probs[b, k].argmax()) == int(taken[b, k])
@@ -209,9 +209,9 @@ def test_fsq_prior_is_a_bell_moved_on_from_the_present_latent(float64: None) -> 
 def test_fsq_prior_is_drawn_to_a_posterior_at_any_distance(distance: int) -> None:
     """A confident and wrong prior must be moved, and widened until it is right."""
     code = FSQLatent(1, 16)
-    seen = code.from_index(torch.tensor([[3 + distance]])).value.clamp(-0.999, 0.999).atanh()
+    seen = code.from_code(torch.tensor([[3 + distance]])).value.clamp(-0.999, 0.999).atanh()
     output = torch.tensor([[0.0, -4.0]], requires_grad=True)
-    log_probs = code.prior(output, code.from_index(torch.tensor([[3]])))
+    log_probs = code.prior(output, code.from_code(torch.tensor([[3]])))
     balanced_kl(code.posterior(seen), log_probs)[0].sum().backward()
     movement, width = output.grad[0].tolist()
     assert movement < -1e-2 and width < -1e-2
@@ -240,5 +240,5 @@ def test_fsq_prior_far_beyond_the_levels_is_drawn_at_the_nearest() -> None:
     code = FSQLatent(2, 6)
     for movement, level in ((1e3, 5), (-1e3, 0)):
         output = torch.tensor([movement, movement, -20.0, -20.0]).expand(500, -1)
-        drawn = code.to_index(code.sample_prior(output, random_latent(code, 500)))
+        drawn = code.to_code(code.sample_prior(output, random_latent(code, 500)))
         assert (drawn == level).all()

@@ -68,8 +68,8 @@ def alone(model: WorldModel, n: int, agents: TensorDict, latent: Tensor) -> dict
         "teammate_logits": teammates,
         "reconstruction": for_agent(model.decoder, n, latent),
         "mask_logits": for_agent(model.action_mask, n, latent),
-        "posterior_log_probs": model.latent.posterior(successor),
-        "prior_log_probs": model.latent.prior(for_agent(model.dynamics, n, hidden), Latent(latent)),
+        "posterior": model.latent.posterior(successor),
+        "prior": model.latent.prior(for_agent(model.dynamics, n, hidden), Latent(latent)),
         "reward_logits": for_agent(model.reward, n, hidden),
         "continuation_logits": for_agent(model.continuation, n, hidden),
     }
@@ -332,7 +332,7 @@ def test_prefill_and_steps_equal_the_sequence_pass(
     out = run(model, batch)
     latent, action = Latent(out[keys.LATENT].permute(2, 0, 1, 3)), batch[keys.ACTION].permute(2, 0, 1)
     # With their ones, as the encoder gives them.
-    latent = model.latent.from_index(model.latent.to_index(latent))
+    latent = model.latent.from_code(model.latent.to_code(latent))
     assert torch.equal(latent.value.permute(1, 2, 0, 3), out[keys.LATENT])
     valid = torch.arange(C) > (-1 if end is None else end)
     states, rewards = prefill_and_step(model, latent, action, valid.expand(N, 3, C), C, monkeypatch)
@@ -373,7 +373,7 @@ def test_context_before_the_episode_has_no_influence(monkeypatch: pytest.MonkeyP
 def test_step_decodes_reward_and_continuation_and_samples_the_prior(float64: None) -> None:
     model = make_model()
     latent, action = random_latent(model.latent, N, 1, 3), torch.zeros(N, 2000, 2, dtype=torch.long)
-    many = model.latent.from_index(model.latent.to_index(latent).expand(N, 2000, 3, -1))
+    many = model.latent.from_code(model.latent.to_code(latent).expand(N, 2000, 3, -1))
     valid = torch.ones(N, 2000, 2, dtype=torch.bool)
     state, context = model.prefill(many, action, valid, horizon=1)
     reached = model.step(state, action[..., 0], context)

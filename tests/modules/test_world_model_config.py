@@ -57,12 +57,12 @@ def test_what_is_uncertain_of_one_coordinate_does_not_move_the_others() -> None:
     model = build(**COORDINATES, num_dims=10)
     observation = (2 * torch.rand(len(COUNTS), 1, 5) - 1).expand(-1, 4000, -1)
     latent = model.encode(observation)
-    index = model.latent.to_index(latent)
+    index = model.latent.to_code(latent)
     for d in range(5):
         drawn = index.clone()
         # The two dimensions of coordinate d; all others stay.
         drawn[..., [d, d + 5]] = torch.randint(32, (len(COUNTS), 4000, 2))
-        spread = model.decode(model.latent.from_index(drawn)).std(1)
+        spread = model.decode(model.latent.from_code(drawn)).std(1)
         assert (spread[:, d] > 0.5).all()
         assert (spread[:, [e for e in range(5) if e != d]] < 1e-5).all()
 

@@ -106,7 +106,7 @@ def test_agrees_with_a_pass_over_the_whole_history_at_every_step(
         tokens = model.action_mixer(latents, action[..., :steps])
         hidden = model.transformer(tokens.flatten(0, 1), mask).view(tokens.shape)[:, :, -1]
         teammates = model.teammates(latents, mask)[:, :, -1]
-        z = model.latent.from_index(model.latent.prior(model.dynamics(hidden), latents[:, :, -1]).argmax(-1))
+        z = model.latent.from_code(model.latent.prior(model.dynamics(hidden), latents[:, :, -1]).argmax(-1))
         latents = Latent(torch.cat([latents.value, z.value.unsqueeze(2)], 2))
         for key, expected in (
             (keys.TEAMMATE_LOGITS, teammates),
