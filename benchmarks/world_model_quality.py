@@ -97,7 +97,7 @@ def contact_precision(world_model: WorldModel, rollout: TensorDictBase, pursuers
     contact = (rollout["next", "agents", "reward"][..., :pursuers, 0] > 0).flatten()
     rewards = {"true": world_model.two_hot.decode(outputs["next", "agents", "reward_logits"])}
     if world_model.reward_input != "hidden":
-        latent = world_model.latent.draw(agents_first(outputs["next", "agents", "prior_log_probs"], 2))
+        latent = world_model.latent.draw(agents_first(outputs["next", "agents", "prior"], 2))
         reads = world_model.decode(latent) if world_model.reward_input == "next_observation" else latent.value
         rewards["sampled"] = agents_last(world_model.two_hot.decode(world_model.reward(reads)), 0)
     precision = {name: average_precision(value[..., :pursuers].flatten(), contact) for name, value in rewards.items()}

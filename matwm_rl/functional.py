@@ -192,6 +192,48 @@ def balanced_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     return _BalancedKL.apply(log_q, log_p)
 
 
+def gaussian_kl(q: Tensor, p: Tensor) -> Tensor:
+    r"""KL divergence ``KL(q || p)`` of K independent Gaussians, summed over K, in nats, at least in float32.
+
+    .. math::
+        \log \frac{\sigma_p}{\sigma_q} + \frac{\sigma_q^2 + (\mu_q - \mu_p)^2}{2 \sigma_p^2} - \frac{1}{2}
+
+    Args:
+        q: means and log standard deviations ``[..., K, 2]``.
+        p: means and log standard deviations ``[..., K, 2]``.
+
+    Returns:
+        ``[...]``.
+
+    Examples:
+        >>> gaussian_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
+        tensor(2.)
+    """
+    (mean_q, log_q), (mean_p, log_p) = widen(q).unbind(-1), widen(p).unbind(-1)
+    # Each ratio for itself: a square of a small deviation would underflow where the ratio does not.
+    ratio = (2 * (log_q - log_p)).exp()
+    distance = ((mean_q - mean_p) * (-log_p).exp()).square()
+    return (log_p - log_q + 0.5 * (ratio + distance - 1)).sum(-1)
+
+
+def balanced_gaussian_kl(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`balanced_kl` of Gaussians.
+
+    Args:
+        q: the posterior's means and log standard deviations of z_{t+1}, ``[..., K, 2]``.
+        p: those of the prior from the dynamics predictor, ``[..., K, 2]``.
+
+    Returns:
+        ``(dynamics, representation)``, each ``[...]``: the first moves the prior only, the second the posterior only.
+
+    Examples:
+        >>> q, p = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+        >>> balanced_gaussian_kl(q, p)
+        (tensor(2.), tensor(2.))
+    """
+    return gaussian_kl(q.detach(), p), gaussian_kl(q, p.detach())
+
+
 def lambda_return(reward: Tensor, continuation: Tensor, next_value: Tensor, gamma: float, lmbda: float) -> Tensor:
     r"""Lambda-return of section 5, computed backwards.
 

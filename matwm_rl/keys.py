@@ -26,12 +26,15 @@ key                                            shape after batch dims    meaning
 ``("next", "agents", "alive")``                ``[N]``                   the agent lives after the step
 ``("next", "agents", "done")``                 ``[N, 1]``                the agent's slice changes episode next
 ``("next", "agents", "terminated")``           ``[N, 1]``                ... by termination, not by truncation
-``("next", "agents", "posterior_log_probs")``  ``[N, K, C]``             of z_{t+1}, from o_{t+1}
-``("next", "agents", "prior_log_probs")``      ``[N, K, C]``             of z_{t+1}, predicted from h
+``("next", "agents", "posterior")``            ``[N, K, C]``             parameters of z_{t+1}, from o_{t+1}
+``("next", "agents", "prior")``                ``[N, K, C]``             parameters of z_{t+1}, predicted from h
 ``("next", "agents", "reward_logits")``        ``[N, bins]``             predicted two-hot logits of the reward
 ``("next", "agents", "continuation_logits")``  ``[N, 1]``                predicted logit of c_t
 ``("next", "agents", "continuation")``         ``[N, 1]``                predicted probability of c_t
 =============================================  ========================  =============================================
+
+The parameters of z_{t+1} are, for each of K code dimensions, log-probabilities of C classes, or the mean and the log
+standard deviation (then C is 2) of a Gaussian code.
 """
 
 from tensordict import NestedKey
@@ -53,8 +56,8 @@ TEAMMATE_LOGITS: NestedKey = (AGENTS, "teammate_logits")
 
 RECONSTRUCTION: NestedKey = (AGENTS, "reconstruction")
 MASK_LOGITS: NestedKey = (AGENTS, "mask_logits")
-POSTERIOR: NestedKey = ("next", AGENTS, "posterior_log_probs")
-PRIOR: NestedKey = ("next", AGENTS, "prior_log_probs")
+POSTERIOR: NestedKey = ("next", AGENTS, "posterior")
+PRIOR: NestedKey = ("next", AGENTS, "prior")
 REWARD_LOGITS: NestedKey = ("next", AGENTS, "reward_logits")
 CONTINUATION_LOGITS: NestedKey = ("next", AGENTS, "continuation_logits")
 

@@ -12,12 +12,17 @@ from torch import Tensor, nn
 from matwm_rl import keys
 from matwm_rl.data import Replay, make_replay
 from matwm_rl.envs import MultiAgentEnv, make_env
-from matwm_rl.modules import Latent, LatentCode, WorldModel, WorldModelConfig, make_actor, make_critic
+from matwm_rl.modules import DiscreteLatent, Latent, LatentCode, WorldModel, WorldModelConfig, make_actor, make_critic
 from matwm_rl.training.learner import Learner, LearnerConfig
 
 COUNTS, GROUPS, SIZE = (4, 4, 3), (0, 0, 1), 5
 """The mock environment's agents: two hunters with 4 actions, one prey with 3, observations padded to 5."""
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "num_dims": 4, "num_classes": 5, "dropout": 0.0}
+
+LATENTS = ["categorical", "fsq", "gaussian"]
+"""Names of all latent codes."""
+EXACT = ["fsq", "gaussian"]
+"""Those that in ``eval`` mode encode without chance, so that two passes over the same data agree."""
 
 STATE_KEYS: list[NestedKey] = [keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS]
 """Of s_t = (z_t, h_t, p_t)."""
@@ -127,7 +132,9 @@ def random_batch(
 
 def random_latent(code: LatentCode, *shape: int) -> Latent:
     """Latents that a code can have."""
-    return code.from_index(torch.randint(code.num_classes, (*shape, code.num_dims)))
+    shape = (*shape, code.num_dims)
+    discrete = isinstance(code, DiscreteLatent)
+    return code.from_code(torch.randint(code.num_classes, shape) if discrete else torch.randn(shape))
 
 
 def read_keys(model: WorldModel) -> list[NestedKey]:

@@ -105,6 +105,43 @@ def test_balanced_kl_has_the_gradients_of_two_kls_that_stop_one_each(float64: No
     torch.testing.assert_close(grad, -log_q.detach().exp())
 
 
+def as_normal(parameters: Tensor) -> torch.distributions.Normal:
+    return torch.distributions.Normal(parameters[..., 0], parameters[..., 1].exp())
+
+
+def test_gaussian_kl_is_that_of_distributions_from_the_first_to_the_second(float64: None) -> None:
+    q, p = (torch.randn(5, 2, 3, 2) for _ in range(2))
+    kl = F.gaussian_kl(q, p)
+    torch.testing.assert_close(kl, torch.distributions.kl_divergence(as_normal(q), as_normal(p)).sum(-1))
+    assert ((kl - F.gaussian_kl(p, q)).abs() > 1e-3).all()
+    assert not F.gaussian_kl(q, q).any()
+
+
+def test_balanced_gaussian_kl_moves_one_side_each(float64: None) -> None:
+    q, p = (torch.randn(5, 2, 3, 2, requires_grad=True) for _ in range(2))
+    ours = F.balanced_gaussian_kl(q, p)
+    for value, moved, still in ((ours[0], p, q), (ours[1], q, p)):
+        expected = torch.distributions.kl_divergence(as_normal(q), as_normal(p)).sum(-1)
+        torch.testing.assert_close(value, expected)
+        weight = torch.randn_like(value)
+        grad, none = grads((weight * value).sum(), [moved, still])
+        (slow,) = grads((weight * expected).sum(), [moved])
+        torch.testing.assert_close(grad, slow)
+        assert grad.all() and not none.any()
+
+
+def test_gaussian_kl_is_computed_in_float32_and_bounds_nothing() -> None:
+    q, p = (torch.randn(50, 3, 2).bfloat16() for _ in range(2))
+    kl = F.gaussian_kl(q, p)
+    assert kl.dtype == torch.float32
+    torch.testing.assert_close(kl, F.gaussian_kl(q.double(), p.double()).float())
+    # Sharp and far off: a large number that still says where to go.
+    p = torch.tensor([[0.0, -5.0]], requires_grad=True)
+    kl = F.gaussian_kl(torch.tensor([[1e3, -4.0]]), p)
+    (grad,) = grads(kl, [p])
+    assert kl.isfinite() and grad.isfinite().all() and (grad < 0).all()
+
+
 def slow_lambda_return(
     reward: list[float], continuation: list[float], next_value: list[float], gamma: float, lmbda: float
 ) -> list[float]:

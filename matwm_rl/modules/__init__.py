@@ -5,7 +5,16 @@ from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, FourierFeatures, M
 from matwm_rl.modules.exploration import RandomEpisodes
 from matwm_rl.modules.heads import ActionMixer, Head, TeammatePredictor
 from matwm_rl.modules.imagination import Imagination
-from matwm_rl.modules.latent import CategoricalLatent, FSQLatent, Latent, LatentCode, make_latent, read_latent
+from matwm_rl.modules.latent import (
+    CategoricalLatent,
+    DiscreteLatent,
+    FSQLatent,
+    GaussianLatent,
+    Latent,
+    LatentCode,
+    make_latent,
+    read_latent,
+)
 from matwm_rl.modules.policy import CONTEXT_KEYS, WorldModelPolicy
 from matwm_rl.modules.stacked import StackedLinear, StackedMLP, StackedNormSiLU
 from matwm_rl.modules.transformer import KVCache, Transformer
@@ -21,8 +30,10 @@ __all__ = [
     "CNNEncoder",
     "CategoricalLatent",
     "Context",
+    "DiscreteLatent",
     "FSQLatent",
     "FourierFeatures",
+    "GaussianLatent",
     "Head",
     "Imagination",
     "KVCache",

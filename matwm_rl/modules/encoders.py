@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from matwm_rl.functional import widen
 from matwm_rl.modules.stacked import StackedLinear, mlp
 
-COORDINATE_SCALE = 0.35
-"""Of observations in a coordinate code: from -2 to 2 the code's tanh then bends them by 14% at most."""
-
 
 class FourierFeatures(nn.Module):
     r"""Append sines and cosines of every coordinate: ``[..., D] -> [..., (2 K + 1) D]`` (arXiv:2006.10739).
@@ -85,19 +82,20 @@ class MLPEncoder(nn.Module):
         self.skip = StackedLinear(observation_size, out_features, group_index) if linear_skip else None
 
     @torch.no_grad()
-    def start_as_coordinates(self, spacing: float) -> None:
+    def start_as_coordinates(self, scale: float, spacing: float = 0.0) -> None:
         """Start with a code in which every coordinate has features of its own, copies of it, and the MLP adds nothing.
 
         Args:
-            spacing: of the code's levels. The copies are shifted against each other by parts of it, so that together
-                they tell values apart that one copy would round to the same level.
+            scale: factor on the coordinates.
+            spacing: of the code's levels, if it has any. The copies are shifted against each other by parts of it, so
+                that together they tell values apart that one copy would round to the same level.
 
         Raises:
             ValueError: without linear skip, or with fewer features than coordinates.
         """
         skip = _skip_of(self)
         _, size, features = skip.weight.shape
-        skip.weight.copy_(COORDINATE_SCALE * _coordinates(size, features))
+        skip.weight.copy_(scale * _coordinates(size, features))
         copies = features // size
         shift = ((torch.arange(copies) + 0.5) / copies - 0.5) * spacing
         skip.bias.zero_()[:, : copies * size] = shift.repeat_interleave(size)
@@ -143,15 +141,18 @@ class MLPDecoder(nn.Module):
         self.skip = StackedLinear(latent_size, observation_size, group_index) if linear_skip else None
 
     @torch.no_grad()
-    def start_as_coordinates(self) -> None:
+    def start_as_coordinates(self, scale: float) -> None:
         """Start by reading the code of :meth:`MLPEncoder.start_as_coordinates`; the MLP adds nothing.
+
+        Args:
+            scale: factor on the coordinates in the code.
 
         Raises:
             ValueError: without linear skip, or with fewer latent features than coordinates.
         """
         skip = _skip_of(self)
         _, features, size = skip.weight.shape
-        skip.weight.copy_(_coordinates(size, features).T / (COORDINATE_SCALE * (features // size)))
+        skip.weight.copy_(_coordinates(size, features).T / (scale * (features // size)))
         skip.bias.zero_()
         self.output.weight.zero_()
         self.output.bias.zero_()

@@ -1,13 +1,13 @@
 """Latent codes: what lies between the encoder and everything else. Exchangeable, with one interface.
 
-A code turns the encoder's features into a distribution over K code dimensions of C classes each, draws z_t from it, and
-turns class indices drawn from the dynamics predictor into the same feature vector.
+A code turns the encoder's features into the distributions of K code dimensions, and draws z_t from them; it does the
+same with what the dynamics predictor says of z_{t+1}. Distributions travel as one tensor of their parameters:
+log-probabilities ``[..., K, C]`` of codes of C classes, means and log standard deviations ``[..., K, 2]`` of Gaussians.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from matwm_rl.functional import sample_index
+from matwm_rl.functional import balanced_gaussian_kl, balanced_kl, sample_index, widen
 from matwm_rl.modules.stacked import StackedLinear
 
 MIN_LOG_PROB = -30.0
@@ -29,7 +29,7 @@ class Latent:
     Attributes:
         value: the features, ``[..., Z]``.
         ones: where z is multi-hot, the positions of its ones, int64 ``[..., K]``: layers that need no gradient through
-            z look rows of their weights up in place of a product. ``None`` for codes of numbers.
+            z look rows of their weights up in place of a product. ``None`` for other codes.
     """
 
     value: Tensor
@@ -55,7 +55,7 @@ def read_latent(layer: StackedLinear, latent: Latent) -> Tensor:
 
     Examples:
         >>> layer, code = StackedLinear(8, 3, [0]), CategoricalLatent(2, 4)
-        >>> latent = code.from_index(torch.tensor([[[1, 3]]]))
+        >>> latent = code.from_code(torch.tensor([[[1, 3]]]))
         >>> torch.allclose(read_latent(layer, latent), layer(latent.value), atol=1e-6)
         True
     """
@@ -65,45 +65,43 @@ def read_latent(layer: StackedLinear, latent: Latent) -> Tensor:
 
 
 class LatentCode(nn.Module):
-    """Interface of a latent code with ``num_dims`` (K) dimensions of ``num_classes`` (C) classes.
+    """Interface of a latent code with ``num_dims`` (K) independent dimensions.
 
     Attributes:
         encoder_size: number of features the encoder must deliver.
         latent_size: size Z of the feature vector z.
         dynamics_size: number of outputs the dynamics predictor must deliver.
         multi_hot: whether latents have ``ones``.
+        code_dtype: type in which codes ``[..., K]`` (:meth:`to_code`) are stored.
+        coordinate_scale: factor on coordinates that the code's dimensions are to hold as they are; ``None`` where a
+            dimension is no number.
+        spacing: of the values that a dimension of z can have; 0 where it can have all.
     """
 
     multi_hot = False
+    code_dtype: torch.dtype
+    coordinate_scale: float | None = None
+    spacing = 0.0
     encoder_size: int
     latent_size: int
     dynamics_size: int
 
-    def __init__(self, num_dims: int, num_classes: int) -> None:
+    def __init__(self, num_dims: int) -> None:
         super().__init__()
-        if num_dims < 1 or num_classes < 2:
-            raise ValueError(f"a code needs >= 1 dimension and >= 2 classes, got {num_dims} x {num_classes}")
+        if num_dims < 1:
+            raise ValueError(f"a code needs >= 1 dimension, got {num_dims}")
         self.num_dims = num_dims
-        self.num_classes = num_classes
 
     def posterior(self, features: Tensor) -> Tensor:
-        """Encoder features ``[..., encoder_size]`` to posterior log-probabilities ``[..., K, C]``."""
+        """Encoder features ``[..., encoder_size]`` to the posterior's parameters ``[..., K, C]``."""
         raise NotImplementedError
 
     def sample_posterior(self, features: Tensor) -> Latent:
-        """Encoder features ``[..., encoder_size]`` to z ``[..., Z]``, with straight-through gradients."""
-        raise NotImplementedError
-
-    def from_index(self, index: Tensor) -> Latent:
-        """Class indices ``[..., K]`` to z ``[..., Z]``."""
-        raise NotImplementedError
-
-    def to_index(self, latent: Latent) -> Tensor:
-        """Invert :meth:`from_index`: z ``[..., Z]`` to class indices ``[..., K]``."""
+        """Encoder features ``[..., encoder_size]`` to z ``[..., Z]``, with gradients to the features."""
         raise NotImplementedError
 
     def prior(self, output: Tensor, latent: Latent) -> Tensor:
-        """Log-probabilities of z_{t+1} ``[..., K, C]``, given the dynamics predictor's output and z_t.
+        """Parameters of z_{t+1} ``[..., K, C]``, given the dynamics predictor's output and z_t.
 
         Args:
             output: ``[..., dynamics_size]``.
@@ -112,15 +110,55 @@ class LatentCode(nn.Module):
         raise NotImplementedError
 
     def sample_prior(self, output: Tensor, latent: Latent) -> Latent:
-        """Draw z_{t+1} ``[..., Z]`` from what :meth:`prior` describes."""
+        """Draw z_{t+1} ``[..., Z]`` from what :meth:`prior` describes, without gradient."""
+        return self.draw(self.prior(output.detach(), latent.detach()))
+
+    def draw(self, parameters: Tensor) -> Latent:
+        """Draw z ``[..., Z]``, without gradient, from parameters as the world model's forward pass writes them."""
         raise NotImplementedError
 
-    def draw(self, log_probs: Tensor) -> Latent:
-        """Draw z ``[..., Z]`` from log-probabilities ``[..., K, C]``, as the world model's forward pass writes them."""
-        return self.from_index(sample_index(log_probs.exp()))
+    def balanced_kl(self, posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """KL of the posterior from the prior, summed over K: once to move the prior only, once the posterior only.
+
+        Args:
+            posterior: parameters ``[..., K, C]``.
+            prior: parameters ``[..., K, C]``.
+
+        Returns:
+            ``(dynamics, representation)``, each ``[...]``, in nats.
+        """
+        raise NotImplementedError
+
+    def to_code(self, latent: Latent) -> Tensor:
+        """The shortest form of z, ``[..., Z]`` to ``[..., K]``: what is stored of it, as ``code_dtype``."""
+        raise NotImplementedError
+
+    def from_code(self, code: Tensor) -> Latent:
+        """Invert :meth:`to_code`: codes ``[..., K]``, of any type that holds them, to z ``[..., Z]``."""
+        raise NotImplementedError
 
 
-class CategoricalLatent(LatentCode):
+class DiscreteLatent(LatentCode):
+    """Codes whose dimensions are of ``num_classes`` (C) classes each; :meth:`to_code` gives class indices."""
+
+    code_dtype = torch.int16
+
+    def __init__(self, num_dims: int, num_classes: int) -> None:
+        super().__init__(num_dims)
+        if num_classes < 2:
+            raise ValueError(f"a discrete code needs >= 2 classes, got {num_classes}")
+        self.num_classes = num_classes
+
+    def draw(self, parameters: Tensor) -> Latent:
+        """Draw z ``[..., Z]`` from log-probabilities ``[..., K, C]``."""
+        return self.from_code(sample_index(parameters.exp()))
+
+    def balanced_kl(self, posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """See :func:`~matwm_rl.functional.balanced_kl`."""
+        return balanced_kl(posterior, prior)
+
+
+class CategoricalLatent(DiscreteLatent):
     """The paper's code: K categoricals of C classes, one-hot, straight-through, with unimix (section 2).
 
     Args:
@@ -164,24 +202,24 @@ class CategoricalLatent(LatentCode):
 
     def sample_prior(self, output: Tensor, latent: Latent) -> Latent:
         """Sample one-hots ``[..., Z]``."""
-        return self.from_index(sample_index(self._probs(output)))
+        return self.from_code(sample_index(self._probs(output)))
 
     def sample_posterior(self, features: Tensor) -> Latent:
         """Sample one-hots; gradients pass to the probabilities (straight-through)."""
         probs = self._probs(features)
-        sample = self.from_index(sample_index(probs.detach()))
+        sample = self.from_code(sample_index(probs.detach()))
         if not probs.requires_grad:
             return sample
         probs = probs.flatten(-2)
         return Latent(sample.value + (probs - probs.detach()), sample.ones)
 
-    def from_index(self, index: Tensor) -> Latent:
-        """One-hots, flattened."""
-        ones = index + self.first
-        value = torch.zeros(*index.shape[:-1], self.latent_size, device=index.device)
+    def from_code(self, code: Tensor) -> Latent:
+        """Class indices to one-hots, flattened."""
+        ones = code + self.first
+        value = torch.zeros(*code.shape[:-1], self.latent_size, device=code.device)
         return Latent(value.scatter_(-1, ones, 1.0), ones)
 
-    def to_index(self, latent: Latent) -> Tensor:
+    def to_code(self, latent: Latent) -> Tensor:
         """Class of the one in every one-hot."""
         if latent.ones is None:
             return latent.value.unflatten(-1, (self.num_dims, self.num_classes)).argmax(-1)
@@ -212,7 +250,7 @@ class _LogBell(torch.autograd.Function):
         return 2 * scale.square() * first, -2 * scale * squared, None, None
 
 
-class FSQLatent(LatentCode):
+class FSQLatent(DiscreteLatent):
     """Finite scalar quantisation (arXiv:2309.15505): K numbers, each rounded to one of C levels in [-1, 1].
 
     Keeps the fine geometry of low-dimensional observations that one-hot categoricals lose. z is the nearest level,
@@ -229,15 +267,18 @@ class FSQLatent(LatentCode):
     Examples:
         >>> code = FSQLatent(3, num_classes=5)
         >>> z = code.sample_posterior(torch.tensor([[0.0, 10.0, -10.0]]))
-        >>> z.value.tolist(), code.to_index(z).tolist()
+        >>> z.value.tolist(), code.to_code(z).tolist()
         ([[0.0, 1.0, -1.0]], [[2, 4, 0]])
     """
 
+    # From -2 to 2, tanh then bends observations by 14% at most.
+    coordinate_scale = 0.35
     levels: Tensor
 
     def __init__(self, num_dims: int = 64, num_classes: int = 16, *, width: float = 0.25) -> None:
         super().__init__(num_dims, num_classes)
-        self.width = width
+        self.width = _positive("width", width)
+        self.spacing = 2 / (num_classes - 1)
         self.encoder_size = self.latent_size = num_dims
         self.dynamics_size = 2 * num_dims
         self.register_buffer("levels", torch.arange(num_classes, dtype=torch.get_default_dtype()), persistent=False)
@@ -274,7 +315,7 @@ class FSQLatent(LatentCode):
         distance = (
             (self.levels - centre.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).square_().sub_(likeliest.unsqueeze(-1))
         )
-        return self.from_index(sample_index(distance.clamp_(max=-MIN_LOG_PROB).neg_().exp_()))
+        return self.from_code(sample_index(distance.clamp_(max=-MIN_LOG_PROB).neg_().exp_()))
 
     def sample_posterior(self, features: Tensor) -> Latent:
         """Nearest level; gradients pass as if there were no rounding (straight-through)."""
@@ -282,23 +323,111 @@ class FSQLatent(LatentCode):
         value = value + (value.round() - value).detach() if value.requires_grad else value.round()
         return Latent(value * (2 / (self.num_classes - 1)) - 1)
 
-    def from_index(self, index: Tensor) -> Latent:
+    def from_code(self, code: Tensor) -> Latent:
         """Level index to its value in [-1, 1]."""
-        return Latent(index.to(self.levels.dtype) * (2 / (self.num_classes - 1)) - 1)
+        return Latent(code.to(self.levels.dtype) * (2 / (self.num_classes - 1)) - 1)
 
-    def to_index(self, latent: Latent) -> Tensor:
+    def to_code(self, latent: Latent) -> Tensor:
         """Value in [-1, 1] to the nearest level's index."""
         return ((latent.value + 1) * (0.5 * (self.num_classes - 1))).round().long()
 
 
-def make_latent(kind: str, num_dims: int, num_classes: int) -> LatentCode:
-    """Build a code by name: ``"categorical"`` (the paper's) or ``"fsq"``.
+class GaussianLatent(LatentCode):
+    """K numbers, each with a normal distribution: for short vectors, whose geometry it keeps without any rounding.
+
+    The posterior is equally wide everywhere, and the KL terms measure distances in units of its width. z is drawn from
+    it while training, and is its mean otherwise. For every dimension the dynamics predictor gives by how much it moves
+    on from z_t, and a standard deviation.
+
+    Args:
+        num_dims: K.
+        width: standard deviation of the posterior. Without this noise the encoder would escape the KL terms by
+            shrinking the scale of z.
+        step_scale: the movement that an output of 1 of the dynamics predictor stands for. Movements per step are small,
+            and outputs of order 1 are what Adam learns well.
+        spread_scale: the same for the standard deviation of the prior, which is never below half of ``width``.
+
+    Examples:
+        >>> code = GaussianLatent(3).eval()
+        >>> z = code.sample_posterior(torch.tensor([[0.0, 10.0, -10.0]]))
+        >>> z.value.tolist(), code.posterior(z.value)[..., 1].exp()
+        ([[0.0, 10.0, -10.0]], tensor([[0.0200, 0.0200, 0.0200]]))
+    """
+
+    code_dtype = torch.float32
+    coordinate_scale = 1.0
+
+    def __init__(
+        self, num_dims: int = 64, *, width: float = 0.02, step_scale: float = 0.4, spread_scale: float = 0.2
+    ) -> None:
+        super().__init__(num_dims)
+        self.width = _positive("width", width)
+        self.step_scale = _positive("step_scale", step_scale)
+        self.spread_scale = _positive("spread_scale", spread_scale)
+        self.encoder_size = self.latent_size = num_dims
+        self.dynamics_size = 2 * num_dims
+
+    def posterior(self, features: Tensor) -> Tensor:
+        """Means and log standard deviations ``[..., K, 2]``."""
+        mean = widen(features)
+        return torch.stack([mean, torch.full_like(mean, math.log(self.width))], -1)
+
+    def sample_posterior(self, features: Tensor) -> Latent:
+        """A draw while training, with gradients through it; the mean otherwise."""
+        mean = widen(features)
+        return Latent(torch.add(mean, torch.randn_like(mean), alpha=self.width) if self.training else mean)
+
+    def prior(self, output: Tensor, latent: Latent) -> Tensor:
+        """Movements and widths ``[..., 2 K]`` from z_t to means and log standard deviations ``[..., K, 2]``."""
+        movement, spread = widen(output).chunk(2, -1)
+        deviation = self.spread_scale * nn.functional.softplus(spread) + 0.5 * self.width
+        return torch.stack([latent.value + self.step_scale * movement, deviation.log()], -1)
+
+    def draw(self, parameters: Tensor) -> Latent:
+        """Draw z ``[..., Z]`` from means and log standard deviations ``[..., K, 2]``."""
+        mean, log_deviation = widen(parameters.detach()).unbind(-1)
+        return Latent(torch.addcmul(mean, log_deviation.exp(), torch.randn_like(mean)))
+
+    def balanced_kl(self, posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """See :func:`~matwm_rl.functional.balanced_gaussian_kl`."""
+        return balanced_gaussian_kl(posterior, prior)
+
+    def to_code(self, latent: Latent) -> Tensor:
+        """The numbers themselves."""
+        return latent.value
+
+    def from_code(self, code: Tensor) -> Latent:
+        """The numbers themselves."""
+        return Latent(code)
+
+
+def _positive(name: str, value: float) -> float:
+    if not value > 0:
+        raise ValueError(f"{name} of a latent code must be positive, got {value}")
+    return value
+
+
+def make_latent(kind: str, num_dims: int, num_classes: int, width: float | None = None) -> LatentCode:
+    """Build a code by name.
+
+    Args:
+        kind: ``"categorical"`` (the paper's), ``"fsq"`` or ``"gaussian"``.
+        num_dims: K.
+        num_classes: C; of no meaning for ``"gaussian"``.
+        width: of the posterior of ``"fsq"`` or ``"gaussian"``; ``None``: the code's own default.
 
     Examples:
         >>> make_latent("fsq", 8, 4).latent_size
         8
     """
-    codes: dict[str, Callable[[int, int], LatentCode]] = {"categorical": CategoricalLatent, "fsq": FSQLatent}
-    if kind not in codes:
-        raise ValueError(f"unknown latent code {kind!r}; choose one of {sorted(codes)}")
-    return codes[kind](num_dims, num_classes)
+    options = {} if width is None else {"width": width}
+    match kind:
+        case "categorical":
+            if options:
+                raise ValueError(f"a categorical code has no width, got {width}; leave it None")
+            return CategoricalLatent(num_dims, num_classes)
+        case "fsq":
+            return FSQLatent(num_dims, num_classes, **options)
+        case "gaussian":
+            return GaussianLatent(num_dims, **options)
+    raise ValueError(f"unknown latent code {kind!r}; choose one of ['categorical', 'fsq', 'gaussian']")

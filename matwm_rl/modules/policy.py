@@ -23,7 +23,7 @@ class WorldModelPolicy(TensorDictModuleBase):
     """All agents act: the posterior of the current observation, the history of this episode, then the actors.
 
     Decentralised: agent i's action depends on agent i's observations and actions alone. The policy is stateless; the
-    last ``context_length`` steps travel in the tensordict as class indices and actions, and the transformer runs over
+    last ``context_length`` steps travel in the tensordict as latent codes and actions, and the transformer runs over
     them again at every step. So every step of an episode costs the same, and the context is always read with the
     newest weights. Append :meth:`make_tensordict_primer` to the environment: it starts the context with every episode.
 
@@ -60,8 +60,9 @@ class WorldModelPolicy(TensorDictModuleBase):
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """The transform that carries the context and empties it at every reset."""
         agents, length = self.world_model.num_agents, self.context_length
+        code = self.world_model.latent
         specs = {
-            CONTEXT_CODE: Unbounded((agents, length, self.world_model.latent.num_dims), dtype=torch.int16),
+            CONTEXT_CODE: Unbounded((agents, length, code.num_dims), dtype=code.code_dtype),
             CONTEXT_ACTION: Unbounded((agents, length), dtype=torch.int64),
             CONTEXT_LENGTH: Unbounded((agents,), dtype=torch.int64),
         }
@@ -85,8 +86,8 @@ class WorldModelPolicy(TensorDictModuleBase):
         length = self._flat(tensordict.get(CONTEXT_LENGTH), 0)
         # The context is right-aligned: its last `length` steps are this episode's.
         valid = torch.arange(self.context_length, device=length.device) >= self.context_length - length.unsqueeze(-1)
-        newest = model.latent.to_index(latent).unsqueeze(2)
-        state, _ = model.prefill(model.latent.from_index(torch.cat([code, newest], 2)), action, valid)
+        newest = model.latent.to_code(latent).unsqueeze(2)
+        state, _ = model.prefill(model.latent.from_code(torch.cat([code, newest], 2)), action, valid)
 
         inputs = TensorDict(state.entries(), batch_size=state.hidden.shape[1:2]).reshape(batch)
         outputs = self.actor(inputs.set(keys.ACTION_MASK, tensordict.get(keys.ACTION_MASK)))

@@ -108,7 +108,8 @@ class WorldModel(TensorDictModuleBase):
 
     Keys written: ``("agents", "latent" | "hidden" | "teammate_logits")``, that is s_t;
     ``("agents", "reconstruction")``; ``("agents", "mask_logits")`` if masks are learnt;
-    ``("next", "agents", "posterior_log_probs" | "prior_log_probs")``, both of z_{t+1}, ``[*B, T, N, K, C]``;
+    ``("next", "agents", "posterior" | "prior")``, parameters of z_{t+1}'s distributions: ``[*B, T, N, K, C]``
+    log-probabilities, or ``[*B, T, N, K, 2]`` means and log standard deviations of a Gaussian code;
     ``("next", "agents", "reward_logits")``, ``("next", "agents", "continuation_logits")``.
 
     Examples:

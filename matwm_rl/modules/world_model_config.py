@@ -26,9 +26,12 @@ class WorldModelConfig:
         num_layers: blocks of each transformer.
         num_heads: attention heads of each transformer.
         dropout: dropout of the transformers.
-        latent: ``"categorical"`` (the paper's) or ``"fsq"`` (finer, for vector observations).
+        latent: ``"categorical"`` (the paper's), ``"fsq"`` (finer, for vector observations) or ``"gaussian"`` (numbers
+            without rounding; the finest for vector observations, and the fastest).
         num_dims: K, code dimensions.
-        num_classes: C, classes (levels) per code dimension.
+        num_classes: C, classes (levels) per code dimension; ``"gaussian"`` has none and ignores it.
+        latent_width: standard deviation of the posterior, in levels for ``"fsq"``, in z's own units for ``"gaussian"``;
+            ``None``: the code's own default.
         encoder_depth: hidden layers of the MLP encoder and decoder.
         fourier_features: frequencies of the sines and cosines of vector observations that the encoder also reads
             (ours); 0 is the paper's.
@@ -60,6 +63,7 @@ class WorldModelConfig:
     latent: str = "categorical"
     num_dims: int = 32
     num_classes: int = 32
+    latent_width: float | None = None
     encoder_depth: int = 3
     fourier_features: int = 0
     head_depth: int = 2
@@ -99,14 +103,15 @@ def build_parts(
         )
     if image and cfg.reward_input == "next_observation":
         raise ValueError("reward_input 'next_observation' is for vectors; for images take 'hidden' or 'next_latent'")
-    if cfg.coordinate_code and not (cfg.linear_skips and cfg.latent == "fsq"):
+    latent = make_latent(cfg.latent, cfg.num_dims, cfg.num_classes, cfg.latent_width)
+    if cfg.coordinate_code and (latent.coordinate_scale is None or not cfg.linear_skips):
         raise ValueError(
-            f"coordinate_code needs linear_skips and latent 'fsq', got {cfg.linear_skips} and {cfg.latent!r}"
+            "coordinate_code needs linear_skips and latent 'fsq' or 'gaussian', "
+            f"got {cfg.linear_skips} and {cfg.latent!r}"
         )
     num_agents, num_actions = len(action_counts), max(action_counts)
     # Images have one common layout, so their agents are alike for the encoder whatever their groups.
     groups = list(group_index) if cfg.group_layers and not image else [0] * num_agents
-    latent = make_latent(cfg.latent, cfg.num_dims, cfg.num_classes)
     size, width = latent.latent_size, cfg.hidden_size
     encoder: nn.Module
     decoder: nn.Module
@@ -132,9 +137,10 @@ def build_parts(
             linear_skip=cfg.linear_skips,
         )
         # With fewer code dimensions than coordinates there is none for each: then both start at random.
-        if cfg.coordinate_code and observation_shape[0] <= cfg.num_dims:
-            encoder.start_as_coordinates(spacing=2 / (cfg.num_classes - 1))
-            decoder.start_as_coordinates()
+        scale = latent.coordinate_scale if cfg.coordinate_code else None
+        if scale is not None and observation_shape[0] <= cfg.num_dims:
+            encoder.start_as_coordinates(scale, latent.spacing)
+            decoder.start_as_coordinates(scale)
     head = partial(Head, group_index=groups, num_cells=width, depth=cfg.head_depth)
     two_hot = TwoHot(interpolation=cfg.reward_interpolation)
     reward: nn.Module

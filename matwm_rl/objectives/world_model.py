@@ -37,7 +37,8 @@ class WorldModelLoss(KeyedLoss):
     focal agent ends its own future (c = 0).
 
     Args:
-        world_model: any module with the keys of :class:`~matwm_rl.modules.WorldModel`.
+        world_model: any module with the keys of :class:`~matwm_rl.modules.WorldModel`. Where it has no
+            ``latent.balanced_kl``, posterior and prior are log-probabilities ``[..., K, C]``.
         two_hot: code of the reward logits; by default ``world_model.two_hot``, else TorchRL's ``SymExpTwoHot``.
         weights: factors of the terms.
         free_nats: clamp of each KL element.
@@ -130,7 +131,9 @@ class WorldModelLoss(KeyedLoss):
         # A dying agent's successor is no observation.
         survived = alive if alive is None else alive & tensordict.get(k.next_alive, alive)
         posterior, prior = model[k.posterior], model[k.prior]
-        dynamics, representation = balanced_kl(posterior, prior)
+        # The code knows what its parameters are; those of any other model are log-probabilities.
+        kl = getattr(getattr(self.world_model, "latent", None), "balanced_kl", balanced_kl)
+        dynamics, representation = kl(posterior, prior)
         losses["dynamics"] = masked_mean(dynamics.clamp(min=self.free_nats), survived)
         losses["representation"] = masked_mean(representation.clamp(min=self.free_nats), survived)
 

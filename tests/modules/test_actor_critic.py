@@ -13,10 +13,9 @@ from torchrl.modules import MaskedCategorical
 
 from matwm_rl import keys
 from matwm_rl.modules import ActionDistribution, StateMLP, TwoHot, make_actor, make_critic
-from tests.helpers import COUNTS, STATE_KEYS, grads, make_model, random_imagined, randomize, read_keys
+from tests.helpers import COUNTS, LATENTS, STATE_KEYS, grads, make_model, random_imagined, randomize, read_keys
 
 N = len(COUNTS)
-LATENTS = ["categorical", "fsq"]
 
 
 def slow_state_mlp(net: StateMLP, n: int, state: torch.Tensor) -> torch.Tensor:

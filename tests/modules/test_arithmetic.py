@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from matwm_rl.modules import Imagination, WorldModel, make_actor, transformer
-from tests.helpers import COUNTS, SIZE, make_model, random_batch, randomize
+from tests.helpers import COUNTS, LATENTS, SIZE, make_model, random_batch, randomize
 
 N, A = len(COUNTS), max(COUNTS)
 # No size is another's, so that the width of a product tells what is multiplied.
@@ -112,7 +112,7 @@ def expected_products(model: WorldModel, layers: int, C: int, H: int) -> int:
     return 2 * N * S * one_dream
 
 
-@pytest.mark.parametrize("latent", ["categorical", "fsq"])
+@pytest.mark.parametrize("latent", LATENTS)
 @pytest.mark.parametrize(("layers", "C", "H"), [(2, 3, 4), (1, 0, 2), (3, 1, 1), (1, 5, 3)])
 def test_imagination_multiplies_nothing_twice(
     countable_attention: None, latent: str, layers: int, C: int, H: int

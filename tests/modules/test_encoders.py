@@ -17,7 +17,6 @@ from matwm_rl.modules import (
     MLPEncoder,
     ObservationHead,
 )
-from matwm_rl.modules.encoders import COORDINATE_SCALE
 from tests.helpers import grads, randomize
 
 GROUPS = [0, 0, 1]
@@ -100,6 +99,9 @@ LAYOUTS = [
 ]
 
 
+SCALE = 0.35
+
+
 class CoordinateCode:
     """Encoder, FSQ code and decoder at their start."""
 
@@ -109,8 +111,8 @@ class CoordinateCode:
         self.code = FSQLatent(dims, levels)
         self.encoder = MLPEncoder(coordinates, dims, fourier_features=2, **sizes)
         self.decoder = MLPDecoder(dims, coordinates, **sizes)
-        self.encoder.start_as_coordinates(self.spacing)
-        self.decoder.start_as_coordinates()
+        self.encoder.start_as_coordinates(SCALE, self.spacing)
+        self.decoder.start_as_coordinates(SCALE)
 
     def encode(self, observation: Tensor) -> Latent:
         return self.code.sample_posterior(self.encoder(observation))
@@ -129,12 +131,31 @@ def test_a_coordinate_code_reconstructs_to_half_a_level_at_its_start(
     observation = 4 * torch.rand(3, 500, coordinates) - 2
     rebuilt = code.decode(code.encode(observation))
     # What tanh bends: 14% at the ends of the range, 1% at 0.5.
-    bent = (COORDINATE_SCALE * observation).tanh() / COORDINATE_SCALE
+    bent = (SCALE * observation).tanh() / SCALE
     assert ((bent - observation).abs() < 0.14 * observation.abs()).all()
     # Half a level of rounding, and the little by which the copies, shifted against each other, differ in the bend.
-    half = code.spacing / 2 / COORDINATE_SCALE
+    half = code.spacing / 2 / SCALE
     assert ((rebuilt - bent).abs() <= half * (1 + code.spacing)).all()
     assert (rebuilt - bent).abs().max() > 0.1 * half
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize(("groups", "coordinates", "dims"), LAYOUTS)
+def test_without_levels_every_copy_is_the_scaled_coordinate(
+    groups: list[int], coordinates: int, dims: int, scale: float
+) -> None:
+    code = CoordinateCode(groups, coordinates, dims)
+    code.encoder.start_as_coordinates(scale)
+    code.decoder.start_as_coordinates(scale)
+    observation = 10 * torch.randn(3, 50, coordinates)
+    features = code.encoder(observation)
+    copies = dims // coordinates
+    for c in range(copies):
+        own = features[..., c * coordinates : (c + 1) * coordinates]
+        torch.testing.assert_close(own, scale * observation)
+    assert not features[..., copies * coordinates :].any()
+    torch.testing.assert_close(code.decoder(features), observation)
 
 
 @torch.no_grad()
@@ -143,10 +164,10 @@ def test_more_copies_of_a_coordinate_are_finer_than_one() -> None:
     errors = []
     for copies in (1, 2, 4, 8):
         code = CoordinateCode([0, 0, 1], 4, 4 * copies)
-        bent = (COORDINATE_SCALE * observation).tanh() / COORDINATE_SCALE
+        bent = (SCALE * observation).tanh() / SCALE
         errors.append(float((code.decode(code.encode(observation)) - bent).square().mean().sqrt()))
     # Uniform within one level; and within half, a quarter, an eighth of it where the copies divide it evenly.
-    assert errors[0] == pytest.approx(code.spacing / COORDINATE_SCALE / math.sqrt(12), rel=0.05)
+    assert errors[0] == pytest.approx(code.spacing / SCALE / math.sqrt(12), rel=0.05)
     for one, twice in itertools.pairwise(errors):
         assert twice < 0.75 * one
 
@@ -197,13 +218,13 @@ def test_a_coordinate_code_is_a_start_from_which_everything_learns() -> None:
 def test_what_has_no_place_for_a_coordinate_code_is_told() -> None:
     sizes = {"group_index": GROUPS, "num_cells": 8}
     with pytest.raises(ValueError, match="MLPEncoder has no linear skip.*linear_skip=True"):
-        MLPEncoder(4, 6, **sizes).start_as_coordinates(0.1)
+        MLPEncoder(4, 6, **sizes).start_as_coordinates(1.0)
     with pytest.raises(ValueError, match="MLPDecoder has no linear skip.*linear_skip=True"):
-        MLPDecoder(6, 4, **sizes).start_as_coordinates()
+        MLPDecoder(6, 4, **sizes).start_as_coordinates(1.0)
     with pytest.raises(ValueError, match="4 coordinates do not fit into 3"):
-        MLPEncoder(4, 3, linear_skip=True, **sizes).start_as_coordinates(0.1)
+        MLPEncoder(4, 3, linear_skip=True, **sizes).start_as_coordinates(1.0)
     with pytest.raises(ValueError, match="4 coordinates do not fit into 3"):
-        MLPDecoder(3, 4, linear_skip=True, **sizes).start_as_coordinates()
+        MLPDecoder(3, 4, linear_skip=True, **sizes).start_as_coordinates(1.0)
 
 
 # -- observation head ------------------------------------------------------------------------------------------------

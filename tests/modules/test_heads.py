@@ -71,7 +71,7 @@ def test_teammate_predictor_stops_the_gradient_to_its_latents() -> None:
     model, code = predictor(), CategoricalLatent(2, 2)
     value = torch.randn(3, 2, 6, 4, requires_grad=True)
     looked_up = Latent(random_latent(code, 3, 2, 6).value.requires_grad_())
-    looked_up.ones = code.from_index(code.to_index(looked_up)).ones
+    looked_up.ones = code.from_code(code.to_code(looked_up)).ones
     for latent in (Latent(value), looked_up):
         outputs = [model(latent, causal), model.prefill(latent, causal, room=0)[0]]
         cache = model.prefill(latent[:, :, :5], causal[:5, :5], room=1)[1]

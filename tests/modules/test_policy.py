@@ -11,14 +11,18 @@ from matwm_rl import keys
 from matwm_rl.data import to_focal
 from matwm_rl.envs import MockEnv, MultiAgentEnv, SerialMultiAgentEnv
 from matwm_rl.modules import CONTEXT_KEYS, WorldModel, WorldModelPolicy, make_actor
-from tests.helpers import COUNTS, STATE_KEYS, make_model, mock_env, randomize
+from tests.helpers import COUNTS, EXACT, LATENTS, STATE_KEYS, make_model, mock_env, randomize
 
 N = len(COUNTS)
 
 
+def make_exact(latent: str = "fsq") -> WorldModel:
+    """A model that encodes without chance, so that two passes over the same data agree."""
+    return make_model(latent=latent, num_classes=32).eval()
+
+
 def make_policy(model: WorldModel | None = None, context_length: int = 4) -> WorldModelPolicy:
-    # FSQ encodes without chance, so that two passes over the same data agree.
-    model = make_model(latent="fsq", num_classes=32) if model is None else model
+    model = make_exact() if model is None else model
     return WorldModelPolicy(model, randomize(make_actor(model, num_cells=8)), context_length=context_length)
 
 
@@ -62,8 +66,9 @@ class Spy(torch.nn.Module):
 
 
 @torch.no_grad()
-def test_acting_agrees_with_the_sequence_pass_of_the_same_episodes() -> None:
-    policy = make_policy(context_length=8)
+@pytest.mark.parametrize("latent", EXACT)
+def test_acting_agrees_with_the_sequence_pass_of_the_same_episodes(latent: str) -> None:
+    policy = make_policy(make_exact(latent), context_length=8)
     policy.actor = spy = Spy(policy.actor)
     env = with_context(mock_env(episode_length=6), policy)
     with set_exploration_type(ExplorationType.RANDOM):
@@ -99,8 +104,9 @@ def test_the_actors_read_where_a_multi_hot_latent_has_its_ones(batch: tuple[int,
 
 
 @torch.no_grad()
-def test_policy_remembers_the_last_steps_and_no_more() -> None:
-    policy = make_policy(context_length=2)
+@pytest.mark.parametrize("latent", EXACT)
+def test_policy_remembers_the_last_steps_and_no_more(latent: str) -> None:
+    policy = make_policy(make_exact(latent), context_length=2)
     policy.actor = spy = Spy(policy.actor)
     env = with_context(mock_env(episode_length=9), policy)
     rollout = to_focal(env.rollout(8, policy))
@@ -109,6 +115,23 @@ def test_policy_remembers_the_last_steps_and_no_more() -> None:
         # The transformer sees the window alone; the teammate predictor too.
         for key in STATE_KEYS:
             torch.testing.assert_close(spy.seen[t][key], window[key][-1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("latent", LATENTS)
+def test_what_is_remembered_is_what_was_acted_on(latent: str) -> None:
+    """Also where encoding draws at random: it is not encoded again. It fits the type in which it is stored."""
+    policy = make_policy(make_model(latent=latent))
+    policy.actor = spy = Spy(policy.actor)
+    code = policy.world_model.latent
+    primer = policy.make_tensordict_primer().primers["context", "code"]
+    assert primer.dtype == code.code_dtype == (torch.float32 if latent == "gaussian" else torch.int16)
+    td = start(policy, 20)
+    steps = [policy(td)["next", "context", "code"] for _ in range(2)]
+    for seen, stored in zip(spy.seen, steps, strict=True):
+        assert stored.dtype == code.code_dtype
+        assert torch.equal(code.from_code(stored[..., -1, :].movedim(-2, 0)).value.movedim(0, -2), seen[keys.LATENT])
+    assert torch.equal(steps[0], steps[1]) is (latent == "fsq")
 
 
 @torch.no_grad()
@@ -139,7 +162,7 @@ def test_environments_of_a_batch_reset_on_their_own() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("latent", ["categorical", "fsq"])
+@pytest.mark.parametrize("latent", LATENTS)
 def test_an_agent_reacts_to_its_own_present_observation_alone(latent: str) -> None:
     policy = make_policy(make_model(latent=latent, num_classes=32))
     td = history(policy, 3, 32)
@@ -171,7 +194,7 @@ def test_an_agent_acts_on_its_own_past_alone() -> None:
         assert torch.equal(policy(forgotten)[keys.LOGITS], logits)
 
 
-@pytest.mark.parametrize("latent", ["categorical", "fsq"])
+@pytest.mark.parametrize("latent", LATENTS)
 def test_illegal_actions_are_never_taken(latent: str) -> None:
     policy = make_policy(make_model(latent=latent))
     env = with_context(mock_env(num_envs=8), policy)

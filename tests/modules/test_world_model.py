@@ -12,7 +12,19 @@ from matwm_rl import keys
 from matwm_rl.modules import CategoricalLatent, Latent, State, WorldModel, heads
 from matwm_rl.modules import transformer as transformer_module
 from matwm_rl.objectives import WorldModelLoss
-from tests.helpers import COUNTS, GROUPS, SIZE, grads, make_model, mock_env, random_batch, random_latent, total
+from tests.helpers import (
+    COUNTS,
+    EXACT,
+    GROUPS,
+    LATENTS,
+    SIZE,
+    grads,
+    make_model,
+    mock_env,
+    random_batch,
+    random_latent,
+    total,
+)
 
 N = len(COUNTS)
 OUTPUTS = [
@@ -68,15 +80,24 @@ def alone(model: WorldModel, n: int, agents: TensorDict, latent: Tensor) -> dict
         "teammate_logits": teammates,
         "reconstruction": for_agent(model.decoder, n, latent),
         "mask_logits": for_agent(model.action_mask, n, latent),
-        "posterior_log_probs": model.latent.posterior(successor),
-        "prior_log_probs": model.latent.prior(for_agent(model.dynamics, n, hidden), Latent(latent)),
+        "posterior": model.latent.posterior(successor),
+        "prior": model.latent.prior(for_agent(model.dynamics, n, hidden), Latent(latent)),
         "reward_logits": for_agent(model.reward, n, hidden),
         "continuation_logits": for_agent(model.continuation, n, hidden),
     }
 
 
+def moments(parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``[..., Z]`` of z."""
+    if parameters.shape[-1] == 2:
+        mean, log_deviation = parameters.unbind(-1)
+        return mean, log_deviation.exp()
+    probs = parameters.exp().flatten(-2)
+    return probs, (probs * (1 - probs)).sqrt()
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("latent", ["categorical", "fsq"])
+@pytest.mark.parametrize("latent", LATENTS)
 @pytest.mark.parametrize("group_index", [GROUPS, (0, 0, 0)])
 def test_sequence_pass_is_every_agents_every_episode_alone(float64: None, latent: str, group_index: list[int]) -> None:
     model = make_model(latent=latent, group_index=group_index)
@@ -98,19 +119,21 @@ def test_sequence_pass_is_every_agents_every_episode_alone(float64: None, latent
 
 
 @torch.no_grad()
-def test_latents_are_drawn_from_the_posterior_of_the_current_observation() -> None:
-    model, batch = make_model(), random_batch(1, 1)
+@pytest.mark.parametrize("latent", ["categorical", "gaussian"])
+def test_latents_are_drawn_from_the_posterior_of_the_current_observation(latent: str) -> None:
+    model, batch = make_model(latent=latent), random_batch(1, 1)
     many = batch.expand(4000, 1).contiguous()
     drawn = run(model, many)[keys.LATENT].mean(0)[0]
     for n in range(N):
         features = for_agent(model.encoder, n, batch[keys.OBSERVATION][0, :, n])
-        probs = model.latent.posterior(features).exp().flatten()
-        assert (drawn[n] - probs).abs().max() < 5 * 0.5 / 4000**0.5
+        mean, deviation = moments(model.latent.posterior(features))
+        assert ((drawn[n] - mean.flatten()).abs() < 5 * deviation.flatten() / 4000**0.5).all()
 
 
 @torch.no_grad()
-def test_reward_may_be_read_from_the_next_latent(float64: None) -> None:
-    model, batch = make_model(reward_input="next_latent", latent="fsq"), random_batch(2, 6)
+@pytest.mark.parametrize("latent", EXACT)
+def test_reward_may_be_read_from_the_next_latent(float64: None, latent: str) -> None:
+    model, batch = make_model(reward_input="next_latent", latent=latent).eval(), random_batch(2, 6)
     out = run(model, batch)
     for b, n in itertools.product(range(2), range(N)):
         features = for_agent(model.encoder, n, batch[keys.NEXT_OBSERVATION][b, :, n])
@@ -141,9 +164,10 @@ def test_reward_may_be_read_from_the_next_observation(float64: None) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("latent", EXACT)
 @pytest.mark.parametrize("reencode", [False, True])
-def test_in_imagination_the_next_observation_is_the_decoded_latent(float64: None, reencode: bool) -> None:
-    model = make_model(latent="fsq", reward_input="next_observation", reencode=reencode)
+def test_in_imagination_the_next_observation_is_the_decoded_latent(float64: None, reencode: bool, latent: str) -> None:
+    model = make_model(latent=latent, reward_input="next_observation", reencode=reencode)
     reached = State(random_latent(model.latent, N, 50), torch.randn(N, 50, 16), torch.randn(N, 50, N - 1, 4))
     reward, continuation = model.outcome(reached)
     for n in range(N):
@@ -156,8 +180,9 @@ def test_in_imagination_the_next_observation_is_the_decoded_latent(float64: None
 
 
 @torch.no_grad()
-def test_any_number_of_batch_dimensions() -> None:
-    model, batch = make_model(latent="fsq"), random_batch(6, 5)
+@pytest.mark.parametrize("latent", EXACT)
+def test_any_number_of_batch_dimensions(latent: str) -> None:
+    model, batch = make_model(latent=latent).eval(), random_batch(6, 5)
     out = run(model, batch)
     for shaped, back in ((batch.reshape(2, 3, 5), (6, 5)), (batch[0], (1, 5))):
         again = run(model, shaped)
@@ -220,9 +245,10 @@ def test_successor_of_the_last_step_is_the_true_final_observation() -> None:
 
 
 @torch.no_grad()
-def test_a_step_sees_the_present_and_the_past_alone() -> None:
+@pytest.mark.parametrize("latent", EXACT)
+def test_a_step_sees_the_present_and_the_past_alone(latent: str) -> None:
     done = torch.zeros(2, 6, N, dtype=torch.bool)
-    model, batch = make_model(latent="fsq", num_classes=32), random_batch(2, 6, done=done)
+    model, batch = make_model(latent=latent, num_classes=32), random_batch(2, 6, done=done)
     out = run(model, batch)
     changed = batch.clone()
     changed[keys.OBSERVATION][:, 3] += 1.0
@@ -318,21 +344,22 @@ def prefill_and_step(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("code", ["categorical", "gaussian"])
 @pytest.mark.parametrize("in_cache", [transformer_module.IN_CACHE, 0], ids=["small", "large"])
 @pytest.mark.parametrize(("context", "end"), [(0, None), (1, None), (1, 0), (4, None), (4, 0), (4, 2), (4, 3)], ids=str)
 def test_prefill_and_steps_equal_the_sequence_pass(
-    float64: None, context: int, end: int | None, in_cache: int, monkeypatch: pytest.MonkeyPatch
+    float64: None, context: int, end: int | None, in_cache: int, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transformer_module, "IN_CACHE", in_cache)
     T, C = 9, context
     done = torch.zeros(3, T, N, dtype=torch.bool)
     if end is not None:
         done[:, end] = True
-    model, batch = make_model(), random_batch(3, T, done=done)
+    model, batch = make_model(latent=code), random_batch(3, T, done=done)
     out = run(model, batch)
     latent, action = Latent(out[keys.LATENT].permute(2, 0, 1, 3)), batch[keys.ACTION].permute(2, 0, 1)
     # With their ones, as the encoder gives them.
-    latent = model.latent.from_index(model.latent.to_index(latent))
+    latent = model.latent.from_code(model.latent.to_code(latent))
     assert torch.equal(latent.value.permute(1, 2, 0, 3), out[keys.LATENT])
     valid = torch.arange(C) > (-1 if end is None else end)
     states, rewards = prefill_and_step(model, latent, action, valid.expand(N, 3, C), C, monkeypatch)
@@ -370,10 +397,11 @@ def test_context_before_the_episode_has_no_influence(monkeypatch: pytest.MonkeyP
 
 
 @torch.no_grad()
-def test_step_decodes_reward_and_continuation_and_samples_the_prior(float64: None) -> None:
-    model = make_model()
+@pytest.mark.parametrize("code", ["categorical", "gaussian"])
+def test_step_decodes_reward_and_continuation_and_samples_the_prior(float64: None, code: str) -> None:
+    model = make_model(latent=code)
     latent, action = random_latent(model.latent, N, 1, 3), torch.zeros(N, 2000, 2, dtype=torch.long)
-    many = model.latent.from_index(model.latent.to_index(latent).expand(N, 2000, 3, -1))
+    many = model.latent.from_code(model.latent.to_code(latent).expand(N, 2000, 3, -1))
     valid = torch.ones(N, 2000, 2, dtype=torch.bool)
     state, context = model.prefill(many, action, valid, horizon=1)
     reached = model.step(state, action[..., 0], context)
@@ -384,8 +412,8 @@ def test_step_decodes_reward_and_continuation_and_samples_the_prior(float64: Non
     torch.testing.assert_close(reached.hidden[:, :1], hidden)
     torch.testing.assert_close(continuation[:, :1], model.continuation(hidden).squeeze(-1).sigmoid())
     torch.testing.assert_close(reward[:, :1], model.two_hot.decode(model.reward(hidden)))
-    probs = model.latent.prior(model.dynamics(hidden), latent[:, :, -1]).exp().flatten(-2).squeeze(1)
-    assert (reached.latent.value.mean(1) - probs).abs().max() < 5 * 0.5 / 2000**0.5
+    mean, deviation = moments(model.latent.prior(model.dynamics(hidden), latent[:, :, -1]))
+    assert ((reached.latent.value.mean(1) - mean.squeeze(1)).abs() < 5 * deviation.squeeze(1) / 2000**0.5).all()
 
 
 @torch.no_grad()
@@ -402,7 +430,7 @@ def test_outcome_of_many_steps_at_once_is_that_of_each(float64: None, reward_inp
             torch.testing.assert_close(one[:, :, t], other)
 
 
-@pytest.mark.parametrize("latent", ["categorical", "fsq"])
+@pytest.mark.parametrize("latent", LATENTS)
 def test_states_are_stacked_indexed_and_named_as_one(latent: str) -> None:
     model = make_model(latent=latent)
     states = [
@@ -426,10 +454,13 @@ def test_states_are_stacked_indexed_and_named_as_one(latent: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("latent", EXACT)
 @pytest.mark.parametrize("reencode", [False, True])
-def test_imagined_latents_are_encoded_again_if_wanted(monkeypatch: pytest.MonkeyPatch, reencode: bool) -> None:
+def test_imagined_latents_are_encoded_again_if_wanted(
+    monkeypatch: pytest.MonkeyPatch, reencode: bool, latent: str
+) -> None:
     """Drawn code by code, a latent may be one that no observation has; the reward must not be read from it."""
-    model = make_model(latent="fsq", reward_input="next_latent", reencode=reencode)
+    model = make_model(latent=latent, reward_input="next_latent", reencode=reencode).eval()
     drawn = random_latent(model.latent, len(COUNTS), 50)
     again = model.encode(model.decode(drawn))
     assert not torch.equal(drawn.value, again.value)
@@ -527,10 +558,11 @@ def test_one_agent() -> None:
     assert out[keys.PRIOR].shape == (3, 7, 1, 4, 5)
 
 
+@pytest.mark.parametrize("latent", LATENTS)
 @pytest.mark.parametrize("num_agents", [1, 3])
-def test_images(num_agents: int) -> None:
+def test_images(num_agents: int, latent: str) -> None:
     counts, shape = COUNTS[:num_agents], (3, 32, 32)
-    model = make_model(counts, GROUPS[:num_agents], shape, channels=4)
+    model = make_model(counts, GROUPS[:num_agents], shape, channels=4, latent=latent)
     batch = random_batch(2, 4, action_counts=counts, observation_shape=shape)
     out = run(model, batch)
     assert out[keys.RECONSTRUCTION].shape == (2, 4, num_agents, *shape)

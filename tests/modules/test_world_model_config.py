@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from matwm_rl.modules import ObservationHead, WorldModel, WorldModelConfig
-from matwm_rl.modules.encoders import COORDINATE_SCALE
-from tests.helpers import COUNTS, GROUPS, SMALL, grads
+from matwm_rl.modules import FSQLatent, ObservationHead, WorldModel, WorldModelConfig
+from tests.helpers import COUNTS, EXACT, GROUPS, SMALL, grads
 
 COORDINATES: dict[str, Any] = {"latent": "fsq", "linear_skips": True, "coordinate_code": True, "num_classes": 32}
 
@@ -42,7 +41,7 @@ def test_a_model_with_a_coordinate_code_knows_its_observations_from_the_start(
     # Entries that only other agents use are zeros.
     observation[-1, :, size - 2 :] = 0.0
     rebuilt = model.decode(model.encode(observation))
-    level = 2 / 31 / COORDINATE_SCALE
+    level = 2 / 31 / FSQLatent.coordinate_scale
     assert ((rebuilt - observation).abs() <= 0.14 * observation.abs() + 0.55 * level).all()
     # Shifted against each other by parts of one level.
     copies = num_dims // size
@@ -53,16 +52,37 @@ def test_a_model_with_a_coordinate_code_knows_its_observations_from_the_start(
 
 
 @torch.no_grad()
-def test_what_is_uncertain_of_one_coordinate_does_not_move_the_others() -> None:
-    model = build(**COORDINATES, num_dims=10)
-    observation = (2 * torch.rand(len(COUNTS), 1, 5) - 1).expand(-1, 4000, -1)
+@pytest.mark.parametrize("group_index", [(0, 0, 0), (0, 1, 2)])
+@pytest.mark.parametrize(("size", "num_dims"), [(4, 4), (5, 15), (5, 18)])
+def test_a_gaussian_code_holds_the_coordinates_themselves(
+    group_index: tuple[int, ...], size: int, num_dims: int
+) -> None:
+    options = {**COORDINATES, "latent": "gaussian", "num_dims": num_dims, "fourier_features": 2}
+    model = build(size, group_index, **options).eval()
+    observation = 10 * torch.randn(len(COUNTS), 300, size)
     latent = model.encode(observation)
-    index = model.latent.to_index(latent)
+    torch.testing.assert_close(model.decode(latent), observation, rtol=1e-5, atol=1e-5)
+    copies = num_dims // size
+    for copy in latent.value[..., : copies * size].unflatten(-1, (copies, size)).unbind(-2):
+        torch.testing.assert_close(copy, observation)
+    # While training, no further off than the noise of their mean.
+    rebuilt = model.train().decode(model.encode(observation))
+    error = (rebuilt - observation).square().mean().sqrt()
+    assert error.item() == pytest.approx(0.02 / copies**0.5, rel=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("latent", EXACT)
+def test_what_is_uncertain_of_one_coordinate_does_not_move_the_others(latent: str) -> None:
+    model = build(**COORDINATES | {"latent": latent}, num_dims=10).eval()
+    observation = (2 * torch.rand(len(COUNTS), 1, 5) - 1).expand(-1, 4000, -1)
+    index = model.latent.to_code(model.encode(observation))
     for d in range(5):
         drawn = index.clone()
         # The two dimensions of coordinate d; all others stay.
-        drawn[..., [d, d + 5]] = torch.randint(32, (len(COUNTS), 4000, 2))
-        spread = model.decode(model.latent.from_index(drawn)).std(1)
+        own = torch.randint(32, (len(COUNTS), 4000, 2))
+        drawn[..., [d, d + 5]] = own if latent == "fsq" else torch.randn(own.shape)
+        spread = model.decode(model.latent.from_code(drawn)).std(1)
         assert (spread[:, d] > 0.5).all()
         assert (spread[:, [e for e in range(5) if e != d]] < 1e-5).all()
 
@@ -81,9 +101,24 @@ def test_more_coordinates_than_code_dimensions_leave_the_ordinary_start() -> Non
 
 
 @pytest.mark.parametrize("wrong", [{"latent": "categorical"}, {"linear_skips": False}], ids=str)
-def test_a_coordinate_code_needs_levels_and_linear_skips(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"needs linear_skips and latent 'fsq', got \w+ and '\w+'"):
+def test_a_coordinate_code_needs_numbers_and_linear_skips(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"needs linear_skips and latent 'fsq' or 'gaussian', got \w+ and '\w+'"):
         build(**(COORDINATES | wrong))
+
+
+# -- latent code -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("latent", "default"), [("fsq", 0.25), ("gaussian", 0.02)])
+def test_the_width_of_the_posterior(latent: str, default: float) -> None:
+    assert build(latent=latent).latent.width == default
+    assert build(latent=latent, latent_width=0.5).latent.width == 0.5
+
+
+def test_a_gaussian_code_has_no_classes() -> None:
+    one, other = (build(latent="gaussian", num_classes=classes) for classes in (1, 99))
+    for (name, value), same in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, same), name
 
 
 # -- reward of the next observation ----------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ from torchrl.modules import SymExpTwoHot
 
 from matwm_rl import keys
 from matwm_rl.data import to_focal
-from matwm_rl.functional import balanced_kl, categorical_kl
-from matwm_rl.modules import WorldModel
+from matwm_rl.functional import categorical_kl
+from matwm_rl.modules import GaussianLatent, WorldModel
 from matwm_rl.objectives import WorldModelLoss, WorldModelLossWeights
-from tests.helpers import COUNTS, grad_norm, grads, make_model, mock_env, others, random_batch, total
+from tests.helpers import COUNTS, EXACT, LATENTS, grad_norm, grads, make_model, mock_env, others, random_batch, total
 from tests.modules.test_two_hot import slow_encode
 
 N = len(COUNTS)
@@ -44,6 +44,14 @@ def cross_entropy(logit: float, target: bool) -> float:
 def slow_kl(log_q: Tensor, log_p: Tensor) -> float:
     pairs = zip(log_q.flatten().tolist(), log_p.flatten().tolist(), strict=True)
     return sum(math.exp(q) * (q - p) for q, p in pairs)
+
+
+def slow_gaussian_kl(q: Tensor, p: Tensor) -> float:
+    kl = 0.0
+    for (mean_q, log_q), (mean_p, log_p) in zip(q.tolist(), p.tolist(), strict=True):
+        squares = math.exp(2 * log_q) + (mean_q - mean_p) ** 2
+        kl += log_p - log_q + squares / (2 * math.exp(2 * log_p)) - 0.5
+    return kl
 
 
 def slow_losses(model: WorldModel, batch: TensorDict, free_nats: float = 1.0) -> dict[str, float]:
@@ -83,7 +91,8 @@ def slow_losses(model: WorldModel, batch: TensorDict, free_nats: float = 1.0) ->
 
         if at(keys.NEXT_ALIVE):
             survived_steps += 1
-            kl = slow_kl(at(keys.POSTERIOR), at(keys.PRIOR))
+            slow = slow_gaussian_kl if isinstance(model.latent, GaussianLatent) else slow_kl
+            kl = slow(at(keys.POSTERIOR), at(keys.PRIOR))
             sums["kl"] += kl
             sums["dynamics"] += max(free_nats, kl)
             sums["representation"] += max(free_nats, kl)
@@ -92,9 +101,13 @@ def slow_losses(model: WorldModel, batch: TensorDict, free_nats: float = 1.0) ->
 
 
 @pytest.mark.parametrize("interpolation", ["raw", "symlog"])
-@pytest.mark.parametrize("free_nats", [0.0, 1.0, 2.0])
-def test_every_term_is_that_of_slow_loops(float64: None, interpolation: str, free_nats: float) -> None:
-    model, batch = make_model(reward_interpolation=interpolation), random_batch(3, 6)
+@pytest.mark.parametrize(
+    ("latent", "free_nats"),
+    # Of the Gaussian code's KL, which is larger, some elements lie on either side of 40.
+    [("categorical", 0.0), ("categorical", 1.0), ("categorical", 2.0), ("gaussian", 0.0), ("gaussian", 40.0)],
+)
+def test_every_term_is_that_of_slow_loops(float64: None, interpolation: str, latent: str, free_nats: float) -> None:
+    model, batch = make_model(reward_interpolation=interpolation, latent=latent), random_batch(3, 6)
     weights = WorldModelLossWeights()
     losses = losses_of(model, batch, free_nats=free_nats)
     expected = slow_losses(model, batch, free_nats)
@@ -149,8 +162,9 @@ def changed(batch: TensorDict, key: tuple[str, ...], where: Tensor, value: objec
     return batch
 
 
-def test_dead_agents_and_dead_teammates_count_for_nothing() -> None:
-    model, batch = make_model(latent="fsq"), random_batch(done=torch.zeros(3, 7, N, dtype=torch.bool))
+@pytest.mark.parametrize("latent", EXACT)
+def test_dead_agents_and_dead_teammates_count_for_nothing(latent: str) -> None:
+    model, batch = make_model(latent=latent), random_batch(done=torch.zeros(3, 7, N, dtype=torch.bool))
     losses = losses_of(model, batch)
     dead = ~batch[keys.ALIVE]
     assert dead.any()
@@ -202,7 +216,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("latent", ["categorical", "fsq"])
+@pytest.mark.parametrize("latent", LATENTS)
 def test_each_term_trains_its_parts(latent: str) -> None:
     model = make_model(latent=latent)
     losses = losses_of(model, random_batch(), free_nats=0.0)
@@ -222,9 +236,10 @@ def test_the_reward_of_the_next_observation_trains_its_head_alone() -> None:
     assert all(grad.any() for grad in grads(loss, model.reward.parameters()))
 
 
-def test_dynamics_term_moves_the_prior_and_representation_term_the_posterior() -> None:
+@pytest.mark.parametrize("latent", LATENTS)
+def test_dynamics_term_moves_the_prior_and_representation_term_the_posterior(latent: str) -> None:
     """One step per sequence: the present observation enters through the prior, the next through the posterior."""
-    model, batch = make_model(), random_batch(4, 1)
+    model, batch = make_model(latent=latent), random_batch(4, 1)
     present, following = (batch[key].requires_grad_() for key in (keys.OBSERVATION, keys.NEXT_OBSERVATION))
     losses = losses_of(model, batch, free_nats=0.0)
     through_prior, through_posterior = grads(losses["loss_dynamics"], [present, following])
@@ -233,11 +248,12 @@ def test_dynamics_term_moves_the_prior_and_representation_term_the_posterior() -
     assert not through_prior.any() and through_posterior.any()
 
 
-def test_inside_a_slice_too_the_dynamics_term_leaves_the_posterior_alone() -> None:
-    model, batch = make_model(), random_batch(4, 3, done=torch.zeros(4, 3, N, dtype=torch.bool))
+@pytest.mark.parametrize("latent", LATENTS)
+def test_inside_a_slice_too_the_dynamics_term_leaves_the_posterior_alone(latent: str) -> None:
+    model, batch = make_model(latent=latent), random_batch(4, 3, done=torch.zeros(4, 3, N, dtype=torch.bool))
     observation = batch[keys.OBSERVATION].requires_grad_()
     out = model(batch)
-    dynamics, representation = balanced_kl(out[keys.POSTERIOR][:, 0], out[keys.PRIOR][:, 0])
+    dynamics, representation = model.latent.balanced_kl(out[keys.POSTERIOR][:, 0], out[keys.PRIOR][:, 0])
     (grad,) = grads(dynamics.sum(), [observation])
     assert grad[:, 0].any() and not grad[:, 1:].any()
     (grad,) = grads(representation.sum(), [observation])
@@ -262,6 +278,17 @@ def test_free_bits_stop_the_gradient_of_each_element_apart(float64: None) -> Non
     losses = losses_of(model, batch, free_nats=free_nats)
     for grad, slow in zip(grads(losses["loss_dynamics"], parameters), grads(expected, parameters), strict=True):
         torch.testing.assert_close(grad, slow)
+
+
+@pytest.mark.parametrize("switches", [{}, {"linear_skips": True}], ids=str)
+@pytest.mark.parametrize("latent", LATENTS)
+def test_observations_far_out_break_nothing(latent: str, switches: dict[str, bool]) -> None:
+    model, batch = make_model(latent=latent, **switches), random_batch()
+    for key in (keys.OBSERVATION, keys.NEXT_OBSERVATION):
+        batch[key] *= 1e3
+    losses = losses_of(model, batch)
+    assert all(value.isfinite().all() for value in losses.values())
+    assert all(grad.isfinite().all() for grad in grads(total(losses), model.parameters()))
 
 
 # -- any module with the right keys ----------------------------------------------------------------------------------

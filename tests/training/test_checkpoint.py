@@ -49,7 +49,9 @@ def assert_same(first: Any, second: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "switches", [{}, {"share_by_group": True, "latent": "fsq", "reward_input": "next_observation"}], ids=str
+    "switches",
+    [{}, {"share_by_group": True, "latent": "fsq", "reward_input": "next_observation"}, {"latent": "gaussian"}],
+    ids=str,
 )
 def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tmp_path: Path, switches: dict[str, Any]) -> None:
     learner, replay = make_learner(**switches), make_filled_replay()
@@ -220,7 +222,9 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize(
-    ("share_by_group", "switches"), [(False, {}), (True, {}), (True, SWITCHES)], ids=["own", "shared", "switches"]
+    ("share_by_group", "switches"),
+    [(False, {}), (True, {}), (True, SWITCHES), (True, SWITCHES | {"latent": "gaussian", "latent_width": 0.1})],
+    ids=["own", "shared", "switches", "gaussian"],
 )
 def test_a_saved_policy_acts_as_the_original(tmp_path: Path, share_by_group: bool, switches: dict[str, Any]) -> None:
     learner = make_learner(share_by_group=share_by_group, **switches)
@@ -234,6 +238,7 @@ def test_a_saved_policy_acts_as_the_original(tmp_path: Path, share_by_group: boo
     assert torch.equal(before, torch.get_rng_state()), "saving must not change the run"
     loaded = load_policy(path, layout=env.layout)
     assert len(next(loaded.actor.parameters())) == (2 if share_by_group else 3)
+    assert getattr(loaded.world_model.latent, "width", None) == getattr(policy.world_model.latent, "width", None)
 
     rollouts = []
     for acting in (policy, loaded):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from matwm_rl import keys
 from matwm_rl.training.learner import Learner
-from tests.helpers import grads, make_learner, make_model, mock_replay, random_batch, randomize, total
+from tests.helpers import LATENTS, grads, make_learner, make_model, mock_replay, random_batch, randomize, total
 
 OPTIONS = {"world_model_lr": 1e-2, "actor_critic_lr": 1e-2}
 
@@ -264,7 +264,7 @@ def assert_near(rough: TensorDict, precise: TensorDict, relative: float) -> None
     assert any(rough[key].item() != precise[key].item() for key in losses)
 
 
-@pytest.mark.parametrize("latent", ["categorical", "fsq"])
+@pytest.mark.parametrize("latent", LATENTS)
 def test_losses_in_bfloat16_are_near_those_in_float32(latent: str) -> None:
     precise, rough = make_pair(latent)
     sequences, starts = random_batch(40, 8), random_batch(60, 4)
@@ -278,7 +278,7 @@ def test_losses_in_bfloat16_are_near_those_in_float32(latent: str) -> None:
     assert_near(metrics[1], metrics[0], 0.03)
 
 
-@pytest.mark.parametrize("latent", ["categorical", "fsq"])
+@pytest.mark.parametrize("latent", LATENTS)
 def test_a_whole_update_in_bfloat16_keeps_everything_that_lasts_in_float32(latent: str) -> None:
     _, learner = make_pair(latent)
     replay = mock_replay()
@@ -306,7 +306,7 @@ def test_a_whole_update_in_bfloat16_keeps_everything_that_lasts_in_float32(laten
         assert value.dtype == torch.float32 and value.isfinite().all(), key
 
 
-@pytest.mark.parametrize("latent", ["categorical", "fsq"])
+@pytest.mark.parametrize("latent", LATENTS)
 def test_in_bfloat16_too_every_parameter_is_trained(latent: str) -> None:
     """Weights cast for a pass without gradient must not stand in for those of the pass that trains them."""
     learner = make_learner(make_model(latent=latent), free_nats=0.0, precision="bfloat16", **OPTIONS)
@@ -391,7 +391,9 @@ def test_state_of_another_size_is_refused() -> None:
             "fourier_features": 2,
             "reencode": True,
         },
+        {"latent": "gaussian", "linear_skips": True, "coordinate_code": True, "num_dims": 12, "latent_width": 0.1},
         {"observation_shape": (3, 32, 32), "channels": 4},
+        {"observation_shape": (3, 32, 32), "channels": 4, "latent": "gaussian"},
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from matwm_rl.modules import make_actor, make_critic
 from matwm_rl.training import Learner, LearnerConfig
-from tests.helpers import make_model, mock_replay
+from tests.helpers import LATENTS, make_model, mock_replay
 
 # What copies from the device to the host, or has a shape that depends on values.
 WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
@@ -32,7 +32,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("latent", ["categorical", "fsq"])
+@pytest.mark.parametrize("latent", LATENTS)
 def test_updates_never_wait_for_a_value(latent: str) -> None:
     model = make_model(latent=latent)
     learner = Learner(model, make_actor(model, num_cells=8), make_critic(model, num_cells=8), LearnerConfig(horizon=3))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_agrees_with_a_pass_over_the_whole_history_at_every_step(
         tokens = model.action_mixer(latents, action[..., :steps])
         hidden = model.transformer(tokens.flatten(0, 1), mask).view(tokens.shape)[:, :, -1]
         teammates = model.teammates(latents, mask)[:, :, -1]
-        z = model.latent.from_index(model.latent.prior(model.dynamics(hidden), latents[:, :, -1]).argmax(-1))
+        z = model.latent.from_code(model.latent.prior(model.dynamics(hidden), latents[:, :, -1]).argmax(-1))
         latents = Latent(torch.cat([latents.value, z.value.unsqueeze(2)], 2))
         for key, expected in (
             (keys.TEAMMATE_LOGITS, teammates),
@@ -266,11 +267,17 @@ def test_windows_of_a_wrong_shape(
         open_loop(world_model, windows, context_length=context_length, horizon=horizon)
 
 
-def test_training_beats_the_trivial_predictors() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"latent": "fsq", "num_dims": 16, "num_classes": 8},
+        {"latent": "gaussian", "num_dims": 16, "linear_skips": True, "coordinate_code": True},
+    ],
+    ids=["fsq", "gaussian"],
+)
+def test_training_beats_the_trivial_predictors(options: dict[str, Any]) -> None:
     env = make_env("mock", seed=0, death_step=None, episode_length=10)
-    model = WorldModel.from_env(
-        env, hidden_size=32, num_heads=2, latent="fsq", num_dims=16, num_classes=8, dropout=0.0, encoder_depth=1
-    )
+    model = WorldModel.from_env(env, hidden_size=32, num_heads=2, dropout=0.0, encoder_depth=1, **options)
     actor, critic = make_actor(model, num_cells=8), make_critic(model, num_cells=8)
     learner = Learner(model, actor, critic, LearnerConfig(world_model_lr=3e-3))
     sizes = {"sequence_length": 10, "sequences_per_agent": 8, "starts_per_agent": 4, "context_length": 2}
