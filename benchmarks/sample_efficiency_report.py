@@ -230,10 +230,17 @@ def other_settings(results: Results) -> list[str]:
     return sorted(different)
 
 
+NOTHING = "No runs{of} are stored yet: `python benchmarks/sample_efficiency.py` makes them."
+
+
 def short_section(results: Results, pictures: Mapping[str, str]) -> str:
-    """Curves and targets."""
-    if not results.runs:
-        return "No runs are stored yet: `python benchmarks/sample_efficiency.py` makes them."
+    """Curves and targets, once there is something of MATWM to show."""
+    if not any(run["method"] == "matwm" for run in results.runs):
+        return NOTHING.format(of=" of MATWM")
+    return _curves_and_targets(results, pictures)
+
+
+def _curves_and_targets(results: Results, pictures: Mapping[str, str]) -> str:
     parts = [_picture(pictures, "curves", "Returns of all methods over env steps")]
     parts += [_targets_text(), targets_table(results)]
     return "\n\n".join(filter(None, parts))
@@ -242,13 +249,13 @@ def short_section(results: Results, pictures: Mapping[str, str]) -> str:
 def long_section(results: Results, pictures: Mapping[str, str]) -> str:
     """Everything."""
     if not results.runs:
-        return short_section(results, pictures)
+        return NOTHING.format(of="")
     environments = results.common_environments(STEPS)
     parts = [
         "`python benchmarks/sample_efficiency.py` runs what is not stored yet ([results](results/sample_efficiency)), "
         "`python benchmarks/sample_efficiency_report.py --write` makes this section and the README's.",
         *(f"**Seeds differ in settings**: {name}." for name in other_settings(results)),
-        short_section(results, pictures),
+        _curves_and_targets(results, pictures),
         f"**All methods**, {' and '.join(map(thousands, STEPS))} env steps; random agents and scripts do not learn.",
         *chain.from_iterable((f"{name}:", methods_table(results, name)) for name in ENVIRONMENTS),
         "**One score**: in every environment random agents have 0 and the script has 1 (of cross-play, the mean over "

@@ -435,6 +435,9 @@ def test_a_document_without_its_markers_is_refused(text: str) -> None:
 
 def test_without_runs_the_section_says_so() -> None:
     assert report.long_section(Results([]), {}).startswith("No runs are stored yet: `python benchmarks/")
+    without = [run for run in full_grid() if run["method"] != "matwm"]
+    assert report.short_section(Results(without), {}).startswith("No runs of MATWM are stored yet: `python benchmarks/")
+    assert "MAPPO" in report.long_section(Results(without), {})
 
 
 def test_the_documents_are_what_the_command_would_write() -> None:
