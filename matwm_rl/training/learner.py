@@ -37,6 +37,7 @@ class LearnerConfig:
         standardize_advantage: see :class:`~matwm_rl.objectives.ActorLoss`.
         agent_epochs: steps of every actor and critic on one imagined rollout; beyond one, the actors' are PPO's (ours).
         clip_epsilon: see :class:`~matwm_rl.objectives.ActorLoss`.
+        mean_policy_entropy_coeff: see :class:`~matwm_rl.objectives.ActorLoss`.
         world_model_warmup: updates of the world model alone before the first :meth:`Learner.update` (ours), so that
             agents do not begin by learning in a model that knows nothing.
         critic_warmup: updates in which the critics learn and the actors do not yet (ours).
@@ -62,6 +63,7 @@ class LearnerConfig:
     standardize_advantage: bool = False
     agent_epochs: int = 1
     clip_epsilon: float = 0.2
+    mean_policy_entropy_coeff: float = 0.0
     world_model_warmup: int = 0
     critic_warmup: int = 0
     critic_decay: float = 0.98
@@ -137,6 +139,7 @@ class Learner:
             center_advantage=cfg.center_advantage,
             standardize_advantage=cfg.standardize_advantage,
             clip_epsilon=cfg.clip_epsilon,
+            mean_policy_entropy_coeff=cfg.mean_policy_entropy_coeff,
         )
         self.critic_loss = CriticLoss(critic)
         device = next(world_model.parameters()).device
@@ -204,6 +207,7 @@ class Learner:
             imagined = self.returns(imagined)
             if cfg.agent_epochs > 1:
                 imagined.set(keys.ACTION_LOG_PROB, self._log_prob(imagined))
+                imagined.set(keys.SLOW_VALUE, self.critic_loss.slow_value(imagined))
         metrics = TensorDict({"imagined_reward": imagined["next", "agents", "reward"].mean()})
         learning = [(self.critic_loss, self.critic_optimizer)]
         if self.updates >= cfg.critic_warmup:
