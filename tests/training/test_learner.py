@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from typing import Any
 
 import pytest
@@ -242,6 +243,21 @@ def test_warm_ups_come_first_and_once() -> None:
         assert world_model_steps() == 4 + update + 1
         assert ("actor" in changed_parts(learner, before)) == (update >= 2)
         assert "critic" in changed_parts(learner, before)
+
+
+def test_learning_rates_fall_with_the_root_of_the_updates() -> None:
+    learner = make_learner(**OPTIONS, world_model_lr=3e-3, critic_lr=2e-3, critic_warmup=2, lr_decay_updates=2)
+    optimizers = (learner.world_model_optimizer, learner.actor_optimizer, learner.critic_optimizer)
+    replay, first = mock_replay(), [optimizer.defaults["lr"] for optimizer in optimizers]
+    for update in range(3):
+        learner.update(replay)
+        now = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+        assert now == pytest.approx([lr / math.sqrt(1.0 + update / 2) for lr in first])
+    # The number of updates is all that a restored learner needs to know.
+    twin = make_learner(**OPTIONS, world_model_lr=3e-3, critic_lr=2e-3, critic_warmup=2, lr_decay_updates=2)
+    twin.load_state_dict(copy.deepcopy(learner.state_dict()))
+    twin.update(replay)
+    assert twin.world_model_optimizer.param_groups[0]["lr"] == pytest.approx(3e-3 / math.sqrt(1.0 + 3 / 2))
 
 
 def test_refused_settings_of_the_agents_updates() -> None:
