@@ -246,7 +246,7 @@ def test_warm_ups_come_first_and_once() -> None:
 
 
 def test_learning_rates_fall_with_the_root_of_the_updates() -> None:
-    learner = make_learner(**OPTIONS, world_model_lr=3e-3, critic_lr=2e-3, critic_warmup=2, lr_decay_updates=2)
+    learner = make_learner(**OPTIONS, critic_lr=2e-3, critic_warmup=2, lr_decay_updates=2)
     optimizers = (learner.world_model_optimizer, learner.actor_optimizer, learner.critic_optimizer)
     replay, first = mock_replay(), [optimizer.defaults["lr"] for optimizer in optimizers]
     for update in range(3):
@@ -254,10 +254,10 @@ def test_learning_rates_fall_with_the_root_of_the_updates() -> None:
         now = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
         assert now == pytest.approx([lr / math.sqrt(1.0 + update / 2) for lr in first])
     # The number of updates is all that a restored learner needs to know.
-    twin = make_learner(**OPTIONS, world_model_lr=3e-3, critic_lr=2e-3, critic_warmup=2, lr_decay_updates=2)
+    twin = make_learner(**OPTIONS, critic_lr=2e-3, critic_warmup=2, lr_decay_updates=2)
     twin.load_state_dict(copy.deepcopy(learner.state_dict()))
     twin.update(replay)
-    assert twin.world_model_optimizer.param_groups[0]["lr"] == pytest.approx(3e-3 / math.sqrt(1.0 + 3 / 2))
+    assert twin.world_model_optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / math.sqrt(1.0 + 3 / 2))
 
 
 def test_refused_settings_of_the_agents_updates() -> None:
