@@ -1,7 +1,7 @@
 """MATWM, a multi-agent transformer world model (arXiv:2506.18537), as modular TorchRL components."""
 
 from matwm_rl.data import RecencySliceSampler, Replay, make_replay, to_focal
-from matwm_rl.envs import MultiAgentEnv, make_env
+from matwm_rl.envs import ImaginationEnv, MultiAgentEnv, make_env
 from matwm_rl.modules import Imagination, WorldModel, WorldModelConfig, WorldModelPolicy, make_actor, make_critic
 from matwm_rl.objectives import ActorLoss, CriticLoss, LambdaReturn, WorldModelLoss, WorldModelLossWeights
 from matwm_rl.training import Learner, LearnerConfig
@@ -12,6 +12,7 @@ __all__ = [
     "ActorLoss",
     "CriticLoss",
     "Imagination",
+    "ImaginationEnv",
     "LambdaReturn",
     "Learner",
     "LearnerConfig",

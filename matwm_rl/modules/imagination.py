@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import keys
-from matwm_rl.functional import agents_first, agents_last, autocast, segment_ids
+from matwm_rl.functional import agents_first, agents_last, autocast
 from matwm_rl.modules.world_model import State, WorldModel
 
 
@@ -69,13 +69,8 @@ class Imagination(TensorDictModuleBase):
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Imagine from every start: see the class for keys."""
-        if tensordict.ndim != 2:
-            raise ValueError(f"Imagination reads starts of batch size [S, context + 1], got {tuple(tensordict.shape)}")
-        observation = agents_first(tensordict.get(keys.OBSERVATION), self.world_model.observation_dims)
-        action = agents_first(tensordict.get(keys.ACTION), 0)
-        segments = segment_ids(agents_first(tensordict.get(keys.AGENT_DONE)).squeeze(-1))
-        with autocast(observation.device, self.precision), set_exploration_type(ExplorationType.RANDOM):
-            steps = self._dream(observation, action[..., :-1], segments[..., :-1] == segments[..., -1:])
+        with autocast(self.world_model.legal.device, self.precision), set_exploration_type(ExplorationType.RANDOM):
+            steps = self._dream(tensordict)
             # Stacked here: inference tensors would be refused by the backward pass of whoever learns from them.
             states = State.stack(steps[0], 2)
             actions, masks = torch.stack(steps[1], 2), torch.stack(steps[2], 2)
@@ -95,12 +90,10 @@ class Imagination(TensorDictModuleBase):
         return imagined.set(keys.ALIVE, alive.expand(*shape, -1))
 
     @torch.inference_mode()
-    def _dream(
-        self, observation: Tensor, action: Tensor, valid: Tensor
-    ) -> tuple[list[State], list[Tensor], list[Tensor]]:
-        """States ``[N, S]`` of steps 0 .. H, actions and legal actions of steps 0 .. H-1 that follow a context."""
+    def _dream(self, starts: TensorDictBase) -> tuple[list[State], list[Tensor], list[Tensor]]:
+        """States ``[N, S]`` of steps 0 .. H, actions and legal actions of steps 0 .. H-1."""
         model = self.world_model
-        state, context = model.prefill(model.encode(observation), action, valid, self.horizon)
+        state, context = model.start_from(starts, self.horizon)
         states, actions, masks = [state], [], []
         for _ in range(self.horizon):
             mask = model.legal_actions(state.latent)

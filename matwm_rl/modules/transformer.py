@@ -41,6 +41,40 @@ class KVCache:
     rotary: Tensor
     length: int = 0
 
+    def graft(self, rows: Tensor, fresh: KVCache) -> None:
+        """Give some sequences another past, as if its last position had just been written; in place.
+
+        Nothing that they had before stays visible to them, and the other sequences are not touched.
+
+        Args:
+            rows: bool ``[M]``, which sequences.
+            fresh: the new past of these sequences alone, in their order.
+
+        Raises:
+            ValueError: if the new past is longer than the cache's.
+        """
+        first = self.length - fresh.length
+        if first < 0:
+            raise ValueError(f"cannot graft {fresh.length} positions onto a cache of {self.length}")
+        index = rows.nonzero().squeeze(-1)
+        self.bias[:first, index] = MASKED
+        if fresh.length:
+            written, new = slice(first, self.length), slice(fresh.length)
+            # Rotations add up: keys move on by as many positions as their new place is further along.
+            self.key[:, written, index] = _rotate(fresh.key[:, new], self.rotary[:, first])
+            self.value[:, written, index] = fresh.value[:, new]
+            self.bias[written, index] = fresh.bias[new]
+
+    def forget(self, count: int) -> None:
+        """Drop the oldest ``count`` positions of all sequences, which makes room for as many; in place."""
+        old, kept = slice(count, self.length), slice(self.length - count)
+        back = self.rotary[:, count] * self.rotary.new_tensor([[1.0], [-1.0]])
+        self.key[:, kept] = _rotate(self.key[:, old], back)
+        self.value[:, kept] = self.value[:, old].clone()
+        self.bias[kept] = self.bias[old].clone()
+        self.bias[kept.stop :] = 0.0
+        self.length = kept.stop
+
 
 def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotary position embedding (arXiv:2104.09864) of ``x [..., D/h]`` by ``rotary [2, ..., D/h]``."""

@@ -56,6 +56,24 @@ class State:
             entries[keys.LATENT_ONES] = agents_last(self.latent.ones)
         return entries
 
+    def graft(self, rows: Tensor, fresh: State) -> State:
+        """A copy in which some rows are others.
+
+        Args:
+            rows: bool ``[S]``, which rows of the state ``[N, S]``.
+            fresh: the new ones alone, in their order.
+        """
+        index = rows.nonzero().squeeze(-1)
+        ones, new_ones = self.latent.ones, fresh.latent.ones
+        return State(
+            Latent(
+                self.latent.value.index_copy(1, index, fresh.latent.value),
+                ones if ones is None or new_ones is None else ones.index_copy(1, index, new_ones),
+            ),
+            self.hidden.index_copy(1, index, fresh.hidden),
+            self.teammate_logits.index_copy(1, index, fresh.teammate_logits),
+        )
+
     @staticmethod
     def stack(states: list[State], dim: int) -> State:
         """Stack along a new batch dimension."""
@@ -72,6 +90,27 @@ class Context:
 
     sequence: KVCache
     teammates: KVCache | None
+
+    @property
+    def caches(self) -> list[KVCache]:
+        """The caches that there are."""
+        return [self.sequence] if self.teammates is None else [self.sequence, self.teammates]
+
+    def graft(self, rows: Tensor, fresh: Context) -> None:
+        """Give some rows another history, in place; the others keep theirs.
+
+        Args:
+            rows: bool ``[S]``.
+            fresh: histories of these rows alone, in their order.
+        """
+        for cache, new in zip(self.caches, fresh.caches, strict=True):
+            cache.graft(rows.repeat(cache.bias.shape[1] // len(rows)), new)
+
+    def make_room(self, keep: int) -> None:
+        """Where a cache is full, forget all but the last ``keep`` positions, in place."""
+        if any(cache.length == cache.bias.shape[0] for cache in self.caches):
+            for cache in self.caches:
+                cache.forget(cache.length - keep)
 
 
 class WorldModel(TensorDictModuleBase):
@@ -274,6 +313,28 @@ class WorldModel(TensorDictModuleBase):
             return State(current, hidden, self._no_teammates(current)), Context(sequence, None)
         logits, teammates = self.teammates.prefill(latent, mask, horizon)
         return State(current, hidden, logits), Context(sequence, teammates)
+
+    def start_from(self, starts: TensorDictBase, horizon: int = 0) -> tuple[State, Context]:
+        """:meth:`prefill` from replayed starts.
+
+        Args:
+            starts: focal, ``[S, C+1]``: C steps of context, then the start. Of the context counts what lies in the
+                start's episode. Keys read: ``("agents", "observation" | "action")``, ``("next", "agents", "done")``.
+            horizon: number of :meth:`step` calls that will follow.
+
+        Returns:
+            the states of the starts and the context for :meth:`step`.
+
+        Raises:
+            ValueError: if the batch is not ``[S, C+1]``, or an entry is missing or of another number of agents.
+        """
+        if starts.ndim != 2:
+            raise ValueError(f"dreams begin with starts of batch size [S, context + 1], got {tuple(starts.shape)}")
+        observation = self._sequences(starts, keys.OBSERVATION, self.observation_dims)
+        action = self._sequences(starts, keys.ACTION, 0)
+        segments = segment_ids(self._sequences(starts, keys.AGENT_DONE, 1).squeeze(-1))
+        valid = segments[..., :-1] == segments[..., -1:]
+        return self.prefill(self.encode(observation), action[..., :-1], valid, horizon)
 
     def step(self, state: State, action: Tensor, context: Context) -> State:
         """Imagine one step: sample z_{t+1} from the dynamics predictor.

@@ -205,6 +205,65 @@ def test_full_cache_says_so() -> None:
             model.step(torch.randn(1, 16), cache)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("length", [0, 1, 3])
+def test_grafted_sequences_go_on_from_their_new_past_and_the_others_from_theirs(
+    float64: None, once_form: None, length: int
+) -> None:
+    model, x = make_transformer(), torch.randn(3, 9, 16)
+    past, rows = torch.randn(2, length, 16), torch.tensor([True, False, True])
+    _, cache = model.prefill(x[:, :4], causal(4), room=5)
+    fresh = prefill(model, past, causal(length), room=2)[1]
+    cache.graft(rows, fresh)
+    outputs = torch.stack([model.step(x[:, t], cache) for t in range(4, 9)], 1)
+    torch.testing.assert_close(outputs[1:2], model(x[1:2], causal(9))[:, 4:], rtol=1e-10, atol=1e-12)
+    alone = model(torch.cat([past, x[rows, 4:]], 1), causal(length + 5))
+    # Angles are float32 in the module.
+    torch.testing.assert_close(outputs[rows], alone[:, length:], rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_graft_keeps_what_its_own_past_may_not_see(float64: None) -> None:
+    model, x, past = make_transformer(), torch.randn(2, 8, 16), torch.randn(1, 3, 16)
+    _, cache = model.prefill(x[:, :4], causal(4), room=4)
+    visible = causal_segment_mask(torch.tensor([0, 1, 1]))
+    cache.graft(torch.tensor([False, True]), model.prefill(past, visible, room=0)[1])
+    outputs = torch.stack([model.step(x[:, t], cache) for t in range(4, 8)], 1)
+    alone = model(torch.cat([past[:, 1:], x[1:, 4:]], 1), causal(6))
+    torch.testing.assert_close(outputs[1:], alone[:, 2:], rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_longer_past_is_not_grafted() -> None:
+    model, x = make_transformer(), torch.randn(2, 3, 16)
+    cache = model.prefill(x[:, :2], causal(2), room=4)[1]
+    with pytest.raises(ValueError, match="3 positions onto a cache of 2"):
+        cache.graft(torch.tensor([True, True]), model.prefill(x, causal(3), room=0)[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [0, 1, 4, 5])
+def test_forgotten_positions_are_seen_no_more_and_make_room(float64: None, once_form: None, count: int) -> None:
+    model, x = make_transformer(), torch.randn(3, 11, 16)
+    seen = torch.ones(3, 5, dtype=torch.bool)
+    seen[1, :3] = False
+    mask = causal(5) & (seen.unsqueeze(1) | ~seen.unsqueeze(2))
+    _, cache = model.prefill(x[:, :5], mask, room=1)
+    model.step(x[:, 5], cache)
+    cache.forget(count)
+    assert cache.length == 6 - count
+    outputs = torch.stack([model.step(x[:, t], cache) for t in range(6, 6 + count)], 1) if count else x[:, :0]
+    with pytest.raises(ValueError, match="full"):
+        model.step(x[:, 0], cache)
+    # In one pass: what was cached before has seen everything, what comes after sees nothing that was forgotten.
+    whole = causal(6 + count).repeat(3, 1, 1)
+    whole[:, :5, :5] = mask
+    whole[1, 5:, :3] = False
+    whole[:, 6:, :count] = False
+    expected = model(x[:, : 6 + count], whole)[:, 6:]
+    torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_dropout_acts_in_training_and_never_on_a_cache() -> None:
     model, x = make_transformer(dropout=0.5), torch.randn(2, 4, 16)
     model.train()

@@ -451,6 +451,13 @@ def test_states_are_stacked_indexed_and_named_as_one(latent: str) -> None:
     assert torch.equal(entries[keys.LATENT][s, 0, n], states[0].latent.value[n, s])
     assert torch.equal(entries[keys.HIDDEN][s, 0, n], states[0].hidden[n, s])
     assert torch.equal(entries[keys.TEAMMATE_LOGITS][s, 0, n], states[0].teammate_logits[n, s])
+    rows, fresh = torch.tensor([True, False, False, True, False]), states[1][:, [2, 4]]
+    before = states[0].entries()
+    for key, value in states[0].graft(rows, fresh).entries().items():
+        assert torch.equal(value[rows], fresh.entries()[key])
+        assert torch.equal(value[~rows], before[key][~rows])
+        # A copy: what was given out before stays what it was.
+        assert torch.equal(states[0].entries()[key], before[key]) and not torch.equal(value, before[key])
 
 
 @torch.no_grad()

@@ -1,0 +1,334 @@
+"""The world model as an environment, for any TorchRL policy and loss to be trained in.
+
+Dimension letters: S starts (the batch), C context steps, N agents, A actions, D size of an observation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
+from torchrl.envs.model_based import ModelBasedEnvBase
+
+from matwm_rl.envs.layout import AgentLayout
+from matwm_rl.envs.multi_agent_env import _LegalRandomActions
+from matwm_rl.functional import agents_first, agents_last
+from matwm_rl.keys import ACTION, ACTION_MASK, AGENTS, ALIVE, CONTINUATION, OBSERVATION
+
+
+class Dreamer(Protocol):
+    """What :class:`ImaginationEnv` asks of a world model; :class:`~matwm_rl.modules.WorldModel` has it.
+
+    Tensors are agent-major. States and contexts are the model's own: a state has ``latent``, ``entries()`` and
+    ``graft(rows, fresh)``, a context ``graft(rows, fresh)`` and ``make_room(keep)``.
+
+    Attributes:
+        num_agents: N.
+        legal: bool ``[N, A]``, which actions each agent has at all.
+    """
+
+    num_agents: int
+    legal: Tensor
+
+    def start_from(self, starts: TensorDictBase, horizon: int = 0) -> tuple[Any, Any]:
+        """State and context of replayed starts ``[S, C+1]``, with room for ``horizon`` steps."""
+
+    def step(self, state: Any, action: Tensor, context: Any) -> Any:
+        """The state after actions ``[N, S]``."""
+
+    def outcome(self, reached: Any) -> tuple[Tensor, Tensor]:
+        """Rewards of the steps that led to a state, and probabilities that the episode goes on, ``[N, S]`` each."""
+
+    def decode(self, latent: Any) -> Tensor:
+        """Observations ``[N, S, *O]`` of a state's latents; images from 0 to 1."""
+
+    def legal_actions(self, latent: Any) -> Tensor:
+        """Bool ``[N, S, A]``."""
+
+
+class ImaginationEnv(_LegalRandomActions, ModelBasedEnvBase):
+    """The world model as a TorchRL environment, in which any multi-agent policy and loss can be trained.
+
+    A batch of S dreams. Each begins at a replayed start, with the C real steps before it as its context, and goes on by
+    what the world model predicts, as in :class:`~matwm_rl.modules.Imagination`: with the same random state, starts and
+    actor, ``env.rollout(H, actor)`` gives the same steps. No gradient flows through it. Keys and shapes are those of
+    :class:`MultiAgentEnv`, and the state:
+
+    ======================================  ======================  ===================================================
+    key                                     shape, dtype            content
+    ======================================  ======================  ===================================================
+    ``("agents", "action")``                ``[S, N]`` int64
+    ``("agents", "action_mask")``           ``[S, N, A]`` bool      predicted legal actions
+    ``("agents", "alive")``                 ``[S, N]`` bool         the agent's dream goes on
+    ``("agents", "latent")``                ``[S, N, Z]``           z_t; multi-hot codes also have ``"latent_ones"``
+    ``("agents", "hidden")``                ``[S, N, F]``           h_t
+    ``("agents", "teammate_logits")``       ``[S, N, N-1, A]``      p_t
+    ``("agents", "continuation")``          ``[S, N, 1]``           predicted probability that the last step was not
+                                                                    the end; 1 at a start
+    ``("agents", "observation")``           ``[S, N, D]``, images   with ``decode`` only: z_t decoded, in the form that
+                                            ``[S, N, 3, *size]``    real observations have
+    ``("next", "agents", "reward")``        ``[S, N, 1]`` float32   predicted reward
+    ``("next", "done")`` and the like       ``[S, 1]`` bool         root ``done``, ``terminated``, ``truncated``
+    ======================================  ======================  ===================================================
+
+    **Ends.** An agent's dream is its own (section 4), and so is its end, which is treated as a death in the real
+    environment: the agent is no longer alive, has one legal action, observes zeros, is rewarded with zeros, and the
+    others dream on; what its state says from then on means nothing. Once all have ended, the row is ``terminated`` (and
+    those who ended last stay alive in its last step). After ``max_steps`` it is ``truncated`` if anyone still lives,
+    which is no end of the dreamt episode: values bootstrap. For the agents' own ends, a loss reads the root's
+    entries together with ``~("next", "agents", "alive")``.
+
+    **State.** The dreams themselves, that is the model's caches, lie in this object, as in any simulator: a step goes
+    on from the last one, whatever state the given tensordict holds, so that old tensordicts cannot be stepped again.
+    A partial reset gives the chosen rows new starts with their own contexts and leaves the others as they are.
+
+    The world model is used as it is at every step, not copied: it may be trained in between (put it into ``eval``
+    mode before dreaming). ``env.to(device)`` moves it, and then the environment has to be reset.
+
+    Args:
+        world_model: the shared world model; see :class:`Dreamer`.
+        starts: gives focal starts ``[S, C+1]``, always of the same size: an object with ``sample()``, such as
+            ``replay.starts``, or a callable. It is asked once here, for sizes, and at every reset, partial ones
+            included, of which only the rows to be reset are used. Keys read: ``("agents", "observation" | "action")``,
+            ``("next", "agents", "done")``, optionally ``("agents", "alive")``: agents dead at the start stay so.
+        max_steps: steps after which a dream is truncated.
+        decode: whether to give observations.
+        layout: that of the real environment; decoded observations then are exactly zero where the agent's own are
+            padded, and the environment has the same ``layout``.
+        end_threshold: the dream of an agent ends when its predicted continuation falls below this; 0: never. With
+            ``None`` it ends by chance, with the predicted probability, which is right on average for ends that cannot
+            be foreseen too.
+
+    Raises:
+        ValueError: if an argument or the starts do not fit the world model or each other.
+
+    Examples:
+        >>> from matwm_rl.data import to_focal
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.modules import WorldModel, make_actor
+        >>> real = make_env("mock", seed=0)
+        >>> world_model = WorldModel.from_env(real, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
+        >>> starts = to_focal(real.rollout(12, break_when_any_done=False)).reshape(4, 3)
+        >>> env = ImaginationEnv(world_model, lambda: starts, max_steps=5, decode=True, layout=real.layout)
+        >>> env.rollout(7, make_actor(world_model), break_when_any_done=False)["next", "agents", "reward"].shape
+        torch.Size([4, 7, 3, 1])
+    """
+
+    world_model: Dreamer
+    _state: Any
+    _context: Any
+    _ended: Tensor
+    _steps: Tensor
+
+    def __init__(
+        self,
+        world_model: Dreamer,
+        starts: Any,
+        *,
+        max_steps: int,
+        decode: bool = False,
+        layout: AgentLayout | None = None,
+        end_threshold: float | None = None,
+    ) -> None:
+        if max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+        if end_threshold is not None and not 0 <= end_threshold <= 1:
+            raise ValueError(f"end_threshold must lie in [0, 1] or be None, got {end_threshold}")
+        sample = getattr(starts, "sample", starts)
+        if not callable(sample):
+            raise TypeError(f"starts must have sample() or be callable, got {type(starts).__name__}")
+        example = sample()
+        super().__init__(world_model, device=world_model.legal.device, batch_size=example.batch_size[:1])
+        # The base class steps any tensordict that it is given; here there are S dreams, and they are in this object.
+        self._batch_locked = True
+        self._sample: Callable[[], TensorDictBase] = sample
+        self._starts_size = example.batch_size
+        self._is_image = example.get(OBSERVATION, default=torch.empty(0)).dtype == torch.uint8
+        self.max_steps = max_steps
+        self.decode = decode
+        self.end_threshold = end_threshold
+        self._padding: Tensor | None = None
+        if layout is not None:
+            self._fit(layout)
+        self._make_specs(example)
+
+    # ------------------------------------------------------------------ specs
+
+    def _fit(self, layout: AgentLayout) -> None:
+        counts = self.world_model.legal.sum(-1).tolist()
+        if layout.action_counts != counts:
+            raise ValueError(
+                f"the world model is of agents with {counts} actions, the layout of agents with {layout.action_counts}"
+            )
+        self.layout = layout
+        if not layout.is_image:
+            sizes = torch.tensor(layout.observation_sizes, device=self.device).unsqueeze(-1)
+            self._padding = torch.arange(layout.observation_shape[0], device=self.device) >= sizes
+
+    @torch.no_grad()
+    def _make_specs(self, starts: TensorDictBase) -> None:
+        """Reads the shapes of all entries off a first dream, and forgets it."""
+        self._begin(starts)
+        example = self._output(~self._ended)
+        reward = agents_last(self.world_model.outcome(self._state)[0], 0).unsqueeze(-1)
+        self._state = None
+        batch, agents, device, legal = self.batch_size, reward.shape[:2], self.device, self.world_model.legal
+
+        def composite(**specs: TensorSpec) -> Composite:
+            return Composite({AGENTS: Composite(specs, shape=agents)}, shape=batch)
+
+        self.observation_spec = composite(**{name: _spec(value) for name, value in example.get(AGENTS).items()})
+        action = Categorical(legal.shape[-1], shape=agents, device=device, dtype=torch.int64, mask=legal)
+        self.action_spec = composite(action=action)
+        self.reward_spec = composite(reward=_spec(reward))
+        done = Categorical(2, shape=[*batch, 1], device=device, dtype=torch.bool)
+        self.done_spec = Composite({name: done.clone() for name in ("done", "terminated", "truncated")}, shape=batch)
+
+    @property
+    def num_agents(self) -> int:
+        """The number of agents N."""
+        return self.world_model.num_agents
+
+    def _present_mask(self) -> Tensor:
+        return self.world_model.legal.expand(*self.batch_size, -1, -1)
+
+    # ------------------------------------------------------------------ dreams
+
+    def _set_seed(self, seed: int | None) -> None:
+        """Seeds PyTorch's global random state, from which dreams are drawn, as the actions of policies are."""
+        if seed is not None:
+            torch.manual_seed(seed)
+
+    def to(self, device: torch.device | str) -> ImaginationEnv:
+        """Moves the environment and its world model to a device; if that is another, it has to be reset then."""
+        before = self.device
+        super().to(device)
+        if self.device != before:
+            self._state = None
+            self._padding = None if self._padding is None else self._padding.to(self.device)
+        return self
+
+    @torch.no_grad()
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDictBase:
+        rows = None if tensordict is None else tensordict.get("_reset", None)
+        rows = None if rows is None else rows.reshape(self.batch_size)
+        if rows is None or rows.all():
+            self._begin(self._sample())
+        else:
+            self._check_begun()
+            if rows.any():
+                self._begin_anew(self._sample(), rows)
+        return self._output(~self._ended)
+
+    def _begin(self, starts: TensorDictBase) -> None:
+        """Begins all dreams."""
+        starts = self._checked(starts)
+        # Rows that are reset later begin at the cache's present position. With room for twice the longest dream, the
+        # positions that nobody sees any more are dropped once in max_steps steps.
+        self._state, self._context = self.world_model.start_from(starts, 2 * self.max_steps)
+        self._ended = self._dead(starts)
+        self._steps = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
+
+    def _begin_anew(self, starts: TensorDictBase, rows: Tensor) -> None:
+        """Begins the dreams of some rows ``[S]`` anew, beside the others."""
+        starts = self._checked(starts)[rows]
+        state, context = self.world_model.start_from(starts)
+        self._state = self._state.graft(rows, state)
+        self._context.graft(rows, context)
+        self._ended = self._ended.index_put((rows,), self._dead(starts))
+        self._steps = self._steps.masked_fill(rows, 0)
+
+    def _checked(self, starts: TensorDictBase) -> TensorDictBase:
+        if starts.batch_size != self._starts_size:
+            raise ValueError(
+                f"got starts of batch size {tuple(starts.batch_size)}; expected [S, context + 1] = "
+                f"{tuple(self._starts_size)}, as when this environment was made: the number of its dreams is fixed"
+            )
+        return starts.to(self.device)
+
+    def _check_begun(self) -> None:
+        if self._state is None:
+            raise RuntimeError("no dream has begun: call env.reset() first, without a `_reset` mask")
+
+    @staticmethod
+    def _dead(starts: TensorDictBase) -> Tensor:
+        alive = starts.get(ALIVE, None)
+        return torch.zeros_like(starts.get(ACTION)[:, -1], dtype=torch.bool) if alive is None else ~alive[:, -1]
+
+    @torch.no_grad()
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        self._check_begun()
+        action = tensordict.get(ACTION)
+        self._check_action(action)
+        self._check_going(tensordict.get("_step", None))
+        model, living = self.world_model, ~self._ended
+        self._context.make_room(self._starts_size[1] - 1 + self.max_steps)
+        self._state = model.step(self._state, agents_first(action, 0), self._context)
+        reward, continuation = (agents_last(value, 0) for value in model.outcome(self._state))
+        threshold = torch.rand_like(continuation) if self.end_threshold is None else self.end_threshold
+        self._ended = self._ended | (continuation < threshold)
+        self._steps = self._steps + 1
+        terminated = self._ended.all(-1, keepdim=True)
+        truncated = (self._steps >= self.max_steps).unsqueeze(-1) & ~terminated
+        output = self._output(torch.where(terminated, living, ~self._ended), continuation)
+        output.set((AGENTS, "reward"), reward.masked_fill(~living, 0.0).unsqueeze(-1))
+        output.set("done", terminated | truncated)
+        return output.set("terminated", terminated).set("truncated", truncated)
+
+    def _check_action(self, action: Tensor) -> None:
+        counts = self.world_model.legal.sum(-1)
+        if action.shape != self.full_action_spec[ACTION].shape or ((action < 0) | (action >= counts)).any():
+            raise ValueError(
+                f"got {ACTION} of shape {tuple(action.shape)} with values {action.tolist()}; expected "
+                f"{tuple(self.full_action_spec[ACTION].shape)}, of agents with {counts.tolist()} actions. Sample under "
+                f"{ACTION_MASK}, or with env.rand_action"
+            )
+
+    def _check_going(self, going: Tensor | None) -> None:
+        """Rows that are over may be stepped on unseen (``break_when_all_done``), dreams cannot be held back."""
+        over = self._ended.all(-1) | (self._steps >= self.max_steps)
+        if going is not None and not (going.reshape(self.batch_size) | over).all():
+            raise ValueError(f"got the `_step` mask {going.tolist()}; dreams that are not over are stepped together")
+
+    # ------------------------------------------------------------------ outputs
+
+    def _output(self, alive: Tensor, continuation: Tensor | None = None) -> TensorDictBase:
+        """The present states by keys, for agents ``alive [S, N]`` and their last steps' ``continuation [S, N]``."""
+        state, model = self._state, self.world_model
+        legal = agents_last(model.legal_actions(state.latent)) & alive.unsqueeze(-1)
+        # As in the real environment: who cannot act has the first action left, so that distributions can be made.
+        legal[..., 0] |= ~legal.any(-1)
+        if continuation is None:
+            continuation = torch.ones(alive.shape, dtype=state.hidden.dtype, device=self.device)
+        agents = TensorDict(
+            {ACTION_MASK[1]: legal, ALIVE[1]: alive, CONTINUATION[2]: continuation.unsqueeze(-1)},
+            batch_size=alive.shape,
+            device=self.device,
+        )
+        output = TensorDict({AGENTS: agents}, batch_size=self.batch_size, device=self.device)
+        for key, value in state.entries().items():
+            output.set(key, value)
+        return output.set(OBSERVATION, self._observation(alive)) if self.decode else output
+
+    def _observation(self, alive: Tensor) -> Tensor:
+        """Decoded, ``[S, N, *O]``, as real observations are: zero where padded or dead, images as bytes."""
+        decoded = self.world_model.decode(self._state.latent)
+        decoded = agents_last(decoded, decoded.ndim - 2)
+        if self._is_image:
+            decoded = (255 * decoded).round().clamp(0, 255).to(torch.uint8)
+        elif self._padding is not None:
+            decoded = decoded.masked_fill(self._padding, 0)
+        return decoded.masked_fill(~alive.view(*alive.shape, *[1] * (decoded.ndim - 2)), 0)
+
+
+def _spec(value: Tensor) -> TensorSpec:
+    """The spec of entries that are like an example."""
+    if value.dtype == torch.bool:
+        return Categorical(2, shape=value.shape, dtype=torch.bool, device=value.device)
+    if value.dtype == torch.uint8:
+        return Bounded(0, 255, shape=value.shape, dtype=torch.uint8, device=value.device)
+    return Unbounded(value.shape, dtype=value.dtype, device=value.device)
