@@ -133,12 +133,16 @@ class MergeGroups(Transform):
                 f"actions. Sample under {ACTION_MASK}, or with env.rand_action; to batch environments use "
                 "SerialMultiAgentEnv or ParallelMultiAgentEnv, since TorchRL's own lose the mask of the action spec."
             )
-        inputs = tensordict.exclude(AGENTS)
+        # Transforms appended after this one are given these inputs too, and may want what agents saw and did.
+        inputs = tensordict.copy()
         for group in self._groups:
             part = action[..., group.rows]
             if group.one_hot:
                 part = one_hot(part, group.num_actions)
-            inputs.set(group.name, TensorDict({"action": part}, batch_size=part.shape[: action.ndim]))
+            if group.name == AGENTS:
+                inputs.set(ACTION, part)
+            else:
+                inputs.set(group.name, TensorDict({"action": part}, batch_size=part.shape[: action.ndim]))
         return inputs
 
     # ------------------------------------------------------------------ outputs

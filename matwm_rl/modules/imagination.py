@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import keys
+from matwm_rl.checks import read_entry
 from matwm_rl.functional import agents_first, agents_last, autocast, segment_ids
-from matwm_rl.modules.world_model import State, WorldModel
+from matwm_rl.modules.actor_critic import check_actor, read_action
+from matwm_rl.modules.world_model import TO_FOCAL, State, WorldModel
 
 
 class Imagination(TensorDictModuleBase):
@@ -23,6 +25,11 @@ class Imagination(TensorDictModuleBase):
         actor: reads s_t and ``("agents", "action_mask")``, writes ``("agents", "action")``.
         horizon: H, number of imagined steps.
         precision: ``"float32"``, or ``"bfloat16"`` for the matrix products (states and rewards stay float32).
+
+    Raises:
+        ValueError: if the actor reads what imagination does not have, does not write actions, or writes them in another
+            shape; if an entry that is read has another shape.
+        KeyError: if an entry that is read is missing.
 
     Keys read (batch ``[S, C+1]``: C steps of context, then the start):
     ``("agents", "observation" | "action")``, ``("next", "agents", "done")``, optionally ``("agents", "alive")``.
@@ -50,6 +57,7 @@ class Imagination(TensorDictModuleBase):
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1, got {horizon}")
         autocast(torch.device("cpu"), precision)  # refuses what is no precision
+        check_actor(actor, world_model)
         self.world_model = world_model
         self.actor = actor
         self.horizon = horizon
@@ -71,18 +79,21 @@ class Imagination(TensorDictModuleBase):
         """Imagine from every start: see the class for keys."""
         if tensordict.ndim != 2:
             raise ValueError(f"Imagination reads starts of batch size [S, context + 1], got {tuple(tensordict.shape)}")
-        observation = agents_first(tensordict.get(keys.OBSERVATION), self.world_model.observation_dims)
-        action = agents_first(tensordict.get(keys.ACTION), 0)
-        segments = segment_ids(agents_first(tensordict.get(keys.AGENT_DONE)).squeeze(-1))
+        model, shape = self.world_model, (*tensordict.shape, self.world_model.num_agents)
+        observation = read_entry(tensordict, keys.OBSERVATION, self, (*shape, *model.observation_shape))
+        observation = agents_first(observation, model.observation_dims)
+        action = agents_first(read_entry(tensordict, keys.ACTION, self, shape), 0)
+        done = read_entry(tensordict, keys.AGENT_DONE, self, (*shape, 1), TO_FOCAL)
+        segments = segment_ids(agents_first(done).squeeze(-1))
         with autocast(observation.device, self.precision), set_exploration_type(ExplorationType.RANDOM):
             steps = self._dream(observation, action[..., :-1], segments[..., :-1] == segments[..., -1:])
             # Stacked here: inference tensors would be refused by the backward pass of whoever learns from them.
             states = State.stack(steps[0], 2)
             actions, masks = torch.stack(steps[1], 2), torch.stack(steps[2], 2)
-            reward, continuation = self.world_model.outcome(states[:, :, 1:])
+            reward, continuation = model.outcome(states[:, :, 1:])
 
-        shape = (tensordict.shape[0], self.horizon)
-        imagined = TensorDict({}, batch_size=shape, device=tensordict.device)
+        batch = (tensordict.shape[0], self.horizon)
+        imagined = TensorDict({}, batch_size=batch, device=tensordict.device)
         for key, whole in states.entries().items():
             imagined.set(key, whole[:, :-1])
             imagined.set(("next", *key), whole[:, 1:])
@@ -92,7 +103,7 @@ class Imagination(TensorDictModuleBase):
         imagined.set(keys.CONTINUATION, agents_last(continuation, 0).unsqueeze(-1))
         alive = tensordict.get(keys.ALIVE, None)
         alive = torch.ones_like(imagined[keys.ACTION], dtype=torch.bool) if alive is None else alive[:, -1:]
-        return imagined.set(keys.ALIVE, alive.expand(*shape, -1))
+        return imagined.set(keys.ALIVE, alive.expand(*batch, -1))
 
     @torch.inference_mode()
     def _dream(
@@ -105,7 +116,7 @@ class Imagination(TensorDictModuleBase):
         for _ in range(self.horizon):
             mask = model.legal_actions(state.latent)
             inputs = TensorDict({**state.entries(), keys.ACTION_MASK: agents_last(mask)}, batch_size=mask.shape[1:2])
-            action = agents_first(self.actor(inputs).get(keys.ACTION), 0)
+            action = agents_first(read_action(self.actor(inputs), self.actor, mask.shape[1::-1]), 0)
             state = model.step(state, action, context)
             states.append(state)
             actions.append(action)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchrl.modules import SymExpTwoHot
 
 from matwm_rl import keys
+from matwm_rl.checks import check_shape, check_writes, read_entry, read_optional, read_output
 from matwm_rl.functional import masked_mean
 from matwm_rl.objectives.common import KeyedLoss
 from matwm_rl.objectives.returns import ReturnScale
@@ -54,6 +55,11 @@ class ActorLoss(KeyedLoss):
     Keys read (batch ``[S, H]``): the actor's, ``("agents", "action" | "lambda_return" | "state_value" | "weight")``,
     optionally ``("agents", "alive" | "action_log_prob")``. Keys written: ``loss_actor``, ``entropy`` in nats,
     ``return_scale`` ``[N]``.
+
+    Raises:
+        TypeError: if the actor has no ``get_dist``.
+        KeyError: if an entry of the batch is missing.
+        ValueError: if one has another shape, or log-probabilities have.
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -92,7 +98,13 @@ class ActorLoss(KeyedLoss):
         standardize_advantage: bool = False,
         clip_epsilon: float = 0.2,
     ) -> None:
+        if not hasattr(actor_network, "get_dist"):
+            raise TypeError(
+                f"ActorLoss needs an actor with `get_dist`, such as TorchRL's ProbabilisticActor, got a "
+                f"{type(actor_network).__name__}"
+            )
         super().__init__()
+        self.num_agents = num_agents
         self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
         self.entropy_coeff = entropy_coeff
         self.center_advantage = center_advantage
@@ -109,19 +121,25 @@ class ActorLoss(KeyedLoss):
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Loss of an imagined rollout ``[S, H]``; in training mode the return scale is updated first."""
-        k = self.tensor_keys
-        returns, value = tensordict.get(k.lambda_return).squeeze(-1), tensordict.get(k.state_value).squeeze(-1)
-        alive = tensordict.get(k.alive, None)
+        k, shape = self.tensor_keys, (*tensordict.shape, self.num_agents)
+        returns, value, weight = (
+            read_entry(tensordict, key, self, (*shape, 1)).squeeze(-1)
+            for key in (k.lambda_return, k.state_value, k.weight)
+        )
+        alive = read_optional(tensordict, k.alive, self, shape)
         alive = torch.ones_like(returns, dtype=torch.bool) if alive is None else alive
         if self.training:
             self.return_scale.update(returns, alive)
-        weight = tensordict.get(k.weight).squeeze(-1)
         advantage = self._advantage((returns - value).detach(), torch.where(alive, weight, 0.0))
+        for key in self.actor_network.in_keys:
+            read_entry(tensordict, key, self.actor_network)
         with self.actor_network_params.to_module(self.actor_network):
             dist = self.actor_network.get_dist(tensordict)
-        log_prob, entropy = dist.log_prob(tensordict.get(k.action)), dist.entropy()
+        log_prob, entropy = dist.log_prob(read_entry(tensordict, k.action, self, shape)), dist.entropy()
+        for what, found in (("log-probabilities", log_prob), ("entropies", entropy)):
+            check_shape(found, f"the distribution of {type(self.actor_network).__name__} must give {what}", shape)
         gain = advantage * log_prob
-        if (old_log_prob := tensordict.get(k.action_log_prob, None)) is not None:
+        if (old_log_prob := read_optional(tensordict, k.action_log_prob, self, shape)) is not None:
             ratio = (log_prob - old_log_prob).exp()
             clipped = ratio.clamp(1 - self.clip_epsilon, 1 + self.clip_epsilon)
             gain = torch.minimum(ratio * advantage, clipped * advantage)
@@ -160,6 +178,10 @@ class CriticLoss(KeyedLoss):
     Keys read (batch ``[S, H]``): the critic's, ``("agents", "lambda_return" | "weight")``, optionally
     ``("agents", "alive")``. Keys written: ``loss_critic``, ``value`` (mean V of the EMA
     copy, for logs).
+
+    Raises:
+        KeyError: if an entry of the batch is missing, or one that the critic was to write.
+        ValueError: if one has another shape, or the critic does not say that it writes what it must.
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -208,19 +230,23 @@ class CriticLoss(KeyedLoss):
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Loss of an imagined rollout ``[S, H]``."""
-        k = self.tensor_keys
-        states = tensordict.select(*self.critic_network.in_keys)
-        with self.critic_network_params.to_module(self.critic_network):
-            logits = self._logits_network(states.copy()).get(k.state_value_logits)
-        with torch.no_grad(), self.target_critic_network_params.to_module(self.critic_network):
-            slow_value = self.critic_network(states.copy()).get(k.state_value).squeeze(-1)
-        returns = tensordict.get(k.lambda_return).squeeze(-1).detach()
+        k, critic = self.tensor_keys, self.critic_network
+        check_writes(critic, [k.state_value_logits, k.state_value], "the critic")
+        returns = read_entry(tensordict, k.lambda_return, self, (*tensordict.shape, None, 1)).detach()
+        weight = read_entry(tensordict, k.weight, self, returns.shape).squeeze(-1)
+        for key in critic.in_keys:
+            read_entry(tensordict, key, critic)
+        states = tensordict.select(*critic.in_keys)
+        with torch.no_grad(), self.target_critic_network_params.to_module(critic):
+            slow_value = read_output(critic(states.copy()), k.state_value, critic, returns.shape).squeeze(-1)
         # Cross-entropy is linear in its target: one pass over the logits for the sum of both.
-        target = self.two_hot.encode(returns) + self.two_hot.encode(slow_value)
+        target = self.two_hot.encode(returns.squeeze(-1)) + self.two_hot.encode(slow_value)
+        with self.critic_network_params.to_module(critic):
+            logits = self._logits_network(states.copy())
+            logits = read_output(logits, k.state_value_logits, critic, target.shape)
         error = -(target * logits.log_softmax(-1)).sum(-1)
-        alive = tensordict.get(k.alive, None)
-        alive = torch.ones_like(returns, dtype=torch.bool) if alive is None else alive
-        weight = tensordict.get(k.weight).squeeze(-1)
+        alive = read_optional(tensordict, k.alive, self, weight.shape)
+        alive = torch.ones_like(weight, dtype=torch.bool) if alive is None else alive
         return TensorDict(
             {
                 "loss_critic": _per_agent_mean(error, weight, alive).sum(),
