@@ -99,8 +99,7 @@ def check_writes(module: object, keys: Sequence[NestedKey], role: str) -> None:
         ValueError: the actor, a TensorDictModule, must write ['action'], which its out_keys ['y'] lack
     """
     out_keys = getattr(module, "out_keys", None)
-    missing = [] if out_keys is None else [key for key in keys if key not in out_keys]
-    if missing:
+    if out_keys is not None and (missing := [key for key in keys if key not in out_keys]):
         raise ValueError(f"{role}, a {_name(module)}, must write {missing}, which its out_keys {list(out_keys)} lack")
 
 

@@ -18,8 +18,8 @@ from matwm_rl.modules.latent import (
 )
 from matwm_rl.modules.policy import WorldModelPolicy
 from matwm_rl.modules.stacked import StackedLinear, StackedMLP, StackedNormSiLU
-from matwm_rl.modules.transformer import KVCache, Transformer
 from matwm_rl.modules.state_estimator import CONTEXT_KEYS, StateEstimator
+from matwm_rl.modules.transformer import KVCache, Transformer
 from matwm_rl.modules.two_hot import TwoHot
 from matwm_rl.modules.world_model import Context, State, WorldModel
 from matwm_rl.modules.world_model_config import WorldModelConfig

@@ -145,11 +145,11 @@ class StateEstimator(TensorDictModuleBase):
 
     def _memory(self, tensordict: TensorDictBase, newest: Tensor) -> _Memory:
         note = "append make_tensordict_primer() to the environment, so that the context starts with every episode"
-        context = [
+        code, action, length = (
             self._flat(read_entry(tensordict, key, self, (*tensordict.batch_size, *shape), note), len(shape) - 1)
             for key, shape in self.context_shapes.items()
-        ]
-        return _Memory(*context, newest.unsqueeze(2))
+        )
+        return _Memory(code, action, length, newest.unsqueeze(2))
 
     @staticmethod
     def _flat(value: Tensor, event_dims: int) -> Tensor:
