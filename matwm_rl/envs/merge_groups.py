@@ -268,17 +268,26 @@ class MergeGroups(Transform):
             terminated, truncated = terminated & ~limited, truncated | limited
         now = self._agents(rollout, alive, self._legal_actions(rollout, alive))
         after = self._agents(following, survives, self._legal_actions(following, survives))
-        action = [
-            part.long().argmax(-1) if group.one_hot else part
-            for group in self._groups
-            for part in [rollout.get((group.name, "action"))]
-        ]
-        now.set("action", torch.cat(action, -1).long())
+        now.set("action", self._stored_actions(rollout))
         after.set("reward", self._cat(following, "reward").to(torch.float32))
         ends = {"done": done, "terminated": terminated, "truncated": truncated}
         return TensorDict(
             {AGENTS: now, "next": TensorDict({AGENTS: after, **ends}, rollout.shape)}, rollout.shape, rollout.device
         )
+
+    def _stored_actions(self, rollout: TensorDictBase) -> Tensor:
+        parts = []
+        for group in self._groups:
+            part = rollout.get((group.name, "action"))
+            parts.append(part.long().argmax(-1) if group.one_hot else part.long())
+        action = torch.cat(parts, -1)
+        if ((action < 0) | (action >= self._counts)).any():
+            found = action.flatten(0, -2).amax(0).tolist()
+            raise ValueError(
+                f"stored actions go up to {found}, where agents {self.layout.agent_names} have "
+                f"{self.layout.action_counts} actions; correct the layout."
+            )
+        return action
 
     # ------------------------------------------------------------------ ends of lives and of episodes
 

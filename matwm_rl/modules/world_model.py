@@ -7,8 +7,8 @@ Methods on tensors are agent-major (``[N, ...]``); :meth:`WorldModel.forward` re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -23,9 +23,6 @@ from matwm_rl.modules.latent import Latent, LatentCode
 from matwm_rl.modules.transformer import KVCache, Transformer
 from matwm_rl.modules.two_hot import TwoHot
 from matwm_rl.modules.world_model_config import WorldModelConfig, build_parts
-
-if TYPE_CHECKING:
-    from torchrl.envs import EnvBase
 
 TO_FOCAL = "rollouts get their per-agent entries from matwm_rl.data.to_focal"
 """What to do where an entry is missing that an environment does not give."""
@@ -204,25 +201,26 @@ class WorldModel(TensorDictModuleBase):
         return [keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS, *([keys.LATENT_ONES] if self.latent.multi_hot else [])]
 
     @classmethod
-    def from_env(cls, env: EnvBase, **overrides: Any) -> WorldModel:
+    def from_env(cls, env: Any, config: WorldModelConfig | None = None, **overrides: Any) -> WorldModel:
         """Build a model that fits an environment made by :func:`~matwm_rl.envs.make_env`.
 
         Args:
-            env: anything with a ``layout`` (:class:`~matwm_rl.envs.AgentLayout`).
-            **overrides: entries of :class:`WorldModelConfig`.
+            env: anything with a ``layout`` (:class:`~matwm_rl.envs.AgentLayout`), or a layout itself.
+            config: sizes and switches.
+            **overrides: entries of :class:`WorldModelConfig` that go before those of ``config``.
 
         Raises:
             AttributeError: if the environment has no ``layout``.
         """
-        layout = getattr(env, "layout", None)
-        if layout is None:
+        layout: Any = getattr(env, "layout", env)
+        if not hasattr(layout, "observation_shape"):
             raise AttributeError(f"{type(env).__name__} has no `layout`; wrap it: MultiAgentEnv(env)")
         return cls.from_layout(
             observation_shape=layout.observation_shape,
             action_counts=layout.action_counts,
             group_index=layout.group_index,
             has_action_mask=layout.has_action_mask,
-            config=WorldModelConfig(**overrides),
+            config=replace(config or WorldModelConfig(), **overrides),
         )
 
     @classmethod
