@@ -8,7 +8,7 @@ import matwm_rl as mw
 from matwm_rl.training import RandomActions, evaluate
 
 
-def main(total_steps: int = 2_000, random_steps: int = 1_000, episodes: int = 30) -> None:
+def main(total_steps: int = 2_000, random_steps: int = 1_000, warmup: int = 200, episodes: int = 30) -> None:
     torch.manual_seed(0)
     env = mw.make_env("mpe2/simple_spread_v3", seed=0)
     sizes = {"hidden_size": 128, "num_layers": 1, "num_heads": 4, "latent": "gaussian", "num_dims": 64}
@@ -16,7 +16,7 @@ def main(total_steps: int = 2_000, random_steps: int = 1_000, episodes: int = 30
     world_model = mw.WorldModel.from_env(env, **sizes, **vectors, reward_input="next_observation")
     agents = {"num_cells": 128, "share_by_group": True}
     actor, critic = mw.make_actor(world_model, **agents), mw.make_critic(world_model, **agents)
-    updates = {"world_model_lr": 3e-3, "actor_critic_lr": 1e-3, "critic_lr": 3e-3, "world_model_warmup": 200}
+    updates = {"world_model_lr": 3e-3, "actor_critic_lr": 1e-3, "critic_lr": 3e-3, "world_model_warmup": warmup}
     ppo = {"agent_epochs": 4, "standardize_advantage": True, "critic_warmup": 50, "entropy_coeff": 0.03}
     weights = mw.WorldModelLossWeights(reconstruction=1000.0, reward=50.0)
     config = mw.LearnerConfig(**updates, **ppo, loss_weights=weights, horizon=10, gamma=0.95)

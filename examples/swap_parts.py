@@ -1,7 +1,5 @@
 """Parts of one's own in the world model and the losses: an actor of TorchRL's, a teammate predictor without memory."""
 
-import math
-
 import torch
 from tensordict.nn import TensorDictModule
 from torchrl.envs import TransformedEnv
@@ -23,18 +21,14 @@ class PresentTeammates(TeammatePredictorBase):
 
 
 def make_own_actor(model: mw.WorldModel) -> ProbabilisticActor:
-    inputs = model.latent.latent_size + model.transformer.features
-    shared = {"centralized": False, "share_params": True, "depth": 2, "num_cells": 128}
-    network = MultiAgentMLP(inputs, model.num_actions, model.num_agents, **shared)
-    return ProbabilisticActor(
-        TensorDictModule(network, in_keys=[keys.LATENT, keys.HIDDEN], out_keys=[keys.LOGITS]),
-        in_keys={"logits": keys.LOGITS, "mask": keys.ACTION_MASK},
-        out_keys=[keys.ACTION],
-        distribution_class=MaskedCategorical,
-    )
+    sizes = (model.latent.latent_size + model.transformer.features, model.num_actions, model.num_agents)
+    network = MultiAgentMLP(*sizes, centralized=False, share_params=True, depth=2, num_cells=128)
+    logits = TensorDictModule(network, in_keys=[keys.LATENT, keys.HIDDEN], out_keys=[keys.LOGITS])
+    inputs = {"logits": keys.LOGITS, "mask": keys.ACTION_MASK}
+    return ProbabilisticActor(logits, in_keys=inputs, out_keys=[keys.ACTION], distribution_class=MaskedCategorical)
 
 
-def main(rounds: int = 5, steps: int = 400, updates: int = 40, episodes: int = 30) -> None:
+def main(rounds: int = 5, steps: int = 400, updates: int = 40, warmup: int = 200, episodes: int = 30) -> None:
     torch.manual_seed(0)
     env = mw.make_env("mpe2/simple_spread_v3", seed=0)
     sizes = {"hidden_size": 128, "num_layers": 1, "num_heads": 4, "latent": "gaussian", "num_dims": 64}
@@ -42,7 +36,7 @@ def main(rounds: int = 5, steps: int = 400, updates: int = 40, episodes: int = 3
     model = mw.WorldModel.from_env(env, **sizes, **vectors, reward_input="next_observation")
     model.teammates = PresentTeammates(model.latent.latent_size, env.action_counts)
     actor, critic = make_own_actor(model), mw.make_critic(model, num_cells=128, share_by_group=True)
-    rates = {"world_model_lr": 3e-3, "actor_critic_lr": 1e-3, "critic_lr": 3e-3, "world_model_warmup": 200}
+    rates = {"world_model_lr": 3e-3, "actor_critic_lr": 1e-3, "critic_lr": 3e-3, "world_model_warmup": warmup}
     ppo = {"agent_epochs": 4, "standardize_advantage": True, "critic_warmup": 40, "entropy_coeff": 0.03}
     weights = mw.WorldModelLossWeights(reconstruction=1000.0, reward=50.0)
     config = mw.LearnerConfig(**rates, **ppo, loss_weights=weights, horizon=10, gamma=0.95)
@@ -55,10 +49,8 @@ def main(rounds: int = 5, steps: int = 400, updates: int = 40, episodes: int = 3
         replay.end_episodes()
         metrics = torch.stack([learner.update(replay) for _ in range(updates)])
 
-    nats = metrics["loss_teammate"].mean() / 2  # of two teammates
-    print(
-        f"own predictor, cross-entropy of a teammate's action: {nats:.3f} nats; of a uniform guess: {math.log(5):.3f}"
-    )
+    found, guess = metrics["loss_teammate"].mean() / 2, torch.tensor(5.0).log()
+    print(f"a teammate's action, cross-entropy: own predictor {found:.3f}, uniform guess {guess:.3f} nats")
     for name, acting in (("random", RandomActions()), ("trained", policy)):
         print(f"{name} agents, mean return: {evaluate(env, acting, episodes=episodes).per_group()['agent']:.1f}")
 
