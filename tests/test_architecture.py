@@ -5,7 +5,7 @@ Read top down, every room may import from the levels below its own, and from no 
     examples  benchmarks
     training
     modules  objectives  envs  data
-    functional  keys
+    functional  keys  checks
 
 so a loss, above all, never knows which network it trains. ``matwm_rl/__init__.py`` gathers the public names: it may
 import any room of the package, and only ``examples`` and ``benchmarks`` may import from it.
@@ -27,7 +27,7 @@ LEVELS = (
     ("examples", "benchmarks"),
     (f"{PACKAGE}.training",),
     (f"{PACKAGE}.modules", f"{PACKAGE}.objectives", f"{PACKAGE}.envs", f"{PACKAGE}.data"),
-    (f"{PACKAGE}.functional", f"{PACKAGE}.keys"),
+    (f"{PACKAGE}.functional", f"{PACKAGE}.keys", f"{PACKAGE}.checks"),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # The public face stands between the scripts that use it and the rooms that it gathers.

@@ -3,6 +3,7 @@
 from matwm_rl.envs.factory import make_env
 from matwm_rl.envs.imagination_env import Dreamer, ImaginationEnv
 from matwm_rl.envs.layout import AgentLayout
+from matwm_rl.envs.merge_groups import merge_rollout
 from matwm_rl.envs.mock import MockEnv
 from matwm_rl.envs.multi_agent_env import MultiAgentEnv, ParallelMultiAgentEnv, SerialMultiAgentEnv
 from matwm_rl.envs.render import render_frame
@@ -16,5 +17,6 @@ __all__ = [
     "ParallelMultiAgentEnv",
     "SerialMultiAgentEnv",
     "make_env",
+    "merge_rollout",
     "render_frame",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -12,8 +14,13 @@ IMAGE_CHANNELS = (1, 3, 4)
 
 def is_image_spec(spec: TensorSpec) -> bool:
     """Whether one agent's observation is a uint8 image ``[H, W, C]`` or ``[C, H, W]`` of 1, 3 or 4 channels."""
-    is_cube = spec.dtype == torch.uint8 and spec.ndim == 3
-    return is_cube and (spec.shape[-1] in IMAGE_CHANNELS or spec.shape[-3] in IMAGE_CHANNELS)
+    return is_image(spec.shape, spec.dtype)
+
+
+def is_image(shape: Sequence[int], dtype: torch.dtype | None) -> bool:
+    """Whether an observation of this shape is an image; see :func:`is_image_spec`."""
+    is_cube = dtype == torch.uint8 and len(shape) == 3
+    return is_cube and (shape[-1] in IMAGE_CHANNELS or shape[-3] in IMAGE_CHANNELS)
 
 
 def resize_images(image: Tensor, size: int) -> Tensor:

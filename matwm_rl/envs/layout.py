@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+from tensordict import TensorDictBase
 from torchrl.data import Categorical, Composite, OneHot, TensorSpec
 from torchrl.envs import EnvBase
 
-from matwm_rl.envs.images import is_image_spec
+from matwm_rl.envs.images import is_image, is_image_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,25 +82,104 @@ class AgentLayout:
             action_counts += [
                 _action_count(spec, group) for spec in per_agent_specs(env, env.full_action_spec, (group, "action"))
             ]
-        are_images = [is_image_spec(spec) for spec in observation_specs]
-        if any(are_images) and not all(are_images):
+        return cls._of(
+            {group: list(names) for group, names in group_map.items()},
+            observations=[(spec.shape, is_image_spec(spec)) for spec in observation_specs],
+            action_counts=action_counts,
+            has_action_mask=any((group, "action_mask") in env.full_observation_spec.keys(True) for group in group_map),
+            image_size=image_size,
+        )
+
+    @classmethod
+    def from_rollout(
+        cls, rollout: TensorDictBase, *, num_actions: Mapping[str, int] | None = None, image_size: int = 64
+    ) -> AgentLayout:
+        """Reads the layout from stored data of a grouped environment, where there is no environment any more.
+
+        Groups are the entries that hold an ``"observation"`` and an ``"action"``, in alphabetical order. Agents are
+        named after their group, ``hunter_0``.
+
+        Args:
+            rollout: ``[T]`` or ``[E, T]``, see :func:`~matwm_rl.envs.merge_rollout`.
+            num_actions: for each group the number of an agent's actions. Only needed of groups whose actions are
+                categorical and have no ``"action_mask"``, which would tell.
+            image_size: side S of the square to which uint8 images are resized.
+
+        Raises:
+            ValueError: if there are no groups, both image and vector observations, or the number of actions is unknown.
+
+        Examples:
+            >>> from matwm_rl.envs import MockEnv
+            >>> AgentLayout.from_rollout(MockEnv().rollout(3)).action_counts
+            [4, 4, 3]
+        """
+        present = set(rollout.keys(include_nested=True))
+        groups = sorted({key[0] for key in present if isinstance(key, tuple) and key[1:] == ("observation",)})
+        groups = [group for group in groups if (group, "action") in present]
+        if not groups:
+            raise ValueError(f"no entry holds an observation and an action; there are {sorted(map(str, present))}.")
+        group_map: dict[str, list[str]] = {}
+        observations: list[tuple[torch.Size, bool]] = []
+        action_counts: list[int] = []
+        for group in groups:
+            observation = rollout.get((group, "observation"))
+            count, shape = observation.shape[rollout.ndim], observation.shape[rollout.ndim + 1 :]
+            group_map[group] = [f"{group}_{agent}" for agent in range(count)]
+            observations += [(shape, is_image(shape, observation.dtype))] * count
+            action_counts += [_stored_action_count(rollout, group, num_actions or {})] * count
+        return cls._of(
+            group_map,
+            observations=observations,
+            action_counts=action_counts,
+            has_action_mask=any((group, "action_mask") in present for group in groups),
+            image_size=image_size,
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        group_map: dict[str, list[str]],
+        *,
+        observations: list[tuple[torch.Size, bool]],
+        action_counts: list[int],
+        has_action_mask: bool,
+        image_size: int,
+    ) -> AgentLayout:
+        """From the shape of each agent's observation, and whether it is an image."""
+        are_images = {image for _, image in observations}
+        if len(are_images) > 1:
             raise ValueError("some agents observe images and others vectors; give all agents the same kind.")
-        if are_images[0]:
+        (all_images,) = are_images
+        if all_images:
             shape: tuple[int, ...] = (3, image_size, image_size)
-            sizes = [math.prod(shape)] * len(observation_specs)
+            sizes = [math.prod(shape)] * len(observations)
         else:
-            sizes = [spec.shape.numel() for spec in observation_specs]
+            sizes = [math.prod(observed) for observed, _ in observations]
             shape = (max(sizes),)
         return cls(
             agent_names=[name for names in group_map.values() for name in names],
-            group_map={group: list(names) for group, names in group_map.items()},
+            group_map=group_map,
             group_index=[index for index, names in enumerate(group_map.values()) for _ in names],
             action_counts=action_counts,
             observation_shape=shape,
             observation_sizes=sizes,
-            is_image=are_images[0],
-            has_action_mask=any((group, "action_mask") in env.full_observation_spec.keys(True) for group in group_map),
+            is_image=all_images,
+            has_action_mask=has_action_mask,
         )
+
+
+def _stored_action_count(rollout: TensorDictBase, group: str, given: Mapping[str, int]) -> int:
+    action = rollout.get((group, "action"))
+    mask = rollout.get((group, "action_mask"), None)
+    for told in (action if action.ndim > rollout.ndim + 1 else None, mask):
+        if told is not None:
+            return told.shape[-1]
+    if group not in given:
+        raise ValueError(
+            f"the data does not tell how many actions agents of group {group!r} have (the largest stored is "
+            f"{int(action.max())}); give num_actions={{{group!r}: ...}}."
+        )
+    return given[group]
 
 
 def per_agent_specs(env: EnvBase, spec: Composite, key: tuple[str, str]) -> list[TensorSpec]:

@@ -1,4 +1,4 @@
-"""The transform that merges the agent groups of an environment into one dense group."""
+"""Merging the agent groups of an environment, or of stored data, into one dense group."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torchrl.envs import EnvBase, Transform, TransformedEnv
 from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 from torchrl.envs.libs.vmas import VmasWrapper
 
+from matwm_rl.checks import read_entry
 from matwm_rl.envs.images import resize_images
 from matwm_rl.envs.layout import AgentLayout, per_agent_specs
 from matwm_rl.keys import ACTION, ACTION_MASK, AGENTS, ALIVE, OBSERVATION
@@ -37,24 +38,19 @@ class _Group:
 class MergeGroups(Transform):
     """Merges all agent groups into the dense group ``"agents"``; see :class:`~matwm_rl.envs.MultiAgentEnv`.
 
-    Args:
-        base_env: the grouped environment that the transform will be attached to.
-        image_size: side of the square to which uint8 images are resized.
+    Build it with :meth:`from_env`.
 
-    Raises:
-        ValueError: if ``base_env`` is not a grouped environment with discrete actions in which all agents act at once.
+    Args:
+        layout: who the agents are.
+        groups: where the original groups lie, and what there is of them.
+        vmas: the environment, if it is one of VMAS.
     """
 
-    def __init__(self, base_env: EnvBase, *, image_size: int = 64) -> None:
+    def __init__(self, layout: AgentLayout, groups: list[_Group], *, vmas: Any = None) -> None:
         super().__init__()
-        unwrapped = base_env
-        while isinstance(unwrapped, TransformedEnv):
-            unwrapped = unwrapped.base_env
-        if isinstance(unwrapped, PettingZooWrapper) and not unwrapped.parallel:
-            raise ValueError("agents of an AEC environment act in turns; wrap its parallel_env(...), not its env(...).")
-        self.layout = AgentLayout.from_env(base_env, image_size=image_size)
-        self._groups = _read_groups(base_env, self.layout)
-        self._vmas: Any = unwrapped._env if isinstance(unwrapped, VmasWrapper) else None
+        self.layout = layout
+        self._groups = groups
+        self._vmas = vmas
         self._agents_end = all(group.has_dones for group in self._groups)
         self._agents_can_die = self._agents_end or any(group.has_mask for group in self._groups)
         self._masks_change = self._agents_can_die or any(group.has_action_mask for group in self._groups)
@@ -67,6 +63,27 @@ class MergeGroups(Transform):
 
     _counts: Tensor
     _padding: Tensor
+
+    @classmethod
+    def from_env(cls, base_env: EnvBase, *, image_size: int = 64) -> MergeGroups:
+        """The transform for an environment.
+
+        Args:
+            base_env: the grouped environment that the transform will be attached to.
+            image_size: side of the square to which uint8 images are resized.
+
+        Raises:
+            ValueError: if ``base_env`` is not a grouped environment with discrete actions in which all agents act at
+                once.
+        """
+        unwrapped = base_env
+        while isinstance(unwrapped, TransformedEnv):
+            unwrapped = unwrapped.base_env
+        if isinstance(unwrapped, PettingZooWrapper) and not unwrapped.parallel:
+            raise ValueError("agents of an AEC environment act in turns; wrap its parallel_env(...), not its env(...).")
+        layout = AgentLayout.from_env(base_env, image_size=image_size)
+        vmas = unwrapped._env if isinstance(unwrapped, VmasWrapper) else None
+        return cls(layout, _read_groups(base_env, layout), vmas=vmas)
 
     # ------------------------------------------------------------------ specs
 
@@ -133,12 +150,16 @@ class MergeGroups(Transform):
                 f"actions. Sample under {ACTION_MASK}, or with env.rand_action; to batch environments use "
                 "SerialMultiAgentEnv or ParallelMultiAgentEnv, since TorchRL's own lose the mask of the action spec."
             )
-        inputs = tensordict.exclude(AGENTS)
+        # Transforms appended after this one are given these inputs too, and may want what agents saw and did.
+        inputs = tensordict.copy()
         for group in self._groups:
             part = action[..., group.rows]
             if group.one_hot:
                 part = one_hot(part, group.num_actions)
-            inputs.set(group.name, TensorDict({"action": part}, batch_size=part.shape[: action.ndim]))
+            if group.name == AGENTS:
+                inputs.set(ACTION, part)
+            else:
+                inputs.set(group.name, TensorDict({"action": part}, batch_size=part.shape[: action.ndim]))
         return inputs
 
     # ------------------------------------------------------------------ outputs
@@ -174,17 +195,20 @@ class MergeGroups(Transform):
         output = tensordict.exclude(*(group.name for group in self._groups))
         for name, end in zip(("done", "terminated", "truncated"), ends, strict=True):
             output.set(name, end)
+        self._legal = legal
+        return output.set(AGENTS, self._agents(tensordict, alive, legal))
+
+    def _agents(self, tensordict: TensorDictBase, alive: Tensor, legal: Tensor) -> TensorDict:
+        """The dense group: what the agents observe, who lives, and what they may do."""
         observation = self._observation(tensordict)
         if self._agents_can_die:
             dead = ~alive
             observation = observation.masked_fill(dead.view(*dead.shape, *(1,) * len(self.layout.observation_shape)), 0)
-        self._legal = legal
-        agents = TensorDict(
+        return TensorDict(
             {OBSERVATION[1]: observation, ALIVE[1]: alive.clone(), ACTION_MASK[1]: legal.clone()},
             batch_size=alive.shape,
-            device=output.device,
+            device=tensordict.device,
         )
-        return output.set(AGENTS, agents)
 
     def _cat(self, tensordict: TensorDictBase, name: str) -> Tensor:
         """One entry of all groups, ``[*E, N, ...]``."""
@@ -228,6 +252,43 @@ class MergeGroups(Transform):
         legal[..., 0] |= ~legal.any(-1)
         return legal
 
+    # ------------------------------------------------------------------ stored data
+
+    def merge(self, rollout: TensorDictBase, max_steps: int | None = None) -> TensorDict:
+        """See :func:`merge_rollout`: what :meth:`_reset` and :meth:`_step` do, for all steps at once."""
+        following = rollout.get("next")
+        alive = self._mask(rollout)
+        if self._agents_end:
+            alive &= ~(self._agent_flag(rollout, "terminated") | self._agent_flag(rollout, "truncated"))
+            survives, (done, terminated, truncated) = self._agent_ends(following, following.get("done"), alive)
+        else:
+            survives, (done, terminated, truncated) = self._mask(following), self._root_ends(following)
+        if max_steps is not None:
+            limited = terminated & (_steps_so_far(done) >= max_steps)
+            terminated, truncated = terminated & ~limited, truncated | limited
+        now = self._agents(rollout, alive, self._legal_actions(rollout, alive))
+        after = self._agents(following, survives, self._legal_actions(following, survives))
+        now.set("action", self._stored_actions(rollout))
+        after.set("reward", self._cat(following, "reward").to(torch.float32))
+        ends = {"done": done, "terminated": terminated, "truncated": truncated}
+        return TensorDict(
+            {AGENTS: now, "next": TensorDict({AGENTS: after, **ends}, rollout.shape)}, rollout.shape, rollout.device
+        )
+
+    def _stored_actions(self, rollout: TensorDictBase) -> Tensor:
+        parts = []
+        for group in self._groups:
+            part = rollout.get((group.name, "action"))
+            parts.append(part.long().argmax(-1) if group.one_hot else part.long())
+        action = torch.cat(parts, -1)
+        if ((action < 0) | (action >= self._counts)).any():
+            found = action.flatten(0, -2).amax(0).tolist()
+            raise ValueError(
+                f"stored actions go up to {found}, where agents {self.layout.agent_names} have "
+                f"{self.layout.action_counts} actions; correct the layout."
+            )
+        return action
+
     # ------------------------------------------------------------------ ends of lives and of episodes
 
     def _ends(self, tensordict: TensorDictBase) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
@@ -240,9 +301,13 @@ class MergeGroups(Transform):
             return alive, self._vmas_ends(done)
         if self._agents_end:
             return self._agent_ends(tensordict, done, alive)
-        truncated = tensordict.get("truncated", None)
+        return self._mask(tensordict), self._root_ends(tensordict)
+
+    @staticmethod
+    def _root_ends(tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
+        done, truncated = tensordict.get("done"), tensordict.get("truncated", None)
         truncated = torch.zeros_like(done) if truncated is None else truncated
-        return self._mask(tensordict), (done, done & ~truncated, done & truncated)
+        return done, done & ~truncated, done & truncated
 
     def _agent_ends(
         self, tensordict: TensorDictBase, done: Tensor, alive: Tensor
@@ -267,6 +332,90 @@ class MergeGroups(Transform):
         if env.max_steps is not None and (reached := env.steps >= env.max_steps).any():
             truncated = (reached & ~env.scenario.done()).view_as(done)
         return done, done & ~truncated, truncated
+
+
+def merge_rollout(rollout: TensorDictBase, layout: AgentLayout, *, max_steps: int | None = None) -> TensorDict:
+    """Merge the groups of stored data, as :class:`~matwm_rl.envs.MultiAgentEnv` does those of a live environment.
+
+    So a replay buffer that was filled from a grouped environment, such as :class:`~torchrl.envs.PettingZooWrapper` or
+    :class:`~torchrl.envs.VmasEnv`, can be given to :meth:`matwm_rl.data.Replay.extend` and
+    :func:`matwm_rl.training.episode_windows`. No environment is needed.
+
+    Args:
+        rollout: ``[T]`` or ``[E, T]``, steps in order of time, with the keys that collectors give: ``(group,
+            "observation" | "action")``, the same observation and ``(group, "reward")`` under ``"next"``, and
+            ``("next", "done")``. ``(group, "action_mask" | "mask" | "terminated" | "truncated")`` and
+            ``("next", "truncated")`` are heeded where they are.
+        layout: who the agents are; see :meth:`AgentLayout.from_rollout` where there is no environment.
+        max_steps: a time limit that the environment reports as a termination, as VMAS does: episodes of so many steps
+            count as truncated. The first stored step is taken for the first of its episode.
+
+    Returns:
+        ``[T]`` or ``[E, T]``, plain: the ``("agents", ...)`` group at the root and under ``"next"``, and
+        ``("next", "done" | "terminated" | "truncated")``.
+
+    Raises:
+        KeyError: if an entry is missing.
+        ValueError: if one has another shape than the layout says.
+
+    Examples:
+        >>> from matwm_rl.envs import MockEnv
+        >>> stored = MockEnv().rollout(20, break_when_any_done=False)
+        >>> merged = merge_rollout(stored, AgentLayout.from_rollout(stored))
+        >>> merged["agents", "observation"].shape, merged["next", "agents", "reward"].shape
+        (torch.Size([20, 3, 5]), torch.Size([20, 3, 1]))
+    """
+    _check_rollout(rollout, layout)
+    merge = MergeGroups(layout, _stored_groups(rollout, layout))
+    return merge.to(rollout.get(("next", "done")).device).merge(rollout, max_steps)
+
+
+def _check_rollout(rollout: TensorDictBase, layout: AgentLayout) -> None:
+    if rollout.ndim not in (1, 2):
+        raise ValueError(f"got data of batch {list(rollout.shape)}; expected [T] or [E, T].")
+    reader = "merge_rollout"
+    read_entry(rollout, ("next", "done"), reader, (*rollout.shape, 1))
+    for group, names in layout.group_map.items():
+        shape = (*rollout.shape, len(names))
+        observation = read_entry(rollout, (group, "observation"), reader)
+        read_entry(rollout, (group, "observation"), reader, (*shape, *observation.shape[len(shape) :]))
+        read_entry(rollout, ("next", group, "observation"), reader, observation.shape)
+        read_entry(rollout, ("next", group, "reward"), reader, (*shape, 1))
+        action = read_entry(rollout, (group, "action"), reader)
+        read_entry(rollout, (group, "action"), reader, (*shape, *[None] * (action.ndim > len(shape))))
+
+
+def _stored_groups(rollout: TensorDictBase, layout: AgentLayout) -> list[_Group]:
+    now, after = rollout, rollout.get("next")
+    groups, start = [], 0
+    for name, agents in layout.group_map.items():
+        rows = slice(start, start + len(agents))
+        start = rows.stop
+        groups.append(
+            _Group(
+                name=name,
+                rows=rows,
+                num_actions=max(layout.action_counts[rows]),
+                one_hot=now.get((name, "action")).ndim > rollout.ndim + 1,
+                ragged=False,
+                has_action_mask=_in_both(now, after, (name, "action_mask")),
+                has_mask=_in_both(now, after, (name, "mask")),
+                has_dones=all(_in_both(now, after, (name, end)) for end in ("terminated", "truncated")),
+            )
+        )
+    return groups
+
+
+def _steps_so_far(done: Tensor) -> Tensor:
+    """Of the episode, this one included, ``[*B, T, 1]``."""
+    step = torch.arange(1, done.shape[-2] + 1, device=done.device).view(-1, 1).expand(done.shape)
+    before = torch.where(done, step, 0).cummax(-2).values.roll(1, -2)
+    before[..., 0, :] = 0
+    return step - before
+
+
+def _in_both(now: TensorDictBase, after: TensorDictBase, key: tuple[str, str]) -> bool:
+    return now.get(key, None) is not None and after.get(key, None) is not None
 
 
 def _read_groups(env: EnvBase, layout: AgentLayout) -> list[_Group]:

@@ -99,7 +99,7 @@ class MultiAgentEnv(_LegalRandomActions, TransformedEnv):
     def __init__(self, env: EnvBase, *, image_size: int = 64) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}.")
-        transform = MergeGroups(env, image_size=image_size)
+        transform = MergeGroups.from_env(env, image_size=image_size)
         super().__init__(env, transform)
         self.__dict__["layout"] = transform.layout
 

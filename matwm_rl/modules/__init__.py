@@ -11,7 +11,8 @@ from matwm_rl.modules.encoders import (
     PointDistances,
 )
 from matwm_rl.modules.exploration import RandomEpisodes
-from matwm_rl.modules.heads import ActionMixer, Head, TeammatePredictor
+from matwm_rl.modules.features import WorldModelFeatures
+from matwm_rl.modules.heads import ActionMixer, Head, TeammatePredictor, TeammatePredictorBase
 from matwm_rl.modules.imagination import Imagination
 from matwm_rl.modules.latent import (
     CategoricalLatent,
@@ -23,8 +24,9 @@ from matwm_rl.modules.latent import (
     make_latent,
     read_latent,
 )
-from matwm_rl.modules.policy import CONTEXT_KEYS, WorldModelPolicy
+from matwm_rl.modules.policy import WorldModelPolicy
 from matwm_rl.modules.stacked import StackedLinear, StackedMLP, StackedNormSiLU
+from matwm_rl.modules.state_estimator import CONTEXT_KEYS, StateEstimator
 from matwm_rl.modules.transformer import KVCache, Transformer
 from matwm_rl.modules.two_hot import TwoHot
 from matwm_rl.modules.world_model import Context, State, WorldModel
@@ -56,12 +58,15 @@ __all__ = [
     "StackedMLP",
     "StackedNormSiLU",
     "State",
+    "StateEstimator",
     "StateMLP",
     "TeammatePredictor",
+    "TeammatePredictorBase",
     "Transformer",
     "TwoHot",
     "WorldModel",
     "WorldModelConfig",
+    "WorldModelFeatures",
     "WorldModelPolicy",
     "make_actor",
     "make_critic",

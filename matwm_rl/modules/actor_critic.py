@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.modules import MaskedCategorical, ProbabilisticActor
 
 from matwm_rl import keys
+from matwm_rl.checks import check_reads, check_writes, read_output
 from matwm_rl.functional import agents_first, agents_last, sample_index, softmax_over_few, widen
 from matwm_rl.modules.stacked import StackedMLP
 from matwm_rl.modules.two_hot import TwoHot
@@ -189,3 +190,27 @@ def make_critic(
         ),
         TensorDictModule(two_hot, in_keys=[keys.STATE_VALUE_LOGITS], out_keys=[keys.STATE_VALUE]),
     )
+
+
+def check_actor(actor: nn.Module, world_model: WorldModel) -> None:
+    """Check that an actor can act in this world model, as far as its keys tell.
+
+    Raises:
+        ValueError: if it reads what is not part of s_t, or does not write ``("agents", "action")``.
+    """
+    check_reads(actor, [*world_model.state_keys, keys.ACTION_MASK], "the actor")
+    check_writes(actor, [keys.ACTION], "the actor")
+
+
+def read_action(outputs: TensorDictBase, actor: nn.Module, shape: Sequence[int]) -> Tensor:
+    """The actions ``[*batch, N]`` that an actor has written.
+
+    Raises:
+        KeyError: if it has written none.
+        ValueError: if they have another shape, or are not integers.
+    """
+    note = "an actor writes the index of one action for every agent: of one-hot actions, argmax(-1)"
+    action = read_output(outputs, keys.ACTION, actor, shape, note)
+    if action.is_floating_point():
+        raise ValueError(f"{type(actor).__name__} must write {keys.ACTION!r} as integers, found {action.dtype}; {note}")
+    return action

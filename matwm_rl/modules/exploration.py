@@ -9,7 +9,8 @@ from torchrl.data import Unbounded
 from torchrl.envs import Compose, TensorDictPrimer
 
 from matwm_rl import keys
-from matwm_rl.modules.policy import CONTEXT_ACTION, WorldModelPolicy
+from matwm_rl.modules.policy import WorldModelPolicy
+from matwm_rl.modules.state_estimator import CONTEXT_ACTION
 
 ROLE: NestedKey = ("context", "role")
 _UNDECIDED, _BY_POLICY, _AT_RANDOM = 0, 1, 2

@@ -6,10 +6,12 @@ All tensors are agent-major: ``[N, *batch, F]``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from matwm_rl.checks import check_shape
 from matwm_rl.functional import widen
 from matwm_rl.modules.latent import Latent, read_latent
 from matwm_rl.modules.stacked import StackedLinear, mlp
@@ -94,7 +96,87 @@ class Head(nn.Module):
         return widen(out if self.skip is None else out + self.skip(x))
 
 
-class TeammatePredictor(nn.Module):
+class TeammatePredictorBase(nn.Module):
+    """What the world model asks of a predictor of the others' actions; subclass it to have one of your own.
+
+    A predictor that reads the present latent alone is a subclass with one method, :meth:`logits`. One that remembers
+    overrides :meth:`forward`, :meth:`prefill` and :meth:`step` as well; what it remembers is of its own choice, and
+    travels with the rollout as an explicit cache. Put it in the place of the model's own,
+    ``world_model.teammates = predictor``, before actors, critics and optimizers are made.
+
+    Args:
+        action_counts: number of actions of each of the N agents.
+
+    Attributes:
+        num_outputs: (N-1) * A, what :meth:`logits` gives for every agent: the others in agent order, A logits of each.
+
+    Examples:
+        >>> class Linear(TeammatePredictorBase):
+        ...     def __init__(self, latent_size: int, action_counts: Sequence[int]) -> None:
+        ...         super().__init__(action_counts)
+        ...         self.linear = nn.Linear(latent_size, self.num_outputs)
+        ...
+        ...     def logits(self, latent: Latent) -> Tensor:
+        ...         return self.linear(latent.value)
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.modules import WorldModel
+        >>> env = make_env("mock", seed=0)
+        >>> world_model = WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
+        >>> world_model.teammates = Linear(world_model.latent.latent_size, env.action_counts)
+        >>> world_model.teammates(Latent(torch.zeros(3, 2, 6, 16)), torch.ones(6, 6).tril().bool()).shape
+        torch.Size([3, 2, 6, 2, 4])
+    """
+
+    legal: Tensor
+
+    def __init__(self, action_counts: Sequence[int]) -> None:
+        super().__init__()
+        self.num_agents, self.num_actions = len(action_counts), max(action_counts)
+        self.num_outputs = (self.num_agents - 1) * self.num_actions
+        others = [[n for j, n in enumerate(action_counts) if j != i] for i in range(self.num_agents)]
+        counts = torch.tensor(others, dtype=torch.long).view(self.num_agents, self.num_agents - 1, 1)
+        self.register_buffer("legal", torch.arange(self.num_actions) < counts, persistent=False)
+
+    def logits(self, latent: Latent) -> Tensor:
+        """Predict from the present latent alone, ``[N, *batch, Z]`` to ``[N, *batch, (N-1) * A]``.
+
+        The latents come without gradient, and logits of actions that a teammate does not have are overwritten.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override `logits`, or `forward`, `prefill` and `step`")
+
+    def forward(self, latent: Latent, mask: Tensor) -> Tensor:
+        """Logits at every step of whole sequences.
+
+        Args:
+            latent: ``[N, B, T, Z]``; detached here.
+            mask: bool attention mask, ``[T, T]`` or ``[N * B, T, T]``: which steps a step may see.
+
+        Returns:
+            ``[N, B, T, N-1, A]``.
+        """
+        return self._predict(latent)
+
+    def prefill(self, latent: Latent, mask: Tensor, room: int) -> tuple[Tensor, Any]:
+        """Logits ``[N, S, N-1, A]`` at the last of the steps ``[N, S, T, Z]``, and what ``room`` more need to know."""
+        return self._predict(latent[:, :, -1]), None
+
+    def step(self, latent: Latent, cache: Any) -> Tensor:
+        """Logits ``[N, S, N-1, A]`` at the next step ``latent [N, S, Z]``; the cache is written in place."""
+        return self._predict(latent)
+
+    def _predict(self, latent: Latent) -> Tensor:
+        return self._split(self.logits(latent.detach()))
+
+    def _split(self, output: Tensor) -> Tensor:
+        """``[N, *batch, (N-1) * A]`` to ``[N, *batch, N-1, A]``, in float32, without illegal actions."""
+        name = f"{type(self).__name__} must give logits ((N-1) * A = {self.num_agents - 1} * {self.num_actions})"
+        check_shape(output, name, (self.num_agents, *[None] * (output.ndim - 2), self.num_outputs))
+        logits = widen(output).unflatten(-1, (self.num_agents - 1, self.num_actions))
+        legal = self.legal.view(self.num_agents, *[1] * (logits.ndim - 3), *self.legal.shape[1:])
+        return logits.masked_fill(~legal, ILLEGAL_LOGIT)
+
+
+class TeammatePredictor(TeammatePredictorBase):
     """Predicts what every other agent does, from the focal agent's latents alone (section 2).
 
     A transformer of its own over z_0..z_t. The latents enter with stop-gradient. Logits of actions that an agent does
@@ -116,8 +198,6 @@ class TeammatePredictor(nn.Module):
         torch.Size([3, 2, 6, 2, 5])
     """
 
-    legal: Tensor
-
     def __init__(
         self,
         latent_size: int,
@@ -129,43 +209,29 @@ class TeammatePredictor(nn.Module):
         num_heads: int = 8,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__()
-        self.num_agents, self.num_actions = len(action_counts), max(action_counts)
-        others = [[n for j, n in enumerate(action_counts) if j != i] for i in range(self.num_agents)]
-        counts = torch.tensor(others, dtype=torch.long).view(self.num_agents, self.num_agents - 1, 1)
-        self.register_buffer("legal", torch.arange(self.num_actions) < counts, persistent=False)
+        super().__init__(action_counts)
         self.input = StackedLinear(latent_size, features, [0])
         self.transformer = Transformer(features, num_layers=num_layers, num_heads=num_heads, dropout=dropout)
-        self.output = StackedLinear(features, (self.num_agents - 1) * self.num_actions, group_index)
+        self.output = StackedLinear(features, self.num_outputs, group_index)
 
     def _tokens(self, latent: Latent) -> Tensor:
         return read_latent(self.input, latent.detach())
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = widen(self.output(hidden)).unflatten(-1, (self.num_agents - 1, self.num_actions))
-        legal = self.legal.view(self.num_agents, *[1] * (logits.ndim - 3), *self.legal.shape[1:])
-        return logits.masked_fill(~legal, ILLEGAL_LOGIT)
+        return self._split(self.output(hidden))
 
     def forward(self, latent: Latent, mask: Tensor) -> Tensor:
-        """Logits at every step of whole sequences.
-
-        Args:
-            latent: ``[N, B, T, Z]``; detached here.
-            mask: bool attention mask, ``[T, T]`` or ``[N * B, T, T]``.
-
-        Returns:
-            ``[N, B, T, N-1, A]``.
-        """
+        """See the base class."""
         tokens = self._tokens(latent)
         return self._logits(self.transformer(tokens.flatten(0, 1), mask).view(tokens.shape))
 
     def prefill(self, latent: Latent, mask: Tensor, room: int) -> tuple[Tensor, KVCache]:
-        """Logits ``[N, S, N-1, A]`` at the last of the steps ``[N, S, T, Z]``, and a cache for ``room`` more."""
+        """See the base class."""
         tokens = self._tokens(latent)
         hidden, cache = self.transformer.prefill(tokens.flatten(0, 1), mask, room)
         return self._logits(hidden.view(*tokens.shape[:2], -1)), cache
 
     def step(self, latent: Latent, cache: KVCache) -> Tensor:
-        """Logits ``[N, S, N-1, A]`` at the next step ``latent [N, S, Z]``."""
+        """See the base class."""
         tokens = self._tokens(latent)
         return self._logits(self.transformer.step(tokens.flatten(0, 1), cache).view(tokens.shape))

@@ -10,6 +10,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import keys
 from matwm_rl.functional import agents_first, agents_last, autocast
+from matwm_rl.modules.actor_critic import check_actor, read_action
 from matwm_rl.modules.world_model import State, WorldModel
 
 
@@ -23,6 +24,11 @@ class Imagination(TensorDictModuleBase):
         actor: reads s_t and ``("agents", "action_mask")``, writes ``("agents", "action")``.
         horizon: H, number of imagined steps.
         precision: ``"float32"``, or ``"bfloat16"`` for the matrix products (states and rewards stay float32).
+
+    Raises:
+        ValueError: if the actor reads what imagination does not have, does not write actions, or writes them in another
+            shape; if an entry that is read has another shape.
+        KeyError: if an entry that is read is missing.
 
     Keys read (batch ``[S, C+1]``: C steps of context, then the start):
     ``("agents", "observation" | "action")``, ``("next", "agents", "done")``, optionally ``("agents", "alive")``.
@@ -50,6 +56,7 @@ class Imagination(TensorDictModuleBase):
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1, got {horizon}")
         autocast(torch.device("cpu"), precision)  # refuses what is no precision
+        check_actor(actor, world_model)
         self.world_model = world_model
         self.actor = actor
         self.horizon = horizon
@@ -76,8 +83,8 @@ class Imagination(TensorDictModuleBase):
             actions, masks = torch.stack(steps[1], 2), torch.stack(steps[2], 2)
             reward, continuation = self.world_model.outcome(states[:, :, 1:])
 
-        shape = (tensordict.shape[0], self.horizon)
-        imagined = TensorDict({}, batch_size=shape, device=tensordict.device)
+        batch = (tensordict.shape[0], self.horizon)
+        imagined = TensorDict({}, batch_size=batch, device=tensordict.device)
         for key, whole in states.entries().items():
             imagined.set(key, whole[:, :-1])
             imagined.set(("next", *key), whole[:, 1:])
@@ -87,7 +94,7 @@ class Imagination(TensorDictModuleBase):
         imagined.set(keys.CONTINUATION, agents_last(continuation, 0).unsqueeze(-1))
         alive = tensordict.get(keys.ALIVE, None)
         alive = torch.ones_like(imagined[keys.ACTION], dtype=torch.bool) if alive is None else alive[:, -1:]
-        return imagined.set(keys.ALIVE, alive.expand(*shape, -1))
+        return imagined.set(keys.ALIVE, alive.expand(*batch, -1))
 
     @torch.inference_mode()
     def _dream(self, starts: TensorDictBase) -> tuple[list[State], list[Tensor], list[Tensor]]:
@@ -98,7 +105,7 @@ class Imagination(TensorDictModuleBase):
         for _ in range(self.horizon):
             mask = model.legal_actions(state.latent)
             inputs = TensorDict({**state.entries(), keys.ACTION_MASK: agents_last(mask)}, batch_size=mask.shape[1:2])
-            action = agents_first(self.actor(inputs).get(keys.ACTION), 0)
+            action = agents_first(read_action(self.actor(inputs), self.actor, mask.shape[1::-1]), 0)
             state = model.step(state, action, context)
             states.append(state)
             actions.append(action)

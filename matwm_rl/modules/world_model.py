@@ -7,8 +7,8 @@ Methods on tensors are agent-major (``[N, ...]``); :meth:`WorldModel.forward` re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -16,15 +16,16 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from matwm_rl import keys
+from matwm_rl.checks import check_shape, read_entry
 from matwm_rl.functional import agents_first, agents_last, causal_segment_mask, segment_ids, shift_within_segments
-from matwm_rl.modules.heads import TeammatePredictor
+from matwm_rl.modules.heads import TeammatePredictorBase
 from matwm_rl.modules.latent import Latent, LatentCode
 from matwm_rl.modules.transformer import KVCache, Transformer
 from matwm_rl.modules.two_hot import TwoHot
 from matwm_rl.modules.world_model_config import WorldModelConfig, build_parts
 
-if TYPE_CHECKING:
-    from torchrl.envs import EnvBase
+TO_FOCAL = "rollouts get their per-agent entries from matwm_rl.data.to_focal"
+"""What to do where an entry is missing that an environment does not give."""
 
 
 @dataclass
@@ -86,10 +87,10 @@ class State:
 
 @dataclass
 class Context:
-    """What the model remembers of N x S histories: the caches of its two transformers."""
+    """What the model remembers of N x S histories: the caches of its transformer and of its teammate predictor."""
 
     sequence: KVCache
-    teammates: KVCache | None
+    teammates: Any
 
     @property
     def caches(self) -> list[KVCache]:
@@ -116,8 +117,9 @@ class Context:
 class WorldModel(TensorDictModuleBase):
     """The one world model of all agents (section 2), made of exchangeable parts.
 
-    Build it with :meth:`from_env` or :meth:`from_layout`, or give the parts yourself. Agents are a batch dimension:
-    every part sees tensors ``[N, *batch, F]``.
+    Build it with :meth:`from_env` or :meth:`from_layout`, or give the parts yourself. A part may also be replaced once
+    the model is built, ``world_model.teammates = predictor``, before anything else is made from the model. Agents are a
+    batch dimension: every part sees tensors ``[N, *batch, F]``.
 
     Args:
         encoder: observations ``[N, *batch, *O]`` to ``[N, *batch, latent.encoder_size]``.
@@ -130,20 +132,27 @@ class WorldModel(TensorDictModuleBase):
         continuation: head with one output, the logit of c_t.
         two_hot: code of the reward.
         action_mask: head from z_t to A logits of m_t; ``None`` where there is no mask to learn.
-        teammates: the teammate predictor, or ``None`` (ablation).
+        teammates: the teammate predictor, of any :class:`TeammatePredictorBase`, or ``None`` (ablation).
         reward_input: see :class:`WorldModelConfig`.
         reencode: see :class:`WorldModelConfig`.
         legal: bool ``[N, A]``, which actions each agent has at all.
         group_index: for each agent the group of like agents it is of; by default all are alike.
-        observation_dims: 1 for vectors, 3 for images.
+        observation_shape: ``[D]`` or ``[channels, S, S]``, after padding.
+
+    Raises:
+        ValueError: if sizes of the parts do not agree.
+        TypeError: if the teammate predictor, here or later, is not a :class:`TeammatePredictorBase`.
 
     Attributes:
+        observation_dims: dimensions of an observation, 1 for vectors, 3 for images.
         successors: how many successors of every agent the parallel pass encodes apart: those at ends of slices and
             episodes. ``None`` counts them in every batch, for which a GPU has to wait; set the number of steps per
             agent, B * T, where shapes must never change and nothing may wait (CUDA graphs).
 
     Keys read by :meth:`forward` (batch ``[*B, T]``): ``("agents", "observation")``, ``("agents", "action")``,
     ``("next", "agents", "observation")``, ``("next", "agents", "done")``, the latter as bool ``[*B, T, N, 1]``.
+
+    A missing entry raises a ``KeyError``, one of another shape a ``ValueError``.
 
     Keys written: ``("agents", "latent" | "hidden" | "teammate_logits")``, that is s_t;
     ``("agents", "reconstruction")``; ``("agents", "mask_logits")`` if masks are learnt;
@@ -178,10 +187,10 @@ class WorldModel(TensorDictModuleBase):
         legal: Tensor,
         group_index: Sequence[int] | None = None,
         action_mask: nn.Module | None = None,
-        teammates: TeammatePredictor | None = None,
+        teammates: TeammatePredictorBase | None = None,
         reward_input: str = "hidden",
         reencode: bool = False,
-        observation_dims: int = 1,
+        observation_shape: Sequence[int],
     ) -> None:
         super().__init__()
         self.encoder, self.latent, self.decoder = encoder, latent, decoder
@@ -191,7 +200,8 @@ class WorldModel(TensorDictModuleBase):
         self.two_hot = two_hot
         self.reward_input = reward_input
         self.reencode = reencode
-        self.observation_dims = observation_dims
+        self.observation_shape = tuple(observation_shape)
+        self.observation_dims = len(self.observation_shape)
         self.successors: int | None = None
         self.register_buffer("legal", legal, persistent=False)
         self.num_agents, self.num_actions = legal.shape
@@ -216,31 +226,40 @@ class WorldModel(TensorDictModuleBase):
             keys.CONTINUATION_LOGITS,
         ]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "teammates" and value is not None and not isinstance(value, TeammatePredictorBase):
+            raise TypeError(
+                f"the teammate predictor must be a TeammatePredictorBase, got {type(value).__name__}; subclass it and "
+                "override `logits`"
+            )
+        super().__setattr__(name, value)
+
     @property
     def state_keys(self) -> list[NestedKey]:
         """Keys of :meth:`State.entries`."""
         return [keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS, *([keys.LATENT_ONES] if self.latent.multi_hot else [])]
 
     @classmethod
-    def from_env(cls, env: EnvBase, **overrides: Any) -> WorldModel:
+    def from_env(cls, env: Any, config: WorldModelConfig | None = None, **overrides: Any) -> WorldModel:
         """Build a model that fits an environment made by :func:`~matwm_rl.envs.make_env`.
 
         Args:
-            env: anything with a ``layout`` (:class:`~matwm_rl.envs.AgentLayout`).
-            **overrides: entries of :class:`WorldModelConfig`.
+            env: anything with a ``layout`` (:class:`~matwm_rl.envs.AgentLayout`), or a layout itself.
+            config: sizes and switches.
+            **overrides: entries of :class:`WorldModelConfig` that go before those of ``config``.
 
         Raises:
             AttributeError: if the environment has no ``layout``.
         """
-        layout = getattr(env, "layout", None)
-        if layout is None:
+        layout: Any = getattr(env, "layout", env)
+        if not hasattr(layout, "observation_shape"):
             raise AttributeError(f"{type(env).__name__} has no `layout`; wrap it: MultiAgentEnv(env)")
         return cls.from_layout(
             observation_shape=layout.observation_shape,
             action_counts=layout.action_counts,
             group_index=layout.group_index,
             has_action_mask=layout.has_action_mask,
-            config=WorldModelConfig(**overrides),
+            config=replace(config or WorldModelConfig(), **overrides),
         )
 
     @classmethod
@@ -312,7 +331,7 @@ class WorldModel(TensorDictModuleBase):
         if self.teammates is None:
             return State(current, hidden, self._no_teammates(current)), Context(sequence, None)
         logits, teammates = self.teammates.prefill(latent, mask, horizon)
-        return State(current, hidden, logits), Context(sequence, teammates)
+        return State(current, hidden, self._checked(logits, current)), Context(sequence, teammates)
 
     def start_from(self, starts: TensorDictBase, horizon: int = 0) -> tuple[State, Context]:
         """:meth:`prefill` from replayed starts.
@@ -352,9 +371,9 @@ class WorldModel(TensorDictModuleBase):
         latent = self.latent.sample_prior(self.dynamics(hidden), state.latent)
         if self.reencode:
             latent = self.encode(self.decode(latent))
-        if self.teammates is None or context.teammates is None:
+        if self.teammates is None:
             return State(latent, hidden, self._no_teammates(latent))
-        return State(latent, hidden, self.teammates.step(latent, context.teammates))
+        return State(latent, hidden, self._checked(self.teammates.step(latent, context.teammates), latent))
 
     def outcome(self, reached: State) -> tuple[Tensor, Tensor]:
         """What the steps brought that led to states s_{t+1}: h_{t+1} sums up (z_t, a_t).
@@ -378,15 +397,20 @@ class WorldModel(TensorDictModuleBase):
     def _no_teammates(self, latent: Latent) -> Tensor:
         return latent.value.new_zeros(*latent.value.shape[:-1], 0, self.num_actions)
 
+    def _checked(self, logits: Tensor, latent: Latent) -> Tensor:
+        """What the teammate predictor said of the others, if it has said one logit for each of their actions."""
+        shape = (*latent.value.shape[:-1], self.num_agents - 1, self.num_actions)
+        return check_shape(logits, f"{type(self.teammates).__name__} must give logits", shape)
+
     # -- the parallel pass -------------------------------------------------------------------------------------------
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The sequence pass for training: see the class for keys."""
         *batch, time = tensordict.batch_size
-        observation = self._sequences(tensordict, keys.OBSERVATION, self.observation_dims)
-        next_observation = self._sequences(tensordict, keys.NEXT_OBSERVATION, self.observation_dims)
-        action = self._sequences(tensordict, keys.ACTION, 0)
-        done = self._sequences(tensordict, keys.AGENT_DONE, 1).squeeze(-1)
+        observation = self._sequences(tensordict, keys.OBSERVATION, self.observation_shape)
+        next_observation = self._sequences(tensordict, keys.NEXT_OBSERVATION, self.observation_shape)
+        action = self._sequences(tensordict, keys.ACTION)
+        done = self._sequences(tensordict, keys.AGENT_DONE, [1]).squeeze(-1)
 
         segments = segment_ids(done)
         mask = causal_segment_mask(segments.flatten(0, 1))
@@ -401,7 +425,10 @@ class WorldModel(TensorDictModuleBase):
                 read = self.latent.sample_posterior(next_features).value
             case _:
                 read = next_observation
-        teammates = self._no_teammates(latent) if self.teammates is None else self.teammates(latent, mask)
+        if self.teammates is None:
+            teammates = self._no_teammates(latent)
+        else:
+            teammates = self._checked(self.teammates(latent, mask), latent)
         outputs = {
             keys.LATENT: latent.value,
             keys.HIDDEN: shift_within_segments(hidden, segments),
@@ -419,19 +446,11 @@ class WorldModel(TensorDictModuleBase):
             tensordict.set(key, agents_last(value, value.ndim - 2 - len(batch)))
         return tensordict
 
-    def _sequences(self, tensordict: TensorDictBase, key: NestedKey, event_dims: int) -> Tensor:
+    def _sequences(self, tensordict: TensorDictBase, key: NestedKey, event: Sequence[int] = ()) -> Tensor:
         """Entry ``[*B, T, N, *event]`` as ``[N, B, T, *event]``."""
-        value = tensordict.get(key, None)
-        expected = tensordict.ndim + 1 + event_dims
-        if value is None or value.ndim != expected or value.shape[tensordict.ndim] != self.num_agents:
-            found = "no entry" if value is None else f"shape {tuple(value.shape)}"
-            raise ValueError(
-                f"WorldModel reads {key} as [*batch, T, {self.num_agents} agents] with {event_dims} dimension(s) "
-                f"behind, from a tensordict of batch size {tuple(tensordict.batch_size)}; found {found}. "
-                "Rollouts get the per-agent entries from matwm_rl.data.to_focal"
-            )
-        value = agents_first(value, event_dims)
-        return value.reshape(value.shape[0], -1, tensordict.shape[-1], *value.shape[1 + tensordict.ndim :])
+        shape = (*tensordict.shape, self.num_agents, *event)
+        value = agents_first(read_entry(tensordict, key, self, shape, TO_FOCAL), len(event))
+        return value.reshape(value.shape[0], -1, tensordict.shape[-1], *event)
 
     def _encode_with_successors(self, observation: Tensor, following: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
         """Encode o_t and o_{t+1} of ``[N, B, T, *O]``; every step has a successor.

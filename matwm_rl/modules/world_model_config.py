@@ -196,5 +196,5 @@ def build_parts(
         "teammates": teammates if cfg.teammate_predictor and num_agents > 1 else None,
         "legal": torch.arange(num_actions) < torch.tensor(list(action_counts)).unsqueeze(-1),
         "group_index": list(group_index),
-        "observation_dims": len(observation_shape),
+        "observation_shape": tuple(observation_shape),
     }

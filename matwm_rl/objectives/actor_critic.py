@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchrl.modules import SymExpTwoHot
 
 from matwm_rl import keys
+from matwm_rl.checks import check_shape, check_writes, read_entry, read_optional, read_output
 from matwm_rl.functional import masked_mean
 from matwm_rl.objectives.common import KeyedLoss
 from matwm_rl.objectives.returns import ReturnScale
@@ -59,6 +60,11 @@ class ActorLoss(KeyedLoss):
     optionally ``("agents", "alive" | "action_log_prob")``. Keys written: ``loss_actor``, ``entropy`` in nats,
     ``return_scale`` ``[N]``.
 
+    Raises:
+        TypeError: if the actor has no ``get_dist``.
+        KeyError: if an entry of the batch is missing.
+        ValueError: if one has another shape, or log-probabilities have.
+
     Examples:
         >>> from matwm_rl.envs import make_env
         >>> from matwm_rl.modules import WorldModel, make_actor
@@ -97,7 +103,13 @@ class ActorLoss(KeyedLoss):
         clip_epsilon: float = 0.2,
         mean_policy_entropy_coeff: float = 0.0,
     ) -> None:
+        if not hasattr(actor_network, "get_dist"):
+            raise TypeError(
+                f"ActorLoss needs an actor with `get_dist`, such as TorchRL's ProbabilisticActor, got a "
+                f"{type(actor_network).__name__}"
+            )
         super().__init__()
+        self.num_agents = num_agents
         self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
         self.entropy_coeff = entropy_coeff
         self.center_advantage = center_advantage
@@ -115,19 +127,25 @@ class ActorLoss(KeyedLoss):
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Loss of an imagined rollout ``[S, H]``; in training mode the return scale is updated first."""
-        k = self.tensor_keys
-        returns, value = tensordict.get(k.lambda_return).squeeze(-1), tensordict.get(k.state_value).squeeze(-1)
-        alive = tensordict.get(k.alive, None)
+        k, shape = self.tensor_keys, (*tensordict.shape, self.num_agents)
+        returns, value, weight = (
+            read_entry(tensordict, key, self, (*shape, 1)).squeeze(-1)
+            for key in (k.lambda_return, k.state_value, k.weight)
+        )
+        alive = read_optional(tensordict, k.alive, self, shape)
         alive = torch.ones_like(returns, dtype=torch.bool) if alive is None else alive
         if self.training:
             self.return_scale.update(returns, alive)
-        weight = tensordict.get(k.weight).squeeze(-1)
         advantage = self._advantage((returns - value).detach(), torch.where(alive, weight, 0.0))
+        for key in self.actor_network.in_keys:
+            read_entry(tensordict, key, self.actor_network)
         with self.actor_network_params.to_module(self.actor_network):
             dist = self.actor_network.get_dist(tensordict)
-        log_prob, entropy = dist.log_prob(tensordict.get(k.action)), dist.entropy()
+        log_prob, entropy = dist.log_prob(read_entry(tensordict, k.action, self, shape)), dist.entropy()
+        for what, found in (("log-probabilities", log_prob), ("entropies", entropy)):
+            check_shape(found, f"the distribution of {type(self.actor_network).__name__} must give {what}", shape)
         gain = advantage * log_prob
-        if (old_log_prob := tensordict.get(k.action_log_prob, None)) is not None:
+        if (old_log_prob := read_optional(tensordict, k.action_log_prob, self, shape)) is not None:
             ratio = (log_prob - old_log_prob).exp()
             clipped = ratio.clamp(1 - self.clip_epsilon, 1 + self.clip_epsilon)
             gain = torch.minimum(ratio * advantage, clipped * advantage)
@@ -178,6 +196,10 @@ class CriticLoss(KeyedLoss):
     same in every one of several steps on it. Keys written: ``loss_critic``, ``value`` (mean V of the EMA copy, for
     logs).
 
+    Raises:
+        KeyError: if an entry of the batch is missing, or one that the critic was to write.
+        ValueError: if one has another shape, or the critic does not say that it writes what it must.
+
     Examples:
         >>> from matwm_rl.envs import make_env
         >>> from matwm_rl.modules import WorldModel, make_critic
@@ -226,27 +248,34 @@ class CriticLoss(KeyedLoss):
     @torch.no_grad()
     def slow_value(self, tensordict: TensorDictBase) -> Tensor:
         """Value ``[*batch, N, 1]`` of the EMA copy of the critic, of any batch with the critic's keys."""
+        states = self._states(tensordict)
         with self.target_critic_network_params.to_module(self.critic_network):
-            return self.critic_network(self._states(tensordict)).get(self.tensor_keys.state_value)
+            return read_output(
+                self.critic_network(states), self.tensor_keys.state_value, self.critic_network, (*states.shape, None, 1)
+            )
 
     def _states(self, tensordict: TensorDictBase) -> TensorDictBase:
+        for key in self.critic_network.in_keys:
+            read_entry(tensordict, key, self.critic_network)
         return tensordict.select(*self.critic_network.in_keys)
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Loss of an imagined rollout ``[S, H]``."""
-        k = self.tensor_keys
-        with self.critic_network_params.to_module(self.critic_network):
-            logits = self._logits_network(self._states(tensordict)).get(k.state_value_logits)
-        slow_value = tensordict.get(k.slow_value, None)
+        k, critic = self.tensor_keys, self.critic_network
+        check_writes(critic, [k.state_value_logits, k.state_value], "the critic")
+        returns = read_entry(tensordict, k.lambda_return, self, (*tensordict.shape, None, 1)).detach()
+        weight = read_entry(tensordict, k.weight, self, returns.shape).squeeze(-1)
+        slow_value = read_optional(tensordict, k.slow_value, self, returns.shape)
         slow_value = (self.slow_value(tensordict) if slow_value is None else slow_value).squeeze(-1)
-        returns = tensordict.get(k.lambda_return).squeeze(-1).detach()
         # Cross-entropy is linear in its target: one pass over the logits for the sum of both.
-        target = self.two_hot.encode(returns) + self.two_hot.encode(slow_value)
+        target = self.two_hot.encode(returns.squeeze(-1)) + self.two_hot.encode(slow_value)
+        with self.critic_network_params.to_module(critic):
+            logits = self._logits_network(self._states(tensordict))
+            logits = read_output(logits, k.state_value_logits, critic, target.shape)
         error = -(target * logits.log_softmax(-1)).sum(-1)
-        alive = tensordict.get(k.alive, None)
-        alive = torch.ones_like(returns, dtype=torch.bool) if alive is None else alive
-        weight = tensordict.get(k.weight).squeeze(-1)
+        alive = read_optional(tensordict, k.alive, self, weight.shape)
+        alive = torch.ones_like(weight, dtype=torch.bool) if alive is None else alive
         return TensorDict(
             {
                 "loss_critic": _per_agent_mean(error, weight, alive).sum(),

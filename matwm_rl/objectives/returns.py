@@ -9,6 +9,7 @@ from torch import Tensor
 from torchrl.modules import PercentileValueNorm
 
 from matwm_rl import keys
+from matwm_rl.checks import check_writes, read_entry, read_output
 from matwm_rl.functional import lambda_return
 
 
@@ -25,6 +26,11 @@ class LambdaReturn(TensorDictModuleBase):
 
     Keys written, ``[S, H, N, 1]``: ``("agents", "state_value")`` V(s_t), ``("agents", "lambda_return")`` G_t and
     ``("agents", "weight")``, the probability that the rollout has not ended before t (1 at t = 0).
+
+    Raises:
+        ValueError: if ``gamma`` or ``lmbda`` does not lie in [0, 1], the critic does not write state values, or an
+            entry has another shape.
+        KeyError: if an entry is missing.
 
     Examples:
         >>> import torch
@@ -43,6 +49,7 @@ class LambdaReturn(TensorDictModuleBase):
         for name, value in (("gamma", gamma), ("lmbda", lmbda)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        check_writes(critic, [keys.STATE_VALUE], "the critic")
         self.critic = critic
         self.gamma, self.lmbda = gamma, lmbda
         critic_keys: list[NestedKey] = list(critic.in_keys)
@@ -52,11 +59,17 @@ class LambdaReturn(TensorDictModuleBase):
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write values, returns and weights into an imagined rollout."""
+        if tensordict.ndim != 2:
+            raise ValueError(f"LambdaReturn reads rollouts of batch size [S, H], got {list(tensordict.shape)}")
+        reward = read_entry(tensordict, keys.REWARD, self, (*tensordict.shape, None, 1))
+        continuation = read_entry(tensordict, keys.CONTINUATION, self, reward.shape)
+        for key in self.in_keys:
+            read_entry(tensordict, key, self)
         # s_0 .. s_H in one call of the critic: the successors of all steps but the last are states themselves.
         states = tensordict.select(*self.critic.in_keys)
         last = tensordict.get("next").select(*self.critic.in_keys)[:, -1:]
-        values = self.critic(torch.cat([states, last], 1)).get(keys.STATE_VALUE)
-        reward, continuation = tensordict.get(keys.REWARD), tensordict.get(keys.CONTINUATION)
+        states = torch.cat([states, last], 1)
+        values = read_output(self.critic(states), keys.STATE_VALUE, self.critic, (*states.shape, *reward.shape[2:]))
         returns = lambda_return(
             reward.movedim(1, -1), continuation.movedim(1, -1), values[:, 1:].movedim(1, -1), self.gamma, self.lmbda
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchrl.modules import SymExpTwoHot
 
 from matwm_rl import keys
+from matwm_rl.checks import read_entry, read_optional, read_output
 from matwm_rl.functional import balanced_kl, masked_mean
 from matwm_rl.objectives.common import KeyedLoss
 
@@ -50,6 +52,10 @@ class WorldModelLoss(KeyedLoss):
     Keys written: ``loss_reconstruction``, ``loss_reward``, ``loss_continuation``, ``loss_teammate``, ``loss_mask``
     (where predicted), ``loss_dynamics``, ``loss_representation``: weighted scalars, to be summed; and ``kl``, the
     unclamped KL in nats, for logs.
+
+    Raises:
+        KeyError: if an entry of the batch is missing, or one that the world model was to write.
+        ValueError: if one has another shape.
 
     Examples:
         >>> from matwm_rl.data import to_focal
@@ -116,21 +122,27 @@ class WorldModelLoss(KeyedLoss):
         """Weighted losses of a focal batch ``[B, T]``."""
         k = self.tensor_keys
         model = self.world_model(tensordict.copy())
-        alive = tensordict.get(k.alive, None)
+        reward_logits = read_output(model, k.reward_logits, self.world_model, (*tensordict.shape, None, None))
+        shape = reward_logits.shape[:-1]
+        alive = read_optional(tensordict, k.alive, self, shape)
+        survives = read_optional(tensordict, k.next_alive, self, shape)
+        reward = read_entry(tensordict, k.reward, self, (*shape, 1))
         losses = {
             "reconstruction": masked_mean(self._reconstruction(model), alive),
-            "reward": masked_mean(self.two_hot.loss(model[k.reward_logits], tensordict[k.reward]), alive),
-            "continuation": masked_mean(self._continuation(model), alive),
-            "teammate": masked_mean(self._teammate(model), alive),
+            "reward": masked_mean(self.two_hot.loss(reward_logits, reward), alive),
+            "continuation": masked_mean(self._continuation(model, alive, survives), alive),
+            "teammate": masked_mean(self._teammate(model, shape), alive),
         }
         if k.mask_logits in model.keys(include_nested=True):
-            target = tensordict[k.action_mask].float()
+            logits = model[k.mask_logits]
+            target = read_entry(tensordict, k.action_mask, self, logits.shape).float()
             losses["mask"] = masked_mean(
-                binary_cross_entropy_with_logits(model[k.mask_logits], target, reduction="none").sum(-1), alive
+                binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1), alive
             )
         # A dying agent's successor is no observation.
-        survived = alive if alive is None else alive & tensordict.get(k.next_alive, alive)
-        posterior, prior = model[k.posterior], model[k.prior]
+        survived = alive if alive is None or survives is None else alive & survives
+        posterior = read_output(model, k.posterior, self.world_model, (*shape, None, None))
+        prior = read_output(model, k.prior, self.world_model, posterior.shape)
         # The code knows what its parameters are; those of any other model are log-probabilities.
         kl = getattr(getattr(self.world_model, "latent", None), "balanced_kl", balanced_kl)
         dynamics, representation = kl(posterior, prior)
@@ -144,28 +156,29 @@ class WorldModelLoss(KeyedLoss):
 
     def _reconstruction(self, model: TensorDictBase) -> Tensor:
         """Squared error ``[B, T, N]``, summed over the observation; images count from 0 to 1."""
-        predicted = model[self.tensor_keys.reconstruction]
-        target = model[self.tensor_keys.observation]
+        k = self.tensor_keys
+        target = model[k.observation]
+        predicted = read_output(model, k.reconstruction, self.world_model, target.shape)
         target = target.float() / 255 if target.dtype == torch.uint8 else target
         return (predicted - target).square().flatten(model.ndim + 1).sum(-1)
 
-    def _continuation(self, model: TensorDictBase) -> Tensor:
+    def _continuation(self, model: TensorDictBase, alive: Tensor | None, survives: Tensor | None) -> Tensor:
         """Binary cross-entropy ``[B, T, N]`` of c_t."""
         k = self.tensor_keys
-        ended = model[k.terminated].squeeze(-1)
-        if (alive := model.get(k.alive, None)) is not None and (survives := model.get(k.next_alive, None)) is not None:
+        logits = read_output(model, k.continuation_logits, self.world_model, (*model.shape, None, 1))
+        ended = read_entry(model, k.terminated, self, logits.shape).squeeze(-1)
+        if alive is not None and survives is not None:
             ended = ended | (alive & ~survives)
-        return binary_cross_entropy_with_logits(
-            model[k.continuation_logits].squeeze(-1), (~ended).float(), reduction="none"
-        )
+        return binary_cross_entropy_with_logits(logits.squeeze(-1), (~ended).float(), reduction="none")
 
-    def _teammate(self, model: TensorDictBase) -> Tensor:
+    def _teammate(self, model: TensorDictBase, shape: Sequence[int]) -> Tensor:
         """Cross-entropy ``[B, T, N]`` of the others' actions at t, summed over the living others."""
         k = self.tensor_keys
-        logits = model[k.teammate_logits]
+        logits = read_output(model, k.teammate_logits, self.world_model, (*shape, None, None))
         if logits.shape[-2] == 0:
             return logits.new_zeros(logits.shape[:-2])
-        error = cross_entropy(logits.movedim(-1, 1), model[k.teammate_action], reduction="none")
-        if (alive := model.get(k.teammate_alive, None)) is not None:
+        action = read_entry(model, k.teammate_action, self, logits.shape[:-1])
+        error = cross_entropy(logits.movedim(-1, 1), action, reduction="none")
+        if (alive := read_optional(model, k.teammate_alive, self, logits.shape[:-1])) is not None:
             error = torch.where(alive, error, 0.0)
         return error.sum(-1)

@@ -5,10 +5,10 @@ from matwm_rl.training.evaluation import Matches, Returns, evaluate, evaluate_ma
 from matwm_rl.training.figures import plot_learning_curves
 from matwm_rl.training.gif import DrawTag, record_gif
 from matwm_rl.training.learner import Learner, LearnerConfig
+from matwm_rl.training.model_files import load_policy, load_world_model, save_policy, save_world_model
 from matwm_rl.training.open_loop import episode_windows, open_loop, open_loop_errors
 from matwm_rl.training.open_loop_figure import plot_open_loop
 from matwm_rl.training.opponents import CrossPlay, RandomActions, TagScript
-from matwm_rl.training.policy_file import load_policy, save_policy
 from matwm_rl.training.process import prepare_process
 from matwm_rl.training.run_log import RunLog, read_metrics
 
@@ -29,6 +29,7 @@ __all__ = [
     "has_checkpoint",
     "load_checkpoint",
     "load_policy",
+    "load_world_model",
     "open_loop",
     "open_loop_errors",
     "plot_learning_curves",
@@ -38,4 +39,5 @@ __all__ = [
     "save_checkpoint",
     "prepare_process",
     "save_policy",
+    "save_world_model",
 ]

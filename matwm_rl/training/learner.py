@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,8 @@ class LearnerConfig:
         world_model_clip: largest gradient norm of the world model.
         actor_critic_lr: learning rate of actors and critics.
         critic_lr: learning rate of critics (ours); ``None``: that of the actors.
-        actor_critic_clip: largest gradient norm of each actor, and of each critic, in the stack.
+        actor_critic_clip: largest gradient norm of each actor, and of each critic, in the stack; of networks that are
+            no stack, all in one.
         horizon: imagined steps H.
         gamma: discount factor.
         lmbda: lambda of the return.
@@ -96,8 +97,8 @@ class Learner:
 
     Args:
         world_model: the shared world model.
-        actor: actors of all agents, stacked weights; see :func:`~matwm_rl.modules.make_actor`.
-        critic: critics of all agents, stacked weights; see :func:`~matwm_rl.modules.make_critic`.
+        actor: actors of all agents; see :func:`~matwm_rl.modules.make_actor` for what they read and write.
+        critic: critics of all agents; see :func:`~matwm_rl.modules.make_critic`.
         config: settings.
 
     Attributes:
@@ -252,7 +253,7 @@ class Learner:
         optimizer.zero_grad(set_to_none=True)
         torch.stack([value for key, value in losses.items() if key.startswith("loss_")]).sum().backward()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        clip_ = clip_grad_norm_per_agent_ if per_agent else torch.nn.utils.clip_grad_norm_
+        clip_ = clip_grad_norm_per_agent_ if per_agent and _is_stack(parameters) else torch.nn.utils.clip_grad_norm_
         norm = clip_(parameters, clip)
         optimizer.step()
         return norm
@@ -286,3 +287,8 @@ class Learner:
         target = self.critic_loss.target_critic_network_params
         target.data.update_(TensorDict(state["target_critic"]).unflatten_keys("."))
         self.updates = int(state["updates"])
+
+
+def _is_stack(parameters: Sequence[Tensor]) -> bool:
+    """Whether all have networks along their first dimension; a bias of an ordinary layer has one dimension alone."""
+    return all(parameter.ndim > 1 and len(parameter) == len(parameters[0]) for parameter in parameters)

@@ -15,7 +15,7 @@ from matwm_rl.modules import WorldModel, WorldModelConfig, WorldModelPolicy, mak
 from matwm_rl.training import checkpoint
 from matwm_rl.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from matwm_rl.training.learner import Learner, LearnerConfig
-from matwm_rl.training.policy_file import load_policy, save_policy
+from matwm_rl.training.model_files import load_policy, save_policy
 
 CONFIG = WorldModelConfig(hidden_size=16, num_heads=2, num_dims=4, num_classes=4, dropout=0.0)
 

@@ -1,0 +1,59 @@
+"""Parts of one's own in the world model and the losses: an actor of TorchRL's, a teammate predictor without memory."""
+
+import torch
+from tensordict.nn import TensorDictModule
+from torchrl.envs import TransformedEnv
+from torchrl.modules import MLP, MaskedCategorical, MultiAgentMLP, ProbabilisticActor
+
+import matwm_rl as mw
+from matwm_rl import keys
+from matwm_rl.modules import Latent, TeammatePredictorBase
+from matwm_rl.training import RandomActions, evaluate
+
+
+class PresentTeammates(TeammatePredictorBase):
+    def __init__(self, latent_size: int, action_counts: list[int]) -> None:
+        super().__init__(action_counts)
+        self.network = MLP(latent_size, self.num_outputs, num_cells=[64, 64])
+
+    def logits(self, latent: Latent) -> torch.Tensor:
+        return self.network(latent.value)
+
+
+def make_own_actor(model: mw.WorldModel) -> ProbabilisticActor:
+    sizes = (model.latent.latent_size + model.transformer.features, model.num_actions, model.num_agents)
+    network = MultiAgentMLP(*sizes, centralized=False, share_params=True, depth=2, num_cells=128)
+    logits = TensorDictModule(network, in_keys=[keys.LATENT, keys.HIDDEN], out_keys=[keys.LOGITS])
+    inputs = {"logits": keys.LOGITS, "mask": keys.ACTION_MASK}
+    return ProbabilisticActor(logits, in_keys=inputs, out_keys=[keys.ACTION], distribution_class=MaskedCategorical)
+
+
+def main(rounds: int = 5, steps: int = 400, updates: int = 40, warmup: int = 200, episodes: int = 30) -> None:
+    torch.manual_seed(0)
+    env = mw.make_env("mpe2/simple_spread_v3", seed=0)
+    sizes = {"hidden_size": 128, "num_layers": 1, "num_heads": 4, "latent": "gaussian", "num_dims": 64}
+    vectors = {"fourier_features": 4, "linear_skips": True, "coordinate_code": True, "reencode": True}
+    model = mw.WorldModel.from_env(env, **sizes, **vectors, reward_input="next_observation")
+    model.teammates = PresentTeammates(model.latent.latent_size, env.action_counts)
+    actor, critic = make_own_actor(model), mw.make_critic(model, num_cells=128, share_by_group=True)
+    rates = {"world_model_lr": 3e-3, "actor_critic_lr": 1e-3, "critic_lr": 3e-3, "world_model_warmup": warmup}
+    ppo = {"agent_epochs": 4, "standardize_advantage": True, "critic_warmup": 40, "entropy_coeff": 0.03}
+    weights = mw.WorldModelLossWeights(reconstruction=1000.0, reward=50.0)
+    config = mw.LearnerConfig(**rates, **ppo, loss_weights=weights, horizon=10, gamma=0.95)
+    learner = mw.Learner(model, actor, critic, config)  # puts them into WorldModelLoss, Imagination, ActorLoss ...
+    replay = mw.make_replay(num_agents=3, sequences_per_agent=8, starts_per_agent=48, sequence_length=16)
+    policy = mw.WorldModelPolicy(model, actor)
+    env = TransformedEnv(env, policy.make_tensordict_primer())
+    for _ in range(rounds):
+        replay.extend(env.rollout(steps, policy, break_when_any_done=False))
+        replay.end_episodes()
+        metrics = torch.stack([learner.update(replay) for _ in range(updates)])
+
+    found, guess = metrics["loss_teammate"].mean() / 2, torch.tensor(5.0).log()
+    print(f"a teammate's action, cross-entropy: own predictor {found:.3f}, uniform guess {guess:.3f} nats")
+    for name, acting in (("random", RandomActions()), ("trained", policy)):
+        print(f"{name} agents, mean return: {evaluate(env, acting, episodes=episodes).per_group()['agent']:.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Checks of what users give: that tensordicts have the entries that are read, and modules write what they must.
+
+Only names and shapes are looked at, which Python knows, so that no check waits for a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+
+def read_entry(
+    tensordict: TensorDictBase,
+    key: NestedKey,
+    reader: object,
+    shape: Sequence[int | None] | None = None,
+    note: str = "",
+) -> Tensor:
+    """Read an entry, which must be there and be of a certain shape.
+
+    Args:
+        tensordict: given to ``reader``.
+        key: of the entry.
+        reader: the module that reads it, for the message.
+        shape: expected; ``None`` where any size will do, and in place of the whole where any shape will.
+        note: added to the message: what to do.
+
+    Raises:
+        KeyError: if there is no such entry.
+        ValueError: if it has another shape.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> td = TensorDict({"reward": torch.zeros(4, 3)}, [4])
+        >>> read_entry(td, "reward", "SomeLoss", [4, None, 1])
+        Traceback (most recent call last):
+        ValueError: SomeLoss reads 'reward' of shape [4, *, 1], found [4, 3]
+    """
+    return _entry(tensordict, key, f"{_name(reader)} reads", shape, note)
+
+
+def read_optional(
+    tensordict: TensorDictBase, key: NestedKey, reader: object, shape: Sequence[int | None]
+) -> Tensor | None:
+    """Read an entry that may be missing; see :func:`read_entry`."""
+    return None if tensordict.get(key, None) is None else read_entry(tensordict, key, reader, shape)
+
+
+def read_output(
+    tensordict: TensorDictBase, key: NestedKey, writer: object, shape: Sequence[int | None], note: str = ""
+) -> Tensor:
+    """Read what a module was to write.
+
+    Args:
+        tensordict: what ``writer`` returned.
+        key: of the entry.
+        writer: the module, for the message.
+        shape: expected; ``None`` where any size will do.
+        note: added to the message: what to do.
+
+    Raises:
+        KeyError: if there is no such entry.
+        ValueError: if it has another shape.
+    """
+    return _entry(tensordict, key, f"{_name(writer)} must write", shape, note)
+
+
+def check_shape(value: Tensor, what: str, shape: Sequence[int | None], note: str = "") -> Tensor:
+    """The tensor itself, which must be of a certain shape; ``what`` begins the message.
+
+    Raises:
+        ValueError: if it has another shape.
+    """
+    found = value.shape
+    if len(found) != len(shape) or any(size not in (None, got) for size, got in zip(shape, found, strict=True)):
+        expected = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{what} of shape [{expected}], found {list(found)}{note and '; '}{note}")
+    return value
+
+
+def check_writes(module: object, keys: Sequence[NestedKey], role: str) -> None:
+    """Check what a module says of its outputs; one without ``out_keys`` is left to :func:`read_output`.
+
+    Args:
+        module: to be checked.
+        keys: that it must write.
+        role: what the module was given as, for the message.
+
+    Raises:
+        ValueError: if one of the keys is not among its ``out_keys``.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> check_writes(TensorDictModule(abs, in_keys=["x"], out_keys=["y"]), ["action"], "the actor")
+        Traceback (most recent call last):
+        ValueError: the actor, a TensorDictModule, must write ['action'], which its out_keys ['y'] lack
+    """
+    out_keys = getattr(module, "out_keys", None)
+    if out_keys is not None and (missing := [key for key in keys if key not in out_keys]):
+        raise ValueError(f"{role}, a {_name(module)}, must write {missing}, which its out_keys {list(out_keys)} lack")
+
+
+def check_reads(module: object, available: Sequence[NestedKey], role: str) -> None:
+    """Check what a module says of its inputs.
+
+    Args:
+        module: to be checked; one without ``in_keys`` passes.
+        available: all keys that it will be given.
+        role: what the module was given as, for the message.
+
+    Raises:
+        ValueError: if one of its ``in_keys`` is not available.
+    """
+    missing = [key for key in getattr(module, "in_keys", ()) if key not in available]
+    if missing:
+        raise ValueError(f"{role}, a {_name(module)}, reads {missing}, and is given {list(available)} alone")
+
+
+def _entry(
+    tensordict: TensorDictBase, key: NestedKey, what: str, shape: Sequence[int | None] | None, note: str
+) -> Tensor:
+    value = tensordict.get(key, None)
+    if value is None:
+        present = sorted(tensordict.keys(include_nested=True, leaves_only=True), key=str)
+        raise KeyError(f"{what} {key!r}, which is missing; there are {present}{note and '; '}{note}")
+    return value if shape is None else check_shape(value, f"{what} {key!r}", shape, note)
+
+
+def _name(who: object) -> str:
+    return who if isinstance(who, str) else type(who).__name__
