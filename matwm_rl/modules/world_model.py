@@ -321,11 +321,13 @@ class WorldModel(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The sequence pass for training: see the class for keys."""
-        *batch, time = tensordict.batch_size
-        observation = self._sequences(tensordict, keys.OBSERVATION, self.observation_dims)
-        next_observation = self._sequences(tensordict, keys.NEXT_OBSERVATION, self.observation_dims)
-        action = self._sequences(tensordict, keys.ACTION, 0)
-        done = self._sequences(tensordict, keys.AGENT_DONE, 1).squeeze(-1)
+        # Not the tensordict's own batch size: it has none where a loss was given its tensors by keyword.
+        action = tensordict.get(keys.ACTION, None)
+        shape = tensordict.batch_size if action is None else action.shape[:-1]
+        observation = self._sequences(tensordict, keys.OBSERVATION, shape, self.observation_dims)
+        next_observation = self._sequences(tensordict, keys.NEXT_OBSERVATION, shape, self.observation_dims)
+        action = self._sequences(tensordict, keys.ACTION, shape, 0)
+        done = self._sequences(tensordict, keys.AGENT_DONE, shape, 1).squeeze(-1)
 
         segments = segment_ids(done)
         mask = causal_segment_mask(segments.flatten(0, 1))
@@ -354,23 +356,24 @@ class WorldModel(TensorDictModuleBase):
         if self.action_mask is not None:
             outputs[keys.MASK_LOGITS] = self.action_mask(latent.value)
         for key, value in outputs.items():
-            value = value.view(value.shape[0], *batch, time, *value.shape[3:])
-            tensordict.set(key, agents_last(value, value.ndim - 2 - len(batch)))
+            value = value.view(value.shape[0], *shape, *value.shape[3:])
+            tensordict.set(key, agents_last(value, value.ndim - 1 - len(shape)))
         return tensordict
 
-    def _sequences(self, tensordict: TensorDictBase, key: NestedKey, event_dims: int) -> Tensor:
-        """Entry ``[*B, T, N, *event]`` as ``[N, B, T, *event]``."""
+    def _sequences(self, tensordict: TensorDictBase, key: NestedKey, shape: torch.Size, event_dims: int) -> Tensor:
+        """Entry ``[*B, T, N, *event]`` as ``[N, B, T, *event]``, where ``shape`` is ``[*B, T]``."""
         value = tensordict.get(key, None)
-        expected = tensordict.ndim + 1 + event_dims
-        if value is None or value.ndim != expected or value.shape[tensordict.ndim] != self.num_agents:
+        expected = (*shape, self.num_agents)
+        wrong = value is None or value.shape[: len(expected)] != expected or value.ndim != len(expected) + event_dims
+        if wrong or not shape:
             found = "no entry" if value is None else f"shape {tuple(value.shape)}"
             raise ValueError(
                 f"WorldModel reads {key} as [*batch, T, {self.num_agents} agents] with {event_dims} dimension(s) "
-                f"behind, from a tensordict of batch size {tuple(tensordict.batch_size)}; found {found}. "
+                f"behind, where [*batch, T] = {list(shape)} is that of {keys.ACTION}; found {found}. "
                 "Rollouts get the per-agent entries from matwm_rl.data.to_focal"
             )
         value = agents_first(value, event_dims)
-        return value.reshape(value.shape[0], -1, tensordict.shape[-1], *value.shape[1 + tensordict.ndim :])
+        return value.reshape(value.shape[0], -1, shape[-1], *value.shape[1 + len(shape) :])
 
     def _encode_with_successors(self, observation: Tensor, following: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
         """Encode o_t and o_{t+1} of ``[N, B, T, *O]``; every step has a successor.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModuleBase,
@@ -23,9 +22,14 @@ from matwm_rl.objectives.common import KeyedLoss
 from matwm_rl.objectives.returns import ReturnScale
 
 
-def _per_agent_mean(value: Tensor, weight: Tensor, alive: Tensor) -> Tensor:
-    """Weighted mean over ``[S, H]`` of ``[S, H, N]``: one number per agent, dead starts left out."""
-    return torch.where(alive, value * weight, 0.0).sum((0, 1)) / alive.sum((0, 1)).clamp(min=1)
+def _sum_per_agent(value: Tensor) -> Tensor:
+    """``[*batch, N]`` to ``[N]``."""
+    return value.reshape(-1, value.shape[-1]).sum(0)
+
+
+def _per_agent_mean(value: Tensor, weight: Tensor, counted: Tensor) -> Tensor:
+    """Weighted mean over the batch of ``[*batch, N]``: one number per agent, what does not count left out."""
+    return _sum_per_agent(torch.where(counted, value * weight, 0.0)) / _sum_per_agent(counted).clamp(min=1)
 
 
 class ActorLoss(KeyedLoss):
@@ -75,7 +79,6 @@ class ActorLoss(KeyedLoss):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
-    out_keys = ["loss_actor", "entropy", "return_scale"]
 
     actor_network: ProbabilisticTensorDictSequential
     actor_network_params: TensorDictParams
@@ -104,15 +107,17 @@ class ActorLoss(KeyedLoss):
     def _read_keys(self) -> list[NestedKey]:
         k = self.tensor_keys
         read = [k.action, k.action_log_prob, k.alive, k.lambda_return, k.state_value, k.weight]
-        return [*self.actor_network.in_keys, *read]
+        return list(dict.fromkeys([*self.actor_network.in_keys, *read]))
+
+    def _written_keys(self) -> list[NestedKey]:
+        return ["loss_actor", "entropy", "return_scale"]
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Loss of an imagined rollout ``[S, H]``; in training mode the return scale is updated first."""
+        """Loss of an imagined rollout ``[*S, H]``; in training mode the return scale is updated first."""
         k = self.tensor_keys
         returns, value = tensordict.get(k.lambda_return).squeeze(-1), tensordict.get(k.state_value).squeeze(-1)
-        alive = tensordict.get(k.alive, None)
-        alive = torch.ones_like(returns, dtype=torch.bool) if alive is None else alive
+        alive = self._counted(tensordict, k.alive, returns)
         if self.training:
             self.return_scale.update(returns, alive)
         weight = tensordict.get(k.weight).squeeze(-1)
@@ -126,19 +131,14 @@ class ActorLoss(KeyedLoss):
             clipped = ratio.clamp(1 - self.clip_epsilon, 1 + self.clip_epsilon)
             gain = torch.minimum(ratio * advantage, clipped * advantage)
         loss = _per_agent_mean(-gain - self.entropy_coeff * entropy, weight, alive).sum()
-        return TensorDict(
-            {
-                "loss_actor": loss,
-                "entropy": masked_mean(entropy.detach(), alive),
-                "return_scale": self.return_scale.scale(),
-            }
-        )
+        entropy, scale = masked_mean(entropy.detach(), alive), self.return_scale.scale()
+        return self._written({"loss_actor": loss, "entropy": entropy, "return_scale": scale})
 
     def _advantage(self, advantage: Tensor, counted: Tensor) -> Tensor:
-        """``[S, H, N]``, each agent's on its own; ``counted`` is the weight of every step."""
+        """``[*S, H, N]``, each agent's on its own; ``counted`` is the weight of every step."""
 
         def mean(value: Tensor) -> Tensor:
-            return (value * counted).sum((0, 1)) / counted.sum((0, 1)).clamp(min=1e-6)
+            return _sum_per_agent(value * counted) / _sum_per_agent(counted).clamp(min=1e-6)
 
         if self.center_advantage or self.standardize_advantage:
             advantage = advantage - mean(advantage)
@@ -179,51 +179,49 @@ class CriticLoss(KeyedLoss):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
-    out_keys = ["loss_critic", "value"]
 
     critic_network: TensorDictModuleBase
     critic_network_params: TensorDictParams
     target_critic_network_params: TensorDictParams
-    two_hot: Any
+    _logits_network: TensorDictModuleBase
 
     def __init__(self, critic_network: TensorDictModuleBase, *, two_hot: nn.Module | None = None) -> None:
         super().__init__()
         self.convert_to_functional(critic_network, "critic_network", create_target_params=True)
         codes = (module for module in critic_network.modules() if isinstance(module, SymExpTwoHot))
-        # Held beside the registered modules: it is the critic's.
-        self.__dict__["two_hot"] = two_hot or next(codes, None) or SymExpTwoHot()
+        self._hold_two_hot(two_hot or next(codes, None) or SymExpTwoHot(), critic_network)
         self._set_in_keys()
 
-    @property
-    def _logits_network(self) -> TensorDictModuleBase:
-        """The critic as far as its logits; the number is wanted of the EMA copy alone."""
-        if isinstance(self.critic_network, TensorDictSequential):
-            return self.critic_network.select_subsequence(out_keys=[self.tensor_keys.state_value_logits])
-        return self.critic_network
+    def _set_in_keys(self) -> None:
+        super()._set_in_keys()
+        # The critic as far as its logits; the number is wanted of the EMA copy alone.
+        network, logits = self.critic_network, self.tensor_keys.state_value_logits
+        if isinstance(network, TensorDictSequential) and logits in network.out_keys:
+            network = network.select_subsequence(out_keys=[logits])
+        self.__dict__["_logits_network"] = network
 
     def _read_keys(self) -> list[NestedKey]:
         k = self.tensor_keys
-        return [*self.critic_network.in_keys, k.alive, k.lambda_return, k.weight]
+        return list(dict.fromkeys([*self.critic_network.in_keys, k.alive, k.lambda_return, k.weight]))
+
+    def _written_keys(self) -> list[NestedKey]:
+        return ["loss_critic", "value"]
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Loss of an imagined rollout ``[S, H]``."""
+        """Loss of an imagined rollout ``[*S, H]``."""
         k = self.tensor_keys
         states = tensordict.select(*self.critic_network.in_keys)
         with self.critic_network_params.to_module(self.critic_network):
             logits = self._logits_network(states.copy()).get(k.state_value_logits)
+        returns = tensordict.get(k.lambda_return).squeeze(-1).detach()
+        # The code's constants, too, may be the network's, and are where its parameters are.
         with torch.no_grad(), self.target_critic_network_params.to_module(self.critic_network):
             slow_value = self.critic_network(states.copy()).get(k.state_value).squeeze(-1)
-        returns = tensordict.get(k.lambda_return).squeeze(-1).detach()
-        # Cross-entropy is linear in its target: one pass over the logits for the sum of both.
-        target = self.two_hot.encode(returns) + self.two_hot.encode(slow_value)
+            # Cross-entropy is linear in its target: one pass over the logits for the sum of both.
+            target = self.two_hot.encode(returns) + self.two_hot.encode(slow_value)
         error = -(target * logits.log_softmax(-1)).sum(-1)
-        alive = tensordict.get(k.alive, None)
-        alive = torch.ones_like(returns, dtype=torch.bool) if alive is None else alive
+        alive = self._counted(tensordict, k.alive, returns)
         weight = tensordict.get(k.weight).squeeze(-1)
-        return TensorDict(
-            {
-                "loss_critic": _per_agent_mean(error, weight, alive).sum(),
-                "value": masked_mean(slow_value, alive),
-            }
-        )
+        loss = _per_agent_mean(error, weight, alive).sum()
+        return self._written({"loss_critic": loss, "value": masked_mean(slow_value, alive)})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -95,41 +96,49 @@ class WorldModelLoss(KeyedLoss):
     ) -> None:
         super().__init__()
         self.world_model = world_model
-        # Held beside the registered modules: it is the world model's, and would be listed twice.
-        self.__dict__["two_hot"] = two_hot or getattr(world_model, "two_hot", None) or SymExpTwoHot()
+        self._hold_two_hot(two_hot or getattr(world_model, "two_hot", None) or SymExpTwoHot(), world_model)
         self.weights = weights or WorldModelLossWeights()
         self.free_nats = free_nats
         self._set_in_keys()
 
+    @property
+    def _predicts_mask(self) -> bool:
+        return self.tensor_keys.mask_logits in self.world_model.out_keys
+
     def _read_keys(self) -> list[NestedKey]:
         k = self.tensor_keys
-        read = [k.action_mask, k.alive, k.next_alive, k.teammate_action, k.teammate_alive, k.reward, k.terminated]
-        return [*self.world_model.in_keys, *read]
+        mask = [k.action_mask] if self._predicts_mask else []
+        read = [*mask, k.alive, k.next_alive, k.teammate_action, k.teammate_alive, k.reward, k.terminated]
+        return list(dict.fromkeys([*self.world_model.in_keys, k.observation, *read]))
 
-    @property
-    def out_keys(self) -> list[NestedKey]:
-        """Keys written."""
-        return [*(f"loss_{name}" for name in asdict(self.weights)), "kl"]
+    def _written_keys(self) -> list[NestedKey]:
+        terms = [name for name in asdict(self.weights) if name != "mask" or self._predicts_mask]
+        return [*(f"loss_{name}" for name in terms), "kl"]
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """PyTorch's. TorchRL's lacks the last argument, which ``torch.func.functional_call`` gives."""
+        yield from nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Weighted losses of a focal batch ``[B, T]``."""
+        """Weighted losses of a focal batch ``[*B, T]``."""
         k = self.tensor_keys
         model = self.world_model(tensordict.copy())
-        alive = tensordict.get(k.alive, None)
+        alive = self._counted(tensordict, k.alive, tensordict[k.reward].squeeze(-1))
         losses = {
             "reconstruction": masked_mean(self._reconstruction(model), alive),
             "reward": masked_mean(self.two_hot.loss(model[k.reward_logits], tensordict[k.reward]), alive),
             "continuation": masked_mean(self._continuation(model), alive),
             "teammate": masked_mean(self._teammate(model), alive),
         }
-        if k.mask_logits in model.keys(include_nested=True):
-            target = tensordict[k.action_mask].float()
-            losses["mask"] = masked_mean(
-                binary_cross_entropy_with_logits(model[k.mask_logits], target, reduction="none").sum(-1), alive
-            )
+        if self._predicts_mask:
+            logits = model[k.mask_logits]
+            error = binary_cross_entropy_with_logits(logits, tensordict[k.action_mask].to(logits), reduction="none")
+            losses["mask"] = masked_mean(error.sum(-1), alive)
         # A dying agent's successor is no observation.
-        survived = alive if alive is None else alive & tensordict.get(k.next_alive, alive)
+        survived = alive & tensordict.get(k.next_alive, alive)
         posterior, prior = model[k.posterior], model[k.prior]
         # The code knows what its parameters are; those of any other model are log-probabilities.
         kl = getattr(getattr(self.world_model, "latent", None), "balanced_kl", balanced_kl)
@@ -140,27 +149,26 @@ class WorldModelLoss(KeyedLoss):
         weights = asdict(self.weights)
         out = {f"loss_{name}": weights[name] * value for name, value in losses.items()}
         out["kl"] = masked_mean(dynamics.detach(), survived)
-        return TensorDict(out)
+        return self._written(out)
 
     def _reconstruction(self, model: TensorDictBase) -> Tensor:
-        """Squared error ``[B, T, N]``, summed over the observation; images count from 0 to 1."""
+        """Squared error ``[*B, T, N]``, summed over the observation; images count from 0 to 1."""
         predicted = model[self.tensor_keys.reconstruction]
         target = model[self.tensor_keys.observation]
         target = target.float() / 255 if target.dtype == torch.uint8 else target
-        return (predicted - target).square().flatten(model.ndim + 1).sum(-1)
+        return (predicted - target).square().flatten(model[self.tensor_keys.reward].ndim - 1).sum(-1)
 
     def _continuation(self, model: TensorDictBase) -> Tensor:
-        """Binary cross-entropy ``[B, T, N]`` of c_t."""
+        """Binary cross-entropy ``[*B, T, N]`` of c_t."""
         k = self.tensor_keys
         ended = model[k.terminated].squeeze(-1)
         if (alive := model.get(k.alive, None)) is not None and (survives := model.get(k.next_alive, None)) is not None:
             ended = ended | (alive & ~survives)
-        return binary_cross_entropy_with_logits(
-            model[k.continuation_logits].squeeze(-1), (~ended).float(), reduction="none"
-        )
+        logits = model[k.continuation_logits].squeeze(-1)
+        return binary_cross_entropy_with_logits(logits, (~ended).to(logits), reduction="none")
 
     def _teammate(self, model: TensorDictBase) -> Tensor:
-        """Cross-entropy ``[B, T, N]`` of the others' actions at t, summed over the living others."""
+        """Cross-entropy ``[*B, T, N]`` of the others' actions at t, summed over the living others."""
         k = self.tensor_keys
         logits = model[k.teammate_logits]
         if logits.shape[-2] == 0:
