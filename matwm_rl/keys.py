@@ -20,6 +20,7 @@ key                                            shape after batch dims    meaning
 ``("agents", "logits")``                       ``[N, A]``                the actors' action logits
 ``("agents", "state_value_logits")``           ``[N, bins]``             the critics' two-hot logits
 ``("agents", "state_value")``                  ``[N, 1]``                V(s_t)
+``("agents", "slow_value")``                   ``[N, 1]``                V(s_t) of the critics' EMA copy
 ``("agents", "lambda_return")``                ``[N, 1]``                G_t
 ``("agents", "weight")``                       ``[N, 1]``                probability that the dream has not ended
 ``("next", "agents", "reward")``               ``[N, 1]``                reward of the step
@@ -64,6 +65,7 @@ CONTINUATION_LOGITS: NestedKey = ("next", AGENTS, "continuation_logits")
 LOGITS: NestedKey = (AGENTS, "logits")
 STATE_VALUE_LOGITS: NestedKey = (AGENTS, "state_value_logits")
 STATE_VALUE: NestedKey = (AGENTS, "state_value")
+SLOW_VALUE: NestedKey = (AGENTS, "slow_value")
 LAMBDA_RETURN: NestedKey = (AGENTS, "lambda_return")
 WEIGHT: NestedKey = (AGENTS, "weight")
 

@@ -1,7 +1,15 @@
 """Networks: the world model and its parts, actors and critics, acting, imagination."""
 
 from matwm_rl.modules.actor_critic import ActionDistribution, StateMLP, make_actor, make_critic
-from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, FourierFeatures, MLPDecoder, MLPEncoder, ObservationHead
+from matwm_rl.modules.encoders import (
+    CNNDecoder,
+    CNNEncoder,
+    FourierFeatures,
+    MLPDecoder,
+    MLPEncoder,
+    ObservationHead,
+    PointDistances,
+)
 from matwm_rl.modules.exploration import RandomEpisodes
 from matwm_rl.modules.heads import ActionMixer, Head, TeammatePredictor
 from matwm_rl.modules.imagination import Imagination
@@ -42,6 +50,7 @@ __all__ = [
     "MLPDecoder",
     "MLPEncoder",
     "ObservationHead",
+    "PointDistances",
     "RandomEpisodes",
     "StackedLinear",
     "StackedMLP",

@@ -45,6 +45,50 @@ class FourierFeatures(nn.Module):
         return torch.cat([x, angle.sin(), angle.cos()], -1)
 
 
+class PointDistances(nn.Module):
+    r"""Distances between the points of an observation: ``[..., D] -> [..., P (P + 1) / 2]``.
+
+    Every ``size`` neighbouring coordinates are read as a point (or a velocity, or a way from one point to another), P
+    of them; the last is filled up with zeros. Given are the distances of every two, and of each from zero. What
+    physical tasks reward is mostly how near things are: on coordinates a network learns that by heart for the places it
+    has seen, on distances it learns it for all places.
+
+    Args:
+        observation_size: D.
+        size: coordinates of a point, 2 in the plane.
+
+    Attributes:
+        num_distances: size of the output.
+
+    Raises:
+        ValueError: if ``size`` is not positive.
+
+    Examples:
+        >>> PointDistances(4, size=2)(torch.tensor([3.0, 4.0, 3.0, 0.0]))
+        tensor([4., 5., 3.])
+    """
+
+    first: Tensor
+    second: Tensor
+
+    def __init__(self, observation_size: int, *, size: int) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"a point has 1 or more coordinates, got {size}")
+        self.size, self.missing = size, -observation_size % size
+        with_zero = (observation_size + self.missing) // size + 1
+        first, second = torch.triu_indices(with_zero, with_zero, 1)
+        self.num_distances = len(first)
+        self.register_buffer("first", first, persistent=False)
+        self.register_buffer("second", second, persistent=False)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """See the class."""
+        points = nn.functional.pad(observation, (0, self.missing + self.size)).unflatten(-1, (-1, self.size))
+        # Not quite zero where two points meet: the slope of the root is infinite there.
+        return ((points[..., self.first, :] - points[..., self.second, :]).square().sum(-1) + 1e-6).sqrt()
+
+
 class MLPEncoder(nn.Module):
     """Vector observations to encoder features; the first layer is each group's own (section 2, unlike agents).
 
@@ -188,6 +232,8 @@ class ObservationHead(nn.Module):
         num_cells: width of the hidden layers.
         depth: number of hidden layers.
         fourier_features: frequencies of :class:`FourierFeatures` before the first layer.
+        point_size: with 1 or more, :class:`PointDistances` of points with so many coordinates stand beside the
+            coordinates, and have the Fourier features in their place.
 
     Examples:
         >>> ObservationHead(4, 6, group_index=[0, 0, 1], num_cells=8)(torch.zeros(3, 5, 4)).shape
@@ -203,16 +249,24 @@ class ObservationHead(nn.Module):
         num_cells: int = 512,
         depth: int = 2,
         fourier_features: int = 0,
+        point_size: int = 0,
     ) -> None:
         super().__init__()
         self.features = FourierFeatures(fourier_features)
-        self.input = StackedLinear(observation_size * self.features.size_factor, num_cells, group_index)
+        self.distances = PointDistances(observation_size, size=point_size) if point_size else None
+        size = observation_size if self.distances is None else self.distances.num_distances
+        features = size * self.features.size_factor + (0 if self.distances is None else observation_size)
+        self.input = StackedLinear(features, num_cells, group_index)
         self.trunk = nn.Sequential(nn.LayerNorm(num_cells), nn.SiLU(), mlp(num_cells, num_cells, depth - 1))
         self.output = StackedLinear(num_cells, out_features, group_index, zero_init=True)
 
     def forward(self, observation: Tensor) -> Tensor:
         """``[N, *batch, D] -> [N, *batch, out_features]``."""
-        return widen(self.output(self.trunk(self.input(self.features(observation)))))
+        if self.distances is None:
+            features = self.features(observation)
+        else:
+            features = torch.cat([observation, self.features(self.distances(observation))], -1)
+        return widen(self.output(self.trunk(self.input(features))))
 
 
 def _check_image(shape: Sequence[int], depth: int) -> None:

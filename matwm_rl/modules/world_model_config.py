@@ -40,6 +40,9 @@ class WorldModelConfig:
         reward_input: what the reward predictor reads: ``"hidden"`` (h_t, the paper's), ``"next_latent"`` (z_{t+1}) or
             ``"next_observation"`` (o_{t+1} itself in training, z_{t+1} decoded in imagination; for vectors), with the
             encoder's Fourier features.
+        point_size: how many neighbouring coordinates of vector observations make a point (ours), 2 in the plane: a
+            reward predictor of the ``"next_observation"`` then also reads
+            :class:`~matwm_rl.modules.encoders.PointDistances`; 0: none.
         reencode: imagined latents of vector observations are decoded and encoded again (ours), so that they stay codes
             of observations. The dimensions of a sample are drawn independently; a policy finds combinations that no
             observation has, and for which the reward predictor dreams up rewards.
@@ -69,6 +72,7 @@ class WorldModelConfig:
     head_depth: int = 2
     channels: int = 32
     reward_input: str = "hidden"
+    point_size: int = 0
     reencode: bool = False
     reward_interpolation: str = "raw"
     group_layers: bool = True
@@ -103,6 +107,10 @@ def build_parts(
         )
     if image and cfg.reward_input == "next_observation":
         raise ValueError("reward_input 'next_observation' is for vectors; for images take 'hidden' or 'next_latent'")
+    if cfg.point_size and cfg.reward_input != "next_observation":
+        raise ValueError(
+            f"point_size {cfg.point_size} is for the reward_input 'next_observation', got {cfg.reward_input!r}"
+        )
     latent = make_latent(cfg.latent, cfg.num_dims, cfg.num_classes, cfg.latent_width)
     if cfg.coordinate_code and (latent.coordinate_scale is None or not cfg.linear_skips):
         raise ValueError(
@@ -152,6 +160,7 @@ def build_parts(
             num_cells=width,
             depth=cfg.encoder_depth,
             fourier_features=cfg.fourier_features,
+            point_size=cfg.point_size,
         )
     else:
         reward = head(width if cfg.reward_input == "hidden" else size, two_hot.num_bins, zero_init=True)

@@ -22,9 +22,9 @@ from matwm_rl.objectives.common import KeyedLoss
 from matwm_rl.objectives.returns import ReturnScale
 
 
-def _sum_per_agent(value: Tensor) -> Tensor:
-    """``[*batch, N]`` to ``[N]``."""
-    return value.reshape(-1, value.shape[-1]).sum(0)
+def _sum_per_agent(value: Tensor, event_dims: int = 0) -> Tensor:
+    """``[*batch, N, *event]`` to ``[N, *event]``."""
+    return value.reshape(-1, *value.shape[value.ndim - 1 - event_dims :]).sum(0)
 
 
 def _per_agent_mean(value: Tensor, weight: Tensor, counted: Tensor) -> Tensor:
@@ -54,8 +54,12 @@ class ActorLoss(KeyedLoss):
             place of max(1, S) (ours). S is the range of returns over all states; where states differ far more than
             actions do, what actions change becomes too small to outweigh the entropy bonus.
         clip_epsilon: how far the ratio of probabilities counts, where the batch has log-probabilities.
+        mean_policy_entropy_coeff: weight of the entropy of every agent's mean policy over the batch (ours, after
+            arXiv:1912.05676). Unlike the entropy of each state's policy it costs nothing to act one way in one state
+            and another way in the next: an agent whose dreams do not show what its actions are for, such as a speaker,
+            does not come to say the same in all states.
 
-    Keys read (batch ``[S, H]``): the actor's, ``("agents", "action" | "lambda_return" | "state_value" | "weight")``,
+    Keys read (batch ``[*S, H]``): the actor's, ``("agents", "action" | "lambda_return" | "state_value" | "weight")``,
     optionally ``("agents", "alive" | "action_log_prob")``. Keys written: ``loss_actor``, ``entropy`` in nats,
     ``return_scale`` ``[N]``.
 
@@ -94,6 +98,7 @@ class ActorLoss(KeyedLoss):
         center_advantage: bool = False,
         standardize_advantage: bool = False,
         clip_epsilon: float = 0.2,
+        mean_policy_entropy_coeff: float = 0.0,
     ) -> None:
         super().__init__()
         self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
@@ -101,6 +106,7 @@ class ActorLoss(KeyedLoss):
         self.center_advantage = center_advantage
         self.standardize_advantage = standardize_advantage
         self.clip_epsilon = clip_epsilon
+        self.mean_policy_entropy_coeff = mean_policy_entropy_coeff
         self.return_scale = ReturnScale(num_agents, decay=scale_decay)
         self._set_in_keys()
 
@@ -131,8 +137,18 @@ class ActorLoss(KeyedLoss):
             clipped = ratio.clamp(1 - self.clip_epsilon, 1 + self.clip_epsilon)
             gain = torch.minimum(ratio * advantage, clipped * advantage)
         loss = _per_agent_mean(-gain - self.entropy_coeff * entropy, weight, alive).sum()
+        if self.mean_policy_entropy_coeff:
+            loss = loss - self.mean_policy_entropy_coeff * self._mean_policy_entropy(dist.probs, weight, alive).sum()
         entropy, scale = masked_mean(entropy.detach(), alive), self.return_scale.scale()
         return self._written({"loss_actor": loss, "entropy": entropy, "return_scale": scale})
+
+    @staticmethod
+    def _mean_policy_entropy(probs: Tensor, weight: Tensor, alive: Tensor) -> Tensor:
+        """Entropy ``[N]`` in nats of every agent's policy ``[*S, H, N, A]``, averaged over the steps that count."""
+        counted = torch.where(alive, weight, 0.0).unsqueeze(-1)
+        mean = _sum_per_agent(probs * counted, 1) / _sum_per_agent(counted, 1).clamp(min=1e-6)
+        # Clamped: the slope of torch.special.entr at 0, where actions are illegal, is infinite.
+        return -(mean * mean.clamp(min=1e-8).log()).sum(-1)
 
     def _advantage(self, advantage: Tensor, counted: Tensor) -> Tensor:
         """``[*S, H, N]``, each agent's on its own; ``counted`` is the weight of every step."""
@@ -157,9 +173,10 @@ class CriticLoss(KeyedLoss):
         critic_network: writes ``("agents", "state_value_logits")`` and ``("agents", "state_value")``.
         two_hot: code of the value logits; by default the critic's own, else TorchRL's ``SymExpTwoHot``.
 
-    Keys read (batch ``[S, H]``): the critic's, ``("agents", "lambda_return" | "weight")``, optionally
-    ``("agents", "alive")``. Keys written: ``loss_critic``, ``value`` (mean V of the EMA
-    copy, for logs).
+    Keys read (batch ``[*S, H]``): the critic's, ``("agents", "lambda_return" | "weight")``, optionally
+    ``("agents", "alive")``, and ``("agents", "slow_value")``, what :meth:`slow_value` gave for this batch: it is the
+    same in every one of several steps on it. Keys written: ``loss_critic``, ``value`` (mean V of the EMA copy, for
+    logs).
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -173,6 +190,7 @@ class CriticLoss(KeyedLoss):
     class _AcceptedKeys:
         alive: NestedKey = keys.ALIVE
         lambda_return: NestedKey = keys.LAMBDA_RETURN
+        slow_value: NestedKey = keys.SLOW_VALUE
         state_value: NestedKey = keys.STATE_VALUE
         state_value_logits: NestedKey = keys.STATE_VALUE_LOGITS
         weight: NestedKey = keys.WEIGHT
@@ -202,22 +220,31 @@ class CriticLoss(KeyedLoss):
 
     def _read_keys(self) -> list[NestedKey]:
         k = self.tensor_keys
-        return list(dict.fromkeys([*self.critic_network.in_keys, k.alive, k.lambda_return, k.weight]))
+        read = [k.alive, k.lambda_return, k.slow_value, k.weight]
+        return list(dict.fromkeys([*self.critic_network.in_keys, *read]))
 
     def _written_keys(self) -> list[NestedKey]:
         return ["loss_critic", "value"]
+
+    @torch.no_grad()
+    def slow_value(self, tensordict: TensorDictBase) -> Tensor:
+        """Value ``[*batch, N, 1]`` of the EMA copy of the critic, of any batch with the critic's keys."""
+        with self.target_critic_network_params.to_module(self.critic_network):
+            return self.critic_network(self._states(tensordict)).get(self.tensor_keys.state_value)
+
+    def _states(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return tensordict.select(*self.critic_network.in_keys)
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Loss of an imagined rollout ``[*S, H]``."""
         k = self.tensor_keys
-        states = tensordict.select(*self.critic_network.in_keys)
-        with self.critic_network_params.to_module(self.critic_network):
-            logits = self._logits_network(states.copy()).get(k.state_value_logits)
+        slow_value = tensordict.get(k.slow_value, None)
+        slow_value = (self.slow_value(tensordict) if slow_value is None else slow_value).squeeze(-1)
         returns = tensordict.get(k.lambda_return).squeeze(-1).detach()
-        # The code's constants, too, may be the network's, and are where its parameters are.
-        with torch.no_grad(), self.target_critic_network_params.to_module(self.critic_network):
-            slow_value = self.critic_network(states.copy()).get(k.state_value).squeeze(-1)
+        # The code's constants may be the critic's too, and are where its parameters are.
+        with self.critic_network_params.to_module(self.critic_network):
+            logits = self._logits_network(self._states(tensordict)).get(k.state_value_logits)
             # Cross-entropy is linear in its target: one pass over the logits for the sum of both.
             target = self.two_hot.encode(returns) + self.two_hot.encode(slow_value)
         error = -(target * logits.log_softmax(-1)).sum(-1)

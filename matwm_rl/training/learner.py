@@ -37,9 +37,12 @@ class LearnerConfig:
         standardize_advantage: see :class:`~matwm_rl.objectives.ActorLoss`.
         agent_epochs: steps of every actor and critic on one imagined rollout; beyond one, the actors' are PPO's (ours).
         clip_epsilon: see :class:`~matwm_rl.objectives.ActorLoss`.
+        mean_policy_entropy_coeff: see :class:`~matwm_rl.objectives.ActorLoss`.
         world_model_warmup: updates of the world model alone before the first :meth:`Learner.update` (ours), so that
             agents do not begin by learning in a model that knows nothing.
         critic_warmup: updates in which the critics learn and the actors do not yet (ours).
+        lr_decay_updates: if given, every learning rate falls with one over the root of 1 + updates / this (ours), so
+            that what Adam's steps scatter averages out, without having to know how long a run will be.
         critic_decay: decay of the EMA critic.
         free_nats: clamp of the KL terms.
         cuda_graphs: capture the update of the world model, and that of the agents with their imagination, each as one
@@ -62,8 +65,10 @@ class LearnerConfig:
     standardize_advantage: bool = False
     agent_epochs: int = 1
     clip_epsilon: float = 0.2
+    mean_policy_entropy_coeff: float = 0.0
     world_model_warmup: int = 0
     critic_warmup: int = 0
+    lr_decay_updates: int | None = None
     critic_decay: float = 0.98
     free_nats: float = 1.0
     precision: str = "float32"
@@ -137,6 +142,7 @@ class Learner:
             center_advantage=cfg.center_advantage,
             standardize_advantage=cfg.standardize_advantage,
             clip_epsilon=cfg.clip_epsilon,
+            mean_policy_entropy_coeff=cfg.mean_policy_entropy_coeff,
         )
         self.critic_loss = CriticLoss(critic)
         device = next(world_model.parameters()).device
@@ -144,8 +150,10 @@ class Learner:
             raise ValueError(f"agent_epochs must be at least 1, got {cfg.agent_epochs}")
         if cfg.cuda_graphs and device.type != "cuda":
             raise ValueError(f"cuda_graphs needs the world model on a CUDA device, it is on {device}")
-        if cfg.cuda_graphs and cfg.critic_warmup:
-            raise ValueError("a CUDA graph repeats one update: with cuda_graphs, critic_warmup must be 0")
+        if cfg.cuda_graphs and (cfg.critic_warmup or cfg.lr_decay_updates):
+            raise ValueError(
+                "a CUDA graph repeats one update: with cuda_graphs, critic_warmup must be 0 and lr_decay_updates None"
+            )
         for loss in (self.actor_loss, self.critic_loss):
             loss.to(device)
         self.target_updater = SoftUpdate(self.critic_loss, eps=cfg.critic_decay)
@@ -160,6 +168,15 @@ class Learner:
         trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
         return torch.optim.Adam(trained, lr=lr, fused=True, capturable=self.config.cuda_graphs)
 
+    def _decay_learning_rates(self) -> None:
+        # Not torch's LambdaLR: it warns of actors that do not step yet, and has a state beside the number of updates.
+        if self.config.lr_decay_updates is None:
+            return
+        factor = (1.0 + self.updates / self.config.lr_decay_updates) ** -0.5
+        for optimizer in (self.world_model_optimizer, self.actor_optimizer, self.critic_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = factor * optimizer.defaults["lr"]
+
     def _graphed(self, step: Callable[[TensorDictBase], TensorDict]) -> Callable[[TensorDictBase], TensorDict]:
         return CudaGraphModule(step, in_keys=[], out_keys=[]) if self.config.cuda_graphs else step
 
@@ -172,6 +189,7 @@ class Learner:
         Returns:
             detached scalars for the log: all losses, ``kl``, ``entropy``, ``value``, gradient norms.
         """
+        self._decay_learning_rates()
         for _ in range(0 if self.updates else self.config.world_model_warmup):
             self.update_world_model(replay.sequences.sample())
         metrics = self.update_world_model(replay.sequences.sample())
@@ -204,6 +222,7 @@ class Learner:
             imagined = self.returns(imagined)
             if cfg.agent_epochs > 1:
                 imagined.set(keys.ACTION_LOG_PROB, self._log_prob(imagined))
+                imagined.set(keys.SLOW_VALUE, self.critic_loss.slow_value(imagined))
         metrics = TensorDict({"imagined_reward": imagined["next", "agents", "reward"].mean()})
         learning = [(self.critic_loss, self.critic_optimizer)]
         if self.updates >= cfg.critic_warmup:

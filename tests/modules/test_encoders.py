@@ -16,6 +16,7 @@ from matwm_rl.modules import (
     MLPDecoder,
     MLPEncoder,
     ObservationHead,
+    PointDistances,
 )
 from tests.helpers import grads, randomize
 
@@ -253,6 +254,40 @@ def test_an_observation_head_starts_at_zero_and_counts_its_layers() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("observation_size,size", [(6, 2), (7, 2), (5, 3), (3, 1), (2, 4)])
+def test_point_distances_are_those_of_every_two_points_and_from_zero(observation_size: int, size: int) -> None:
+    distances, observation = PointDistances(observation_size, size=size), torch.randn(3, 5, observation_size)
+    out = distances(observation)
+    assert out.shape == (3, 5, distances.num_distances)
+    for index in itertools.product(range(3), range(5)):
+        values = observation[index].tolist()
+        points = [values[start : start + size] for start in range(0, observation_size, size)]
+        points[-1] += [0.0] * (size - len(points[-1]))
+        expected = [math.dist(a, b) for a, b in itertools.combinations([*points, [0.0] * size], 2)]
+        assert out[index].tolist() == pytest.approx(expected, abs=2e-3)
+
+
+def test_distances_of_points_that_meet_have_a_slope() -> None:
+    observation = torch.zeros(4, requires_grad=True)
+    (slope,) = grads(PointDistances(4, size=2)(observation).sum(), [observation])
+    assert slope.isfinite().all()
+    with pytest.raises(ValueError, match="1 or more coordinates, got 0"):
+        PointDistances(4, size=0)
+
+
+def test_an_observation_head_with_points_reads_coordinates_and_distances(float64: None) -> None:
+    head = randomize(ObservationHead(4, 2, group_index=[0, 1], num_cells=8, fourier_features=1, point_size=2))
+    observation = torch.randn(2, 5, 4)
+    distance = PointDistances(4, size=2)(observation)
+    angle = 0.5 * math.pi * distance
+    features = torch.cat([observation, distance, angle.sin(), angle.cos()], -1)
+    torch.testing.assert_close(head(observation), head.output(head.trunk(head.input(features))))
+    # A shift of everything keeps the distances between points, and only those.
+    moved = PointDistances(4, size=2)(observation + 1.0)
+    torch.testing.assert_close(moved[..., 0], distance[..., 0])
+    assert not torch.allclose(moved[..., 1:], distance[..., 1:])
+
+
 def test_an_observation_head_tells_fine_differences_by_its_fourier_features(float64: None) -> None:
     head = randomize(ObservationHead(1, 2, group_index=[0, 1], num_cells=8, fourier_features=3))
     x = torch.randn(2, 5, 1)

@@ -148,6 +148,13 @@ def test_an_unknown_reward_input_is_named() -> None:
         build(reward_input="observation")
 
 
+def test_points_are_for_the_reward_of_the_next_observation() -> None:
+    model = build(reward_input="next_observation", point_size=2)
+    assert model.reward.distances.size == 2
+    with pytest.raises(ValueError, match="point_size 2 is for the reward_input 'next_observation', got 'hidden'"):
+        build(reward_input="hidden", point_size=2)
+
+
 def test_images_have_no_reward_of_the_next_observation() -> None:
     with pytest.raises(ValueError, match="is for vectors; for images take 'hidden' or 'next_latent'"):
         WorldModel.from_layout(

@@ -123,6 +123,36 @@ def test_standardized_and_clipped_loss(float64: None, size: float, old: float | 
     assert loss(td)["loss_actor"].item() == pytest.approx(expected, rel=1e-9)
 
 
+def test_the_entropy_of_every_agents_mean_policy(float64: None) -> None:
+    plain, with_bonus = make_actor_loss(), make_actor_loss(mean_policy_entropy_coeff=0.3)
+    with_bonus.actor_network.load_state_dict(plain.actor_network.state_dict())
+    td = imagined()
+    with torch.no_grad():
+        probs = plain.actor_network.get_dist(td.clone()).probs
+    bonus = 0.0
+    for n in range(N):
+        pairs = [(s, t) for s, t in itertools.product(range(S), range(H)) if td[keys.ALIVE][s, t, n]]
+        total = sum(float(td[keys.WEIGHT][s, t, n]) for s, t in pairs)
+        for a in range(probs.shape[-1]):
+            mean = sum(float(td[keys.WEIGHT][s, t, n] * probs[s, t, n, a]) for s, t in pairs) / total
+            bonus -= 0.3 * mean * math.log(mean) if mean else 0.0
+    expected = plain(td)["loss_actor"].item() - bonus
+    assert with_bonus(td)["loss_actor"].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_mean_policys_entropy_lets_states_differ(float64: None) -> None:
+    """Certain policies that differ between states have as much of it as one that is always at random; and no NaN."""
+    loss, td = make_actor_loss(entropy_coeff=0.0, mean_policy_entropy_coeff=1.0), imagined(1, 2, deaths=False)
+    td[keys.ACTION_MASK] = torch.zeros_like(td[keys.ACTION_MASK])
+    td[keys.ACTION_MASK][0, 0, :, 0] = td[keys.ACTION_MASK][0, 1, :, 1] = True
+    td[keys.ACTION][0, 0], td[keys.ACTION][0, 1] = 0, 1
+    td[keys.WEIGHT][:] = 1.0
+    td[keys.LAMBDA_RETURN] = td[keys.STATE_VALUE]
+    out = loss(td)["loss_actor"]
+    assert out.item() == pytest.approx(-N * math.log(2.0))
+    assert all(gradient.isfinite().all() for gradient in grads(out, loss.actor_network_params.parameters()))
+
+
 def test_the_clipped_gradient_starts_as_the_policy_gradient(float64: None) -> None:
     loss, td = make_actor_loss(standardize_advantage=True), imagined()
     parameters = list(loss.actor_network_params.parameters())
@@ -196,6 +226,11 @@ def test_critic_loss(float64: None) -> None:
     out = loss(td)
     assert out["loss_critic"].item() == pytest.approx(slow_critic_loss(loss, td, slow_value), rel=1e-6)
     assert out["value"].item() == pytest.approx(slow_value[td[keys.ALIVE]].mean().item(), rel=1e-6)
+    # Given with the batch, it is not computed again.
+    td[keys.SLOW_VALUE] = loss.slow_value(td) + 1.0
+    torch.testing.assert_close(td[keys.SLOW_VALUE].squeeze(-1) - 1.0, slow_value)
+    expected = slow_critic_loss(loss, td, slow_value + 1.0)
+    assert loss(td)["loss_critic"].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_ema_critic_follows_slowly() -> None:

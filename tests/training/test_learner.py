@@ -209,13 +209,16 @@ def test_several_steps_on_one_rollout_keep_to_the_actors_that_dreamt_it() -> Non
     seen = []
     forward = learner.actor_loss.forward
     learner.actor_loss.forward = lambda td: (seen.append(td[keys.ACTION_LOG_PROB].clone()), forward(td))[1]
+    slow_values = []
+    slow_value = learner.critic_loss.slow_value
+    learner.critic_loss.slow_value = lambda td: (slow_values.append(None), slow_value(td))[1]
     measured = []
     update = learner.actor_loss.return_scale.update
     learner.actor_loss.return_scale.update = lambda *args: (measured.append(args), update(*args))
     target = learner.critic_loss.target_critic_network_params
     before = target.clone().flatten_keys(".")
     learner.update_actor_critic(imagined)
-    assert len(seen) == 3 and len(measured) == 1
+    assert len(seen) == 3 and len(measured) == len(slow_values) == 1
     for log_prob in seen:
         torch.testing.assert_close(log_prob, chosen)
     for optimizer in (learner.actor_optimizer, learner.critic_optimizer):
