@@ -50,7 +50,7 @@ def read_optional(
 
 
 def read_output(
-    tensordict: TensorDictBase, key: NestedKey, writer: object, shape: Sequence[int | None], note: str = ""
+    tensordict: TensorDictBase, key: NestedKey, writer: object, shape: Sequence[int | None] | None, note: str = ""
 ) -> Tensor:
     """Read what a module was to write.
 
@@ -58,7 +58,7 @@ def read_output(
         tensordict: what ``writer`` returned.
         key: of the entry.
         writer: the module, for the message.
-        shape: expected; ``None`` where any size will do.
+        shape: expected; ``None`` where any size will do, and in place of the whole where any shape will.
         note: added to the message: what to do.
 
     Raises:

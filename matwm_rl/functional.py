@@ -159,19 +159,29 @@ class _BalancedKL(torch.autograd.Function):
     Autograd would compute the value twice, and keep four tensors of K x C numbers where two do.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q, difference = log_q.exp(), log_q - log_p
-        ctx.save_for_backward(q, difference)
         kl = (q * difference).sum((-2, -1))
-        return kl, kl.clone()
+        return kl, kl.clone(), q, difference
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        _, _, q, difference = output
+        ctx.mark_non_differentiable(q, difference)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, difference)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dynamics: Tensor, representation: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(
+        ctx: Any, dynamics: Tensor | None, representation: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, Tensor | None]:
         q, difference = ctx.saved_tensors
-        to_q = (difference + 1).mul_(q).mul_(representation[..., None, None])
-        return to_q, q * -dynamics[..., None, None]
+        to_q = None if representation is None else (difference + 1).mul_(q).mul_(representation[..., None, None])
+        return to_q, None if dynamics is None else q * -dynamics[..., None, None]
 
 
 def balanced_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +199,7 @@ def balanced_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         >>> [round(x.item(), 3) for x in balanced_kl(q, p)]
         [1.614, 1.614]
     """
-    return _BalancedKL.apply(log_q, log_p)
+    return _BalancedKL.apply(log_q, log_p)[:2]
 
 
 def gaussian_kl(q: Tensor, p: Tensor) -> Tensor:

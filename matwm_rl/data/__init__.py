@@ -1,5 +1,6 @@
 """Replay: slice samplers, folding agents into the batch, and both buffers on one storage."""
 
+from matwm_rl.data.continuity import Continuity
 from matwm_rl.data.focal import (
     REPLAY_KEYS,
     FocalSlices,
@@ -15,6 +16,7 @@ from matwm_rl.data.slices import timeline
 
 __all__ = [
     "REPLAY_KEYS",
+    "Continuity",
     "FocalSlices",
     "RecencySliceSampler",
     "Replay",

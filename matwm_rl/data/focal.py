@@ -11,11 +11,14 @@ Three layouts of the same data. Legend: B slices per agent, T time, E environmen
 
 from __future__ import annotations
 
+import math
+
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.envs.transforms import Transform
 
+from matwm_rl.data.continuity import Continuity
 from matwm_rl.keys import (
     ACTION,
     ACTION_MASK,
@@ -177,9 +180,11 @@ def select_focal(td: TensorDictBase, num_agents: int) -> TensorDictBase:
 class FocalSlices(Transform):
     """Stores rows and samples focal batches: the transform of a replay buffer on a [time, env, agent] storage.
 
-    On ``extend`` it takes a plain rollout, ``[T]`` or ``[E, T]`` as TorchRL's collectors give it, keeps
-    :data:`REPLAY_KEYS` and returns rows ``[T, E, N]``. On ``sample`` it takes the N equal shares of whole slices that a
-    slice sampler with ``num_shares=N`` draws, ``[N*B*T]``, and returns a focal batch ``[B, T]``.
+    On ``extend`` it takes a plain rollout as TorchRL's collectors give it, ``[T]``, ``[E, T]`` or, of W workers,
+    ``[W, E/W, T]``, keeps :data:`REPLAY_KEYS` and returns rows ``[T, E, N]``. Rollouts must continue one another, see
+    :class:`~matwm_rl.data.Continuity`; where several processes write to one buffer (TorchRL then calls
+    :meth:`share_memory_`) they must be whole episodes. On ``sample`` it takes the N equal shares of whole slices that
+    a slice sampler with ``num_shares=N`` draws, ``[N*B*T]``, and returns a focal batch ``[B, T]``.
 
     The buffer must be built with ``dim_extend=0`` (time comes first already), and be a ``ReplayBuffer``: a
     ``TensorDictReplayBuffer`` writes the flat index into the sample and refuses transforms that change its shape.
@@ -187,6 +192,7 @@ class FocalSlices(Transform):
     Args:
         num_agents (int): N.
         slice_len (int): T of a sample.
+        num_envs (int, optional): E, environments that step together; other rollouts are refused. Defaults to any.
 
     Examples:
         >>> from torchrl.data import LazyTensorStorage, ReplayBuffer
@@ -204,10 +210,18 @@ class FocalSlices(Transform):
         torch.Size([4, 8, 2, 3])
     """
 
-    def __init__(self, num_agents: int, slice_len: int) -> None:
+    def __init__(self, num_agents: int, slice_len: int, num_envs: int | None = None) -> None:
         super().__init__()
         self.num_agents = num_agents
         self.slice_len = slice_len
+        self.num_envs = num_envs
+        self.continuity = Continuity()
+        self.whole_episodes = False
+
+    def share_memory_(self) -> None:
+        """From now on several processes write, in any order: what each writes must be whole episodes."""
+        self.whole_episodes = True
+        self.continuity.forget()
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Turns a sample of rows, ``[N*B*T]``, into a focal batch ``[B, T]``.
@@ -227,11 +241,23 @@ class FocalSlices(Transform):
         missing = [key for key in REPLAY_KEYS if key not in present]
         if missing:
             raise KeyError(f"replay stores {missing}, which the given data lacks; it has {sorted(map(str, present))}.")
-        if tensordict.ndim not in (1, 2):
-            raise ValueError(f"got data of batch {tuple(tensordict.batch_size)}; expected [T] or [E, T].")
-        plain = tensordict.select(*REPLAY_KEYS)
-        plain = plain.unsqueeze(1) if plain.ndim == 1 else plain.transpose(0, 1)
-        rows = agent_rows(plain)
+        *envs, length = tensordict.batch_size
+        num_envs = math.prod(envs)
+        if self.num_envs is not None and num_envs != self.num_envs:
+            raise ValueError(
+                f"got data of batch {tuple(tensordict.batch_size)}; expected [{self.num_envs}, T]"
+                f"{' or [T]' if self.num_envs == 1 else ''}: this replay was built with num_envs={self.num_envs}, the "
+                "environments of all workers together."
+            )
+        plain = tensordict.reshape(num_envs, length)
+        self.continuity.check(plain)
+        if self.whole_episodes and not plain.get(DONE)[:, -1].all():
+            raise ValueError(
+                "several processes write to this replay, and one of them a rollout whose last step does not end its "
+                "episode: another's would follow it. Have the workers write whole episodes, with the collector's "
+                "trajs_per_batch=1; or leave out its replay_buffer and store what it yields with Replay.extend."
+            )
+        rows = agent_rows(plain.select(*REPLAY_KEYS).transpose(0, 1))
         if rows.shape[-1] != self.num_agents:
             raise ValueError(f"got actions of {rows.shape[-1]} agents; this buffer was built for {self.num_agents}.")
         return rows

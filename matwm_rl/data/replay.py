@@ -42,26 +42,25 @@ class Replay:
         """Stores what a collector yields; of its entries only :data:`~matwm_rl.data.REPLAY_KEYS`.
 
         Successive calls must continue one another in time; where they do not, call :meth:`end_episodes` in between.
+        What a collector yields is checked for it (:class:`~matwm_rl.data.Continuity`).
 
         Args:
-            td (TensorDictBase): plain rollout, ``[E, T]``, or ``[T]`` of a single environment.
+            td (TensorDictBase): plain rollout, ``[E, T]``, ``[W, E/W, T]`` of W workers, or ``[T]`` of a single
+                environment or of whole episodes one after the other.
 
         Raises:
-            ValueError: if the batch does not fit the number of environments, the capacity or the number of agents.
+            ValueError: if the batch does not fit the number of environments, the capacity or the number of agents, or
+                does not continue the one before.
             KeyError: if an entry that replay stores is missing.
         """
-        num_envs = 1 if td.ndim == 1 else td.shape[0] if td.ndim == 2 else None
-        if num_envs != self.num_envs:
-            raise ValueError(
-                f"got data of batch {tuple(td.batch_size)}; expected [{self.num_envs}, T]"
-                f"{' or [T]' if self.num_envs == 1 else ''}: this replay was built with num_envs={self.num_envs}."
-            )
         capacity = self.capacity // self.num_envs
         if td.shape[-1] > capacity:
             raise ValueError(
                 f"got {td.shape[-1]} steps per environment at once, where replay holds {capacity}; raise the capacity "
                 "or collect fewer frames per batch."
             )
+        if not len(self):
+            self._focal_slices.continuity.forget()
         self.sequences.extend(td)
 
     def end_episodes(self) -> None:
@@ -70,6 +69,7 @@ class Replay:
         Without it a slice could run from this step into one that does not follow it. To be called when the environments
         are reset in the middle of an episode: after resuming from a checkpoint, or between unrelated rollouts.
         """
+        self._focal_slices.continuity.forget()
         storage = self.sequences.storage
         now = timeline(storage)
         if now.length:
@@ -77,6 +77,10 @@ class Replay:
             # A copy: rows of a memory-mapped storage are locked.
             row = storage[newest].clone()
             storage[newest] = row.set(_DONE_ROW, torch.ones_like(row.get(_DONE_ROW)))
+
+    @property
+    def _focal_slices(self) -> FocalSlices:
+        return next(transform for transform in self.sequences.transform if isinstance(transform, FocalSlices))
 
     @property
     def capacity(self) -> int:
@@ -229,7 +233,7 @@ def make_replay(
     sequences = ReplayBuffer(
         storage=storage,
         sampler=RecencySliceSampler(sequence_length, decay=decay, num_shares=num_agents, generator=generators[0]),
-        transform=FocalSlices(num_agents, sequence_length),
+        transform=FocalSlices(num_agents, sequence_length, num_envs),
         batch_size=num_agents * sequences_per_agent * sequence_length,
         dim_extend=0,
     )
@@ -237,7 +241,7 @@ def make_replay(
         storage=storage,
         sampler=UniformSliceSampler(start_length, num_shares=num_agents, generator=generators[1]),
         writer=ImmutableDatasetWriter(),
-        transform=FocalSlices(num_agents, start_length),
+        transform=FocalSlices(num_agents, start_length, num_envs),
         batch_size=num_agents * starts_per_agent * start_length,
         dim_extend=0,
     )

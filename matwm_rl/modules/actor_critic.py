@@ -93,6 +93,11 @@ class ActionDistribution(MaskedCategorical):
         probs = softmax_over_few(self.logits)
         return sample_index(probs.expand(*(sample_shape or ()), *probs.shape))
 
+    @property
+    def deterministic_sample(self) -> Tensor:
+        """The likeliest actions ``[*batch]``; TorchRL asks for them under deterministic exploration."""
+        return self.logits.argmax(-1)
+
 
 def _state_network(
     world_model: WorldModel, out_key: NestedKey, out_features: int, *, num_cells: int, depth: int, share_by_group: bool

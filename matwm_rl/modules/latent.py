@@ -175,13 +175,15 @@ class CategoricalLatent(DiscreteLatent):
 
     multi_hot = True
     first: Tensor
+    one: Tensor
 
     def __init__(self, num_dims: int = 32, num_classes: int = 32, *, unimix: float = 0.01) -> None:
         super().__init__(num_dims, num_classes)
         self.unimix = unimix
         self.encoder_size = self.latent_size = self.dynamics_size = num_dims * num_classes
-        # Position of every dimension's first class.
+        # Position of every dimension's first class; and a one, in the type that the model computes in.
         self.register_buffer("first", torch.arange(0, self.latent_size, num_classes), persistent=False)
+        self.register_buffer("one", torch.ones(()), persistent=False)
 
     def _probs(self, logits: Tensor) -> Tensor:
         probs = logits.unflatten(-1, (self.num_dims, self.num_classes)).softmax(-1)
@@ -216,7 +218,7 @@ class CategoricalLatent(DiscreteLatent):
     def from_code(self, code: Tensor) -> Latent:
         """Class indices to one-hots, flattened."""
         ones = code + self.first
-        value = torch.zeros(*code.shape[:-1], self.latent_size, device=code.device)
+        value = ones.new_zeros(*code.shape[:-1], self.latent_size, dtype=self.one.dtype)
         return Latent(value.scatter_(-1, ones, 1.0), ones)
 
     def to_code(self, latent: Latent) -> Tensor:
@@ -232,12 +234,16 @@ class _LogBell(torch.autograd.Function):
     By hand, because autograd walks over ``[..., K, C]`` a dozen times: the gradient needs two sums over the levels.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, centre: Tensor, scale: Tensor, levels: Tensor, limit: float) -> Tensor:
+    def forward(centre: Tensor, scale: Tensor, levels: Tensor, limit: float) -> Tensor:
         bell = (levels - centre.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).square_().neg_()
-        log_probs = bell.clamp_(min=limit).log_softmax(-1)
-        ctx.save_for_backward(centre, scale, levels, log_probs)
-        return log_probs
+        return bell.clamp_(min=limit).log_softmax(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3], output)
 
     @staticmethod
     @once_differentiable

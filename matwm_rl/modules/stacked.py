@@ -52,9 +52,16 @@ class StackedLinear(nn.Module):
         self.runs = [(index, len(list(run))) for index, run in groupby(stack_index)]
         # One shared layer does not ask how many agents there are.
         self.register_buffer("stack_index", torch.tensor(list(stack_index) if stack > 1 else [0]), persistent=False)
-        bound = 0.0 if zero_init else 1 / math.sqrt(in_features)
-        self.weight = nn.Parameter(torch.empty(stack, in_features, out_features).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(stack, out_features).uniform_(-bound, bound))
+        self.bound = 0.0 if zero_init else 1 / math.sqrt(in_features)
+        self.weight = nn.Parameter(torch.empty(stack, in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(stack, out_features))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw weights and offsets anew."""
+        for parameter in (self.weight, self.bias):
+            parameter.uniform_(-self.bound, self.bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply agent n's weights to ``x[n]``."""
@@ -102,23 +109,37 @@ class _NormSiLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, EPSILON)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        return nn.functional.silu(torch.addcmul(bias, out, weight, out=out), inplace=True)
+        return nn.functional.silu(torch.addcmul(bias, out, weight, out=out), inplace=True), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(*inputs, mean, rstd)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         shape = list(x.shape[-1:])
         normed = torch.native_layer_norm(x, shape, None, None, EPSILON)[0]
         grad = torch.ops.aten.silu_backward(grad.contiguous(), torch.addcmul(bias, normed, weight))
-        to_bias, to_weight = grad.sum(1, keepdim=True), normed.mul_(grad).sum(1, keepdim=True)
+        to_bias, to_weight = grad.sum_to_size(bias.shape), normed.mul_(grad).sum_to_size(weight.shape)
         to_x = torch.ops.aten.native_layer_norm_backward(
             grad.mul_(weight), x, shape, mean, rstd, None, None, [True, False, False]
         )[0]
         return to_x, to_weight, to_bias
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Any, Any]:
+        """Of an ensemble of parameters: everything broadcasts over a dimension in front."""
+        x, weight, bias = (
+            value.unsqueeze(0) if dim is None else value.movedim(dim, 0)
+            for value, dim in zip(inputs, in_dims, strict=True)
+        )
+        return _NormSiLU.apply(x.expand(info.batch_size, *x.shape[1:]), weight, bias), (0, 0, 0)
 
 
 class StackedNormSiLU(nn.Module):
@@ -140,14 +161,20 @@ class StackedNormSiLU(nn.Module):
         stack = max(stack_index) + 1
         self.per_agent = list(stack_index) == list(range(stack))
         self.register_buffer("stack_index", torch.tensor(list(stack_index)), persistent=False)
-        self.weight = nn.Parameter(torch.ones(stack, features))
-        self.bias = nn.Parameter(torch.zeros(stack, features))
+        self.weight = nn.Parameter(torch.empty(stack, features))
+        self.bias = nn.Parameter(torch.empty(stack, features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to gains of 1 and offsets of 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension, apply agent n's gain and offset, then SiLU."""
         flat = widen(x).reshape(x.shape[0], -1, x.shape[-1])
         weight, bias = (p if self.per_agent else p[self.stack_index] for p in (self.weight, self.bias))
-        return _NormSiLU.apply(flat, weight.unsqueeze(1), bias.unsqueeze(1)).view(x.shape)
+        return _NormSiLU.apply(flat, weight.unsqueeze(1), bias.unsqueeze(1))[0].view(x.shape)
 
 
 class StackedMLP(nn.Sequential):

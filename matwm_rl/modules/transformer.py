@@ -90,7 +90,8 @@ def _score_bias(mask: Tensor, like: Tensor) -> Tensor:
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Attention of whole sequences, ``[M, T, h, D/h]`` each; ``bias`` is added to the scores ``[M, h, T, T]``."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    if query.is_cuda or torch.get_float32_matmul_precision() == "highest":
+    # A compiler fuses attention itself, and cannot read the precision.
+    if query.is_cuda or torch.compiler.is_compiling() or torch.get_float32_matmul_precision() == "highest":
         attended = scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
     else:
         # On CPU the fused kernel is up to 20 times slower in other precisions: oneDNN sets up each tiny product anew.

@@ -345,13 +345,15 @@ class WorldModel(TensorDictModuleBase):
             the states of the starts and the context for :meth:`step`.
 
         Raises:
-            ValueError: if the batch is not ``[S, C+1]``, or an entry is missing or of another number of agents.
+            ValueError: if the batch is not ``[S, C+1]``, or an entry has another shape.
+            KeyError: if an entry is missing.
         """
         if starts.ndim != 2:
             raise ValueError(f"dreams begin with starts of batch size [S, context + 1], got {tuple(starts.shape)}")
-        observation = self._sequences(starts, keys.OBSERVATION, self.observation_dims)
-        action = self._sequences(starts, keys.ACTION, 0)
-        segments = segment_ids(self._sequences(starts, keys.AGENT_DONE, 1).squeeze(-1))
+        shape = starts.batch_size
+        observation = self._sequences(starts, keys.OBSERVATION, shape, self.observation_shape)
+        action = self._sequences(starts, keys.ACTION, shape)
+        segments = segment_ids(self._sequences(starts, keys.AGENT_DONE, shape, [1]).squeeze(-1))
         valid = segments[..., :-1] == segments[..., -1:]
         return self.prefill(self.encode(observation), action[..., :-1], valid, horizon)
 
@@ -406,11 +408,12 @@ class WorldModel(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The sequence pass for training: see the class for keys."""
-        *batch, time = tensordict.batch_size
-        observation = self._sequences(tensordict, keys.OBSERVATION, self.observation_shape)
-        next_observation = self._sequences(tensordict, keys.NEXT_OBSERVATION, self.observation_shape)
-        action = self._sequences(tensordict, keys.ACTION)
-        done = self._sequences(tensordict, keys.AGENT_DONE, [1]).squeeze(-1)
+        # Not the tensordict's own batch size: it has none where a loss was given its tensors by keyword.
+        shape = read_entry(tensordict, keys.ACTION, self, note=TO_FOCAL).shape[:-1]
+        observation = self._sequences(tensordict, keys.OBSERVATION, shape, self.observation_shape)
+        next_observation = self._sequences(tensordict, keys.NEXT_OBSERVATION, shape, self.observation_shape)
+        action = self._sequences(tensordict, keys.ACTION, shape)
+        done = self._sequences(tensordict, keys.AGENT_DONE, shape, [1]).squeeze(-1)
 
         segments = segment_ids(done)
         mask = causal_segment_mask(segments.flatten(0, 1))
@@ -442,15 +445,18 @@ class WorldModel(TensorDictModuleBase):
         if self.action_mask is not None:
             outputs[keys.MASK_LOGITS] = self.action_mask(latent.value)
         for key, value in outputs.items():
-            value = value.view(value.shape[0], *batch, time, *value.shape[3:])
-            tensordict.set(key, agents_last(value, value.ndim - 2 - len(batch)))
+            value = value.view(value.shape[0], *shape, *value.shape[3:])
+            tensordict.set(key, agents_last(value, value.ndim - 1 - len(shape)))
         return tensordict
 
-    def _sequences(self, tensordict: TensorDictBase, key: NestedKey, event: Sequence[int] = ()) -> Tensor:
-        """Entry ``[*B, T, N, *event]`` as ``[N, B, T, *event]``."""
-        shape = (*tensordict.shape, self.num_agents, *event)
-        value = agents_first(read_entry(tensordict, key, self, shape, TO_FOCAL), len(event))
-        return value.reshape(value.shape[0], -1, tensordict.shape[-1], *event)
+    def _sequences(
+        self, tensordict: TensorDictBase, key: NestedKey, shape: torch.Size, event: Sequence[int] = ()
+    ) -> Tensor:
+        """Entry ``[*B, T, N, *event]`` as ``[N, B, T, *event]``, where ``shape`` is ``[*B, T]``."""
+        if not shape:
+            raise ValueError(f"WorldModel reads sequences of batch size [*B, T], got {key!r} of a single step")
+        value = agents_first(read_entry(tensordict, key, self, (*shape, self.num_agents, *event), TO_FOCAL), len(event))
+        return value.reshape(value.shape[0], -1, shape[-1], *event)
 
     def _encode_with_successors(self, observation: Tensor, following: Tensor, done: Tensor) -> tuple[Tensor, Tensor]:
         """Encode o_t and o_{t+1} of ``[N, B, T, *O]``; every step has a successor.

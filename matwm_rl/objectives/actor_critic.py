@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModuleBase,
@@ -24,9 +23,14 @@ from matwm_rl.objectives.common import KeyedLoss
 from matwm_rl.objectives.returns import ReturnScale
 
 
-def _per_agent_mean(value: Tensor, weight: Tensor, alive: Tensor) -> Tensor:
-    """Weighted mean over ``[S, H]`` of ``[S, H, N]``: one number per agent, dead starts left out."""
-    return torch.where(alive, value * weight, 0.0).sum((0, 1)) / alive.sum((0, 1)).clamp(min=1)
+def _sum_per_agent(value: Tensor, event_dims: int = 0) -> Tensor:
+    """``[*batch, N, *event]`` to ``[N, *event]``."""
+    return value.reshape(-1, *value.shape[value.ndim - 1 - event_dims :]).sum(0)
+
+
+def _per_agent_mean(value: Tensor, weight: Tensor, counted: Tensor) -> Tensor:
+    """Weighted mean over the batch of ``[*batch, N]``: one number per agent, what does not count left out."""
+    return _sum_per_agent(torch.where(counted, value * weight, 0.0)) / _sum_per_agent(counted).clamp(min=1)
 
 
 class ActorLoss(KeyedLoss):
@@ -56,7 +60,7 @@ class ActorLoss(KeyedLoss):
             and another way in the next: an agent whose dreams do not show what its actions are for, such as a speaker,
             does not come to say the same in all states.
 
-    Keys read (batch ``[S, H]``): the actor's, ``("agents", "action" | "lambda_return" | "state_value" | "weight")``,
+    Keys read (batch ``[*S, H]``): the actor's, ``("agents", "action" | "lambda_return" | "state_value" | "weight")``,
     optionally ``("agents", "alive" | "action_log_prob")``. Keys written: ``loss_actor``, ``entropy`` in nats,
     ``return_scale`` ``[N]``.
 
@@ -85,7 +89,6 @@ class ActorLoss(KeyedLoss):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
-    out_keys = ["loss_actor", "entropy", "return_scale"]
 
     actor_network: ProbabilisticTensorDictSequential
     actor_network_params: TensorDictParams
@@ -122,18 +125,24 @@ class ActorLoss(KeyedLoss):
     def _read_keys(self) -> list[NestedKey]:
         k = self.tensor_keys
         read = [k.action, k.action_log_prob, k.alive, k.lambda_return, k.state_value, k.weight]
-        return [*self.actor_network.in_keys, *read]
+        return list(dict.fromkeys([*self.actor_network.in_keys, *read]))
+
+    def _written_keys(self) -> list[NestedKey]:
+        return ["loss_actor", "entropy", "return_scale"]
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Loss of an imagined rollout ``[S, H]``; in training mode the return scale is updated first."""
-        k, shape = self.tensor_keys, (*tensordict.shape, self.num_agents)
+        """Loss of an imagined rollout ``[*S, H]``; in training mode the return scale is updated first."""
+        k = self.tensor_keys
+        action = read_entry(tensordict, k.action, self)
+        check_shape(action, f"{type(self).__name__} reads {k.action!r}", (*action.shape[:-1], self.num_agents))
+        shape = action.shape
         returns, value, weight = (
             read_entry(tensordict, key, self, (*shape, 1)).squeeze(-1)
             for key in (k.lambda_return, k.state_value, k.weight)
         )
-        alive = read_optional(tensordict, k.alive, self, shape)
-        alive = torch.ones_like(returns, dtype=torch.bool) if alive is None else alive
+        read_optional(tensordict, k.alive, self, shape)
+        alive = self._counted(tensordict, k.alive, returns)
         if self.training:
             self.return_scale.update(returns, alive)
         advantage = self._advantage((returns - value).detach(), torch.where(alive, weight, 0.0))
@@ -141,7 +150,7 @@ class ActorLoss(KeyedLoss):
             read_entry(tensordict, key, self.actor_network)
         with self.actor_network_params.to_module(self.actor_network):
             dist = self.actor_network.get_dist(tensordict)
-        log_prob, entropy = dist.log_prob(read_entry(tensordict, k.action, self, shape)), dist.entropy()
+        log_prob, entropy = dist.log_prob(action), dist.entropy()
         for what, found in (("log-probabilities", log_prob), ("entropies", entropy)):
             check_shape(found, f"the distribution of {type(self.actor_network).__name__} must give {what}", shape)
         gain = advantage * log_prob
@@ -152,27 +161,22 @@ class ActorLoss(KeyedLoss):
         loss = _per_agent_mean(-gain - self.entropy_coeff * entropy, weight, alive).sum()
         if self.mean_policy_entropy_coeff:
             loss = loss - self.mean_policy_entropy_coeff * self._mean_policy_entropy(dist.probs, weight, alive).sum()
-        return TensorDict(
-            {
-                "loss_actor": loss,
-                "entropy": masked_mean(entropy.detach(), alive),
-                "return_scale": self.return_scale.scale(),
-            }
-        )
+        entropy, scale = masked_mean(entropy.detach(), alive), self.return_scale.scale()
+        return self._written({"loss_actor": loss, "entropy": entropy, "return_scale": scale})
 
     @staticmethod
     def _mean_policy_entropy(probs: Tensor, weight: Tensor, alive: Tensor) -> Tensor:
-        """Entropy ``[N]`` in nats of every agent's policy ``[S, H, N, A]``, averaged over the steps that count."""
+        """Entropy ``[N]`` in nats of every agent's policy ``[*S, H, N, A]``, averaged over the steps that count."""
         counted = torch.where(alive, weight, 0.0).unsqueeze(-1)
-        mean = (probs * counted).sum((0, 1)) / counted.sum((0, 1)).clamp(min=1e-6)
+        mean = _sum_per_agent(probs * counted, 1) / _sum_per_agent(counted, 1).clamp(min=1e-6)
         # Clamped: the slope of torch.special.entr at 0, where actions are illegal, is infinite.
         return -(mean * mean.clamp(min=1e-8).log()).sum(-1)
 
     def _advantage(self, advantage: Tensor, counted: Tensor) -> Tensor:
-        """``[S, H, N]``, each agent's on its own; ``counted`` is the weight of every step."""
+        """``[*S, H, N]``, each agent's on its own; ``counted`` is the weight of every step."""
 
         def mean(value: Tensor) -> Tensor:
-            return (value * counted).sum((0, 1)) / counted.sum((0, 1)).clamp(min=1e-6)
+            return _sum_per_agent(value * counted) / _sum_per_agent(counted).clamp(min=1e-6)
 
         if self.center_advantage or self.standardize_advantage:
             advantage = advantage - mean(advantage)
@@ -191,7 +195,7 @@ class CriticLoss(KeyedLoss):
         critic_network: writes ``("agents", "state_value_logits")`` and ``("agents", "state_value")``.
         two_hot: code of the value logits; by default the critic's own, else TorchRL's ``SymExpTwoHot``.
 
-    Keys read (batch ``[S, H]``): the critic's, ``("agents", "lambda_return" | "weight")``, optionally
+    Keys read (batch ``[*S, H]``): the critic's, ``("agents", "lambda_return" | "weight")``, optionally
     ``("agents", "alive")``, and ``("agents", "slow_value")``, what :meth:`slow_value` gave for this batch: it is the
     same in every one of several steps on it. Keys written: ``loss_critic``, ``value`` (mean V of the EMA copy, for
     logs).
@@ -219,31 +223,34 @@ class CriticLoss(KeyedLoss):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
-    out_keys = ["loss_critic", "value"]
 
     critic_network: TensorDictModuleBase
     critic_network_params: TensorDictParams
     target_critic_network_params: TensorDictParams
-    two_hot: Any
+    _logits_network: TensorDictModuleBase
 
     def __init__(self, critic_network: TensorDictModuleBase, *, two_hot: nn.Module | None = None) -> None:
         super().__init__()
         self.convert_to_functional(critic_network, "critic_network", create_target_params=True)
         codes = (module for module in critic_network.modules() if isinstance(module, SymExpTwoHot))
-        # Held beside the registered modules: it is the critic's.
-        self.__dict__["two_hot"] = two_hot or next(codes, None) or SymExpTwoHot()
+        self._hold_two_hot(two_hot or next(codes, None) or SymExpTwoHot(), critic_network)
         self._set_in_keys()
 
-    @property
-    def _logits_network(self) -> TensorDictModuleBase:
-        """The critic as far as its logits; the number is wanted of the EMA copy alone."""
-        if isinstance(self.critic_network, TensorDictSequential):
-            return self.critic_network.select_subsequence(out_keys=[self.tensor_keys.state_value_logits])
-        return self.critic_network
+    def _set_in_keys(self) -> None:
+        super()._set_in_keys()
+        # The critic as far as its logits; the number is wanted of the EMA copy alone.
+        network, logits = self.critic_network, self.tensor_keys.state_value_logits
+        if isinstance(network, TensorDictSequential) and logits in network.out_keys:
+            network = network.select_subsequence(out_keys=[logits])
+        self.__dict__["_logits_network"] = network
 
     def _read_keys(self) -> list[NestedKey]:
         k = self.tensor_keys
-        return [*self.critic_network.in_keys, k.alive, k.lambda_return, k.slow_value, k.weight]
+        read = [k.alive, k.lambda_return, k.slow_value, k.weight]
+        return list(dict.fromkeys([*self.critic_network.in_keys, *read]))
+
+    def _written_keys(self) -> list[NestedKey]:
+        return ["loss_critic", "value"]
 
     @torch.no_grad()
     def slow_value(self, tensordict: TensorDictBase) -> Tensor:
@@ -261,24 +268,23 @@ class CriticLoss(KeyedLoss):
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Loss of an imagined rollout ``[S, H]``."""
+        """Loss of an imagined rollout ``[*S, H]``."""
         k, critic = self.tensor_keys, self.critic_network
         check_writes(critic, [k.state_value_logits, k.state_value], "the critic")
-        returns = read_entry(tensordict, k.lambda_return, self, (*tensordict.shape, None, 1)).detach()
+        returns = read_entry(tensordict, k.lambda_return, self).detach()
+        check_shape(returns, f"{type(self).__name__} reads {k.lambda_return!r}", (*returns.shape[:-1], 1))
         weight = read_entry(tensordict, k.weight, self, returns.shape).squeeze(-1)
         slow_value = read_optional(tensordict, k.slow_value, self, returns.shape)
         slow_value = (self.slow_value(tensordict) if slow_value is None else slow_value).squeeze(-1)
-        # Cross-entropy is linear in its target: one pass over the logits for the sum of both.
-        target = self.two_hot.encode(returns.squeeze(-1)) + self.two_hot.encode(slow_value)
+        returns = returns.squeeze(-1)
+        # The code's constants may be the critic's too, and are where its parameters are.
         with self.critic_network_params.to_module(critic):
+            # Cross-entropy is linear in its target: one pass over the logits for the sum of both.
+            target = self.two_hot.encode(returns) + self.two_hot.encode(slow_value)
             logits = self._logits_network(self._states(tensordict))
             logits = read_output(logits, k.state_value_logits, critic, target.shape)
         error = -(target * logits.log_softmax(-1)).sum(-1)
-        alive = read_optional(tensordict, k.alive, self, weight.shape)
-        alive = torch.ones_like(weight, dtype=torch.bool) if alive is None else alive
-        return TensorDict(
-            {
-                "loss_critic": _per_agent_mean(error, weight, alive).sum(),
-                "value": masked_mean(slow_value, alive),
-            }
-        )
+        read_optional(tensordict, k.alive, self, returns.shape)
+        alive = self._counted(tensordict, k.alive, returns)
+        loss = _per_agent_mean(error, weight, alive).sum()
+        return self._written({"loss_critic": loss, "value": masked_mean(slow_value, alive)})

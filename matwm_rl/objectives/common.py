@@ -2,28 +2,84 @@
 
 from __future__ import annotations
 
-from tensordict import NestedKey
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key_list
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 
 class KeyedLoss(LossModule):
-    """A ``LossModule`` whose ``in_keys`` follow ``set_keys``; subclasses say which keys they read."""
+    """A ``LossModule`` that knows its keys: ``in_keys`` and ``out_keys`` follow :meth:`set_keys`.
+
+    What all our losses can do besides: leave out steps that TorchRL marks as padding (``loss_mask_key``), select their
+    outputs, take tensors by keyword (``loss(agents_action=..., ...)``), and be called functionally.
+
+    Subclasses say what they read and write, call :meth:`_set_in_keys` at the end of their constructor, and end
+    ``forward`` with :meth:`_written`.
+    """
 
     def _read_keys(self) -> list[NestedKey]:
         raise NotImplementedError
 
+    def _written_keys(self) -> list[NestedKey]:
+        raise NotImplementedError
+
     def _set_in_keys(self) -> None:
-        self._in_keys = self._read_keys()
+        # TorchRL calls this at the end of set_keys. What select_out_keys left out stays out.
+        before = (self.out_keys_source, self.out_keys) if hasattr(self, "_out_keys") else ((), ())
+        self.in_keys = self._read_keys()
+        self.out_keys = self._written_keys()
+        self._out_keys_apparent = [key for key in self.out_keys if key in before[1] or key not in before[0]]
 
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Keys read."""
-        return self._in_keys
+    def select_out_keys(self, *out_keys: NestedKey) -> KeyedLoss:
+        """Choose what :meth:`forward` writes; :meth:`reset_out_keys` takes the choice back.
 
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        self._in_keys = values
+        TensorDict's own works for modules that read all of their ``in_keys``; some of a loss's may be missing.
 
-    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        # TorchRL's hook at the end of set_keys.
-        self._set_in_keys()
+        Raises:
+            ValueError: if the loss does not write one of the keys.
+        """
+        selected = unravel_key_list(list(out_keys))
+        if unknown := [key for key in selected if key not in self.out_keys_source]:
+            raise ValueError(f"{type(self).__name__} does not write {unknown}; it writes {self.out_keys_source}")
+        self._out_keys_apparent = selected
+        return self
+
+    def reset_out_keys(self) -> KeyedLoss:
+        """Write everything again."""
+        self._out_keys_apparent = self.out_keys_source
+        return self
+
+    def _written(self, outputs: dict[str, Tensor]) -> TensorDictBase:
+        return TensorDict({key: outputs[key] for key in self.out_keys})
+
+    def _counted(self, tensordict: TensorDictBase, alive: NestedKey, like: Tensor) -> Tensor:
+        """Which steps of which agents count, bool as ``like [*batch, N]``: of living agents, and no padding."""
+        counted = tensordict.get(alive, None)
+        counted = torch.ones_like(like, dtype=torch.bool) if counted is None else counted
+        for key in self._loss_mask_keys():
+            if (mask := tensordict.get(key, None)) is not None:
+                counted = counted & self._expand_loss_mask(mask, like)
+        return counted
+
+    def _hold_two_hot(self, two_hot: nn.Module, network: nn.Module) -> None:
+        """Register a code of the loss's own; one that is the network's stays its, and is not listed twice."""
+        if any(two_hot is module for module in network.modules()):
+            self.__dict__["two_hot"] = two_hot
+        else:
+            self.two_hot = two_hot
+
+    def reset_parameters_recursive(self) -> None:
+        """Draw the parameters of all networks anew; copies of them, such as an EMA, start equal again."""
+        for name, module in (*self.__dict__.items(), *self._modules.items()):
+            if not isinstance(module, TensorDictModuleBase):
+                continue
+            params, target = (self._modules.get(key) for key in (f"{name}_params", f"target_{name}_params"))
+            if params is None:
+                module.reset_parameters_recursive()
+                continue
+            with params.to_module(module):
+                module.reset_parameters_recursive()
+            if target is not None:
+                target.data.update_(params.data)

@@ -21,10 +21,10 @@ class LambdaReturn(TensorDictModuleBase):
         gamma: discount factor.
         lmbda: lambda of the return.
 
-    Keys read (batch ``[S, H]``): what the critic reads, at the root and under ``"next"``;
+    Keys read (batch ``[*S, H]``): what the critic reads, at the root and under ``"next"``;
     ``("next", "agents", "reward" | "continuation")``.
 
-    Keys written, ``[S, H, N, 1]``: ``("agents", "state_value")`` V(s_t), ``("agents", "lambda_return")`` G_t and
+    Keys written, ``[*S, H, N, 1]``: ``("agents", "state_value")`` V(s_t), ``("agents", "lambda_return")`` G_t and
     ``("agents", "weight")``, the probability that the rollout has not ended before t (1 at t = 0).
 
     Raises:
@@ -59,24 +59,25 @@ class LambdaReturn(TensorDictModuleBase):
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write values, returns and weights into an imagined rollout."""
-        if tensordict.ndim != 2:
-            raise ValueError(f"LambdaReturn reads rollouts of batch size [S, H], got {list(tensordict.shape)}")
+        if not tensordict.ndim:
+            raise ValueError("LambdaReturn reads rollouts of batch size [*S, H], got one without dimensions")
+        time = tensordict.ndim - 1
         reward = read_entry(tensordict, keys.REWARD, self, (*tensordict.shape, None, 1))
         continuation = read_entry(tensordict, keys.CONTINUATION, self, reward.shape)
         for key in self.in_keys:
             read_entry(tensordict, key, self)
         # s_0 .. s_H in one call of the critic: the successors of all steps but the last are states themselves.
         states = tensordict.select(*self.critic.in_keys)
-        last = tensordict.get("next").select(*self.critic.in_keys)[:, -1:]
-        states = torch.cat([states, last], 1)
-        values = read_output(self.critic(states), keys.STATE_VALUE, self.critic, (*states.shape, *reward.shape[2:]))
-        returns = lambda_return(
-            reward.movedim(1, -1), continuation.movedim(1, -1), values[:, 1:].movedim(1, -1), self.gamma, self.lmbda
+        states = torch.cat([states, tensordict.get("next").select(*self.critic.in_keys)[..., -1:]], time)
+        values = read_output(
+            self.critic(states), keys.STATE_VALUE, self.critic, (*states.shape, *reward.shape[time + 1 :])
         )
-        reached = torch.cat([torch.ones_like(continuation[:, :1]), continuation[:, :-1]], 1).cumprod(1)
-        tensordict.set(keys.STATE_VALUE, values[:, :-1])
-        tensordict.set(keys.LAMBDA_RETURN, returns.movedim(-1, 1))
-        return tensordict.set(keys.WEIGHT, reached)
+        reward, continuation, values = (entry.movedim(time, -1) for entry in (reward, continuation, values))
+        returns = lambda_return(reward, continuation, values[..., 1:], self.gamma, self.lmbda)
+        reached = torch.cat([torch.ones_like(continuation[..., :1]), continuation[..., :-1]], -1).cumprod(-1)
+        tensordict.set(keys.STATE_VALUE, values[..., :-1].movedim(-1, time))
+        tensordict.set(keys.LAMBDA_RETURN, returns.movedim(-1, time))
+        return tensordict.set(keys.WEIGHT, reached.movedim(-1, time))
 
 
 class ReturnScale(PercentileValueNorm):
@@ -108,8 +109,8 @@ class ReturnScale(PercentileValueNorm):
         flat = value_target.detach().reshape(-1, *self.shape)
         if mask is not None:
             flat = torch.where(mask.reshape(flat.shape), flat, torch.nan)
-        low, high = torch.nanquantile(flat, self._q.to(flat), dim=0)
-        rate = torch.where(self.seen, self.rate, 1.0)
+        low, high = torch.nanquantile(flat, self._q.to(flat), dim=0).to(self.low)
+        rate = torch.where(self.seen, self.rate, 1.0).to(self.low)
         for average, batch in ((self.low, low), (self.high, high)):
             # An agent that is dead in the whole batch keeps its scale.
             average.lerp_(torch.where(batch.isnan(), average, batch), rate)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -101,46 +101,55 @@ class WorldModelLoss(KeyedLoss):
     ) -> None:
         super().__init__()
         self.world_model = world_model
-        # Held beside the registered modules: it is the world model's, and would be listed twice.
-        self.__dict__["two_hot"] = two_hot or getattr(world_model, "two_hot", None) or SymExpTwoHot()
+        self._hold_two_hot(two_hot or getattr(world_model, "two_hot", None) or SymExpTwoHot(), world_model)
         self.weights = weights or WorldModelLossWeights()
         self.free_nats = free_nats
         self._set_in_keys()
 
+    @property
+    def _predicts_mask(self) -> bool:
+        return self.tensor_keys.mask_logits in self.world_model.out_keys
+
     def _read_keys(self) -> list[NestedKey]:
         k = self.tensor_keys
-        read = [k.action_mask, k.alive, k.next_alive, k.teammate_action, k.teammate_alive, k.reward, k.terminated]
-        return [*self.world_model.in_keys, *read]
+        mask = [k.action_mask] if self._predicts_mask else []
+        read = [*mask, k.alive, k.next_alive, k.teammate_action, k.teammate_alive, k.reward, k.terminated]
+        return list(dict.fromkeys([*self.world_model.in_keys, k.observation, *read]))
 
-    @property
-    def out_keys(self) -> list[NestedKey]:
-        """Keys written."""
-        return [*(f"loss_{name}" for name in asdict(self.weights)), "kl"]
+    def _written_keys(self) -> list[NestedKey]:
+        terms = [name for name in asdict(self.weights) if name != "mask" or self._predicts_mask]
+        return [*(f"loss_{name}" for name in terms), "kl"]
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """PyTorch's. TorchRL's lacks the last argument, which ``torch.func.functional_call`` gives."""
+        yield from nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Weighted losses of a focal batch ``[B, T]``."""
+        """Weighted losses of a focal batch ``[*B, T]``."""
         k = self.tensor_keys
         model = self.world_model(tensordict.copy())
-        reward_logits = read_output(model, k.reward_logits, self.world_model, (*tensordict.shape, None, None))
+        reward_logits = read_output(model, k.reward_logits, self.world_model, None)
         shape = reward_logits.shape[:-1]
-        alive = read_optional(tensordict, k.alive, self, shape)
-        survives = read_optional(tensordict, k.next_alive, self, shape)
         reward = read_entry(tensordict, k.reward, self, (*shape, 1))
+        living = read_optional(tensordict, k.alive, self, shape)
+        survives = read_optional(tensordict, k.next_alive, self, shape)
+        alive = self._counted(tensordict, k.alive, reward.squeeze(-1))
         losses = {
             "reconstruction": masked_mean(self._reconstruction(model), alive),
             "reward": masked_mean(self.two_hot.loss(reward_logits, reward), alive),
-            "continuation": masked_mean(self._continuation(model, alive, survives), alive),
+            "continuation": masked_mean(self._continuation(model, living, survives), alive),
             "teammate": masked_mean(self._teammate(model, shape), alive),
         }
-        if k.mask_logits in model.keys(include_nested=True):
-            logits = model[k.mask_logits]
-            target = read_entry(tensordict, k.action_mask, self, logits.shape).float()
-            losses["mask"] = masked_mean(
-                binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1), alive
-            )
+        if self._predicts_mask:
+            logits = read_output(model, k.mask_logits, self.world_model, (*shape, None))
+            target = read_entry(tensordict, k.action_mask, self, logits.shape).to(logits)
+            error = binary_cross_entropy_with_logits(logits, target, reduction="none")
+            losses["mask"] = masked_mean(error.sum(-1), alive)
         # A dying agent's successor is no observation.
-        survived = alive if alive is None or survives is None else alive & survives
+        survived = alive if survives is None else alive & survives
         posterior = read_output(model, k.posterior, self.world_model, (*shape, None, None))
         prior = read_output(model, k.prior, self.world_model, posterior.shape)
         # The code knows what its parameters are; those of any other model are log-probabilities.
@@ -152,27 +161,27 @@ class WorldModelLoss(KeyedLoss):
         weights = asdict(self.weights)
         out = {f"loss_{name}": weights[name] * value for name, value in losses.items()}
         out["kl"] = masked_mean(dynamics.detach(), survived)
-        return TensorDict(out)
+        return self._written(out)
 
     def _reconstruction(self, model: TensorDictBase) -> Tensor:
-        """Squared error ``[B, T, N]``, summed over the observation; images count from 0 to 1."""
+        """Squared error ``[*B, T, N]``, summed over the observation; images count from 0 to 1."""
         k = self.tensor_keys
         target = model[k.observation]
         predicted = read_output(model, k.reconstruction, self.world_model, target.shape)
         target = target.float() / 255 if target.dtype == torch.uint8 else target
-        return (predicted - target).square().flatten(model.ndim + 1).sum(-1)
+        return (predicted - target).square().flatten(model[self.tensor_keys.reward].ndim - 1).sum(-1)
 
     def _continuation(self, model: TensorDictBase, alive: Tensor | None, survives: Tensor | None) -> Tensor:
-        """Binary cross-entropy ``[B, T, N]`` of c_t."""
+        """Binary cross-entropy ``[*B, T, N]`` of c_t."""
         k = self.tensor_keys
-        logits = read_output(model, k.continuation_logits, self.world_model, (*model.shape, None, 1))
-        ended = read_entry(model, k.terminated, self, logits.shape).squeeze(-1)
+        ended = read_entry(model, k.terminated, self).squeeze(-1)
+        logits = read_output(model, k.continuation_logits, self.world_model, (*ended.shape, 1)).squeeze(-1)
         if alive is not None and survives is not None:
             ended = ended | (alive & ~survives)
-        return binary_cross_entropy_with_logits(logits.squeeze(-1), (~ended).float(), reduction="none")
+        return binary_cross_entropy_with_logits(logits, (~ended).to(logits), reduction="none")
 
     def _teammate(self, model: TensorDictBase, shape: Sequence[int]) -> Tensor:
-        """Cross-entropy ``[B, T, N]`` of the others' actions at t, summed over the living others."""
+        """Cross-entropy ``[*B, T, N]`` of the others' actions at t, summed over the living others."""
         k = self.tensor_keys
         logits = read_output(model, k.teammate_logits, self.world_model, (*shape, None, None))
         if logits.shape[-2] == 0:

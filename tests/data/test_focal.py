@@ -137,5 +137,6 @@ def test_focal_slices_errors():
         transform.inv(rollout(7, num_agents=2))
     with pytest.raises(KeyError, match="action_mask"):
         transform.inv(rollout(7, num_agents=3).exclude(keys.ACTION_MASK))
-    with pytest.raises(ValueError, match=r"expected \[T\] or \[E, T\]"):
-        transform.inv(rollout(2, 2, 7, num_agents=3))
+    for shape, num_envs, expected in (((2, 7), 1, r"\[1, T\] or \[T\]"), ((2, 2, 7), 3, r"\[3, T\]")):
+        with pytest.raises(ValueError, match=rf"expected {expected}: this replay was built with num_envs={num_envs}"):
+            FocalSlices(3, 5, num_envs).inv(rollout(*shape, num_agents=3))

@@ -408,13 +408,15 @@ def test_no_gradient_flows_and_the_model_is_not_a_copy() -> None:
     assert not torch.equal(random_rollout(env, 2)[keys.CONTINUATION], before[keys.CONTINUATION])
 
 
-def test_in_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_collector() -> None:
     """Rows end at different times, and each goes on with a new start."""
     model = make_model(latent="gaussian")
     actor = randomize(make_actor(model, num_cells=8))
     env = ImaginationEnv(model, starts, max_steps=H, end_threshold=None, decode=True)
     env = TransformedEnv(env, RewardSum(in_keys=[keys.REWARD[1:]], out_keys=["sum"], reset_keys=["_reset"]))
-    collector = Collector(env, actor, frames_per_batch=S * 10, total_frames=S * 30)
+    collector = Collector(
+        env, actor, frames_per_batch=S * 10, total_frames=S * 30, auto_register_policy_transforms=False
+    )
     batches = list(collector)
     collector.shutdown()
     data = torch.cat(batches, 1)

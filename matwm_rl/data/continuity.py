@@ -1,0 +1,80 @@
+"""Whether what is stored one after the other happened one after the other."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from matwm_rl.keys import DONE
+
+TRAJECTORY: NestedKey = ("collector", "traj_ids")
+VALID: NestedKey = ("collector", "mask")
+
+
+class Continuity:
+    """Refuses rollouts that do not go on where those before them stopped, before slices run from one into the other.
+
+    TorchRL's collectors number trajectories, over all their workers: inside an episode the number stays the same, also
+    from one batch to the next. Data without numbers cannot be checked.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> def rollout(trajectory: int, length: int) -> TensorDict:
+        ...     data = {"traj_ids": torch.full([1, length], trajectory)}
+        ...     return TensorDict({"collector": data, "next": {"done": torch.zeros(1, length, 1).bool()}}, [1, length])
+        >>> continuity = Continuity()
+        >>> continuity.check(rollout(7, 5))
+        >>> continuity.check(rollout(7, 5))
+        >>> continuity.check(rollout(8, 5))
+        Traceback (most recent call last):
+        ...
+        ValueError: trajectory 8 begins where trajectory 7 of environment 0 has not ended...
+    """
+
+    def __init__(self) -> None:
+        self._running: Tensor | None = None
+
+    def forget(self) -> None:
+        """Let anything follow."""
+        self._running = None
+
+    def check(self, td: TensorDictBase) -> None:
+        """Compare with what was checked before.
+
+        Args:
+            td: plain rollout, ``[E, T]``; read are ``("collector", "traj_ids")``, ``("collector", "mask")``, both
+                optional, and ``("next", "done")``.
+
+        Raises:
+            ValueError: if steps are padding, or if a trajectory begins where another has not ended.
+        """
+        valid = td.get(VALID, None)
+        if valid is not None and not valid.all():
+            raise ValueError(
+                f"{int((~valid).sum())} of {valid.numel()} steps are padding. Collect without split_trajs and "
+                'preemptive_threshold, and trajectories with traj_format="cat".'
+            )
+        trajectory = td.get(TRAJECTORY, None)
+        if trajectory is None:
+            return self.forget()
+        # -1: no episode that would have to go on.
+        running = torch.where(td.get(DONE).squeeze(-1), -1, trajectory)
+        before = torch.full_like(running[:, :1], -1) if self._running is None else self._running.to(running.device)
+        before = torch.cat([before, running[:, :-1]], 1)
+        if (broken := (before >= 0) & (before != trajectory)).any():
+            env, step = broken.nonzero()[0].tolist()
+            raise ValueError(
+                f"trajectory {int(trajectory[env, step])} begins where trajectory {int(before[env, step])} of "
+                f"environment {env} has not ended (step {step} of the batch). "
+                + (
+                    "Batches must continue one another. A collector with sync=False yields those of one worker at a "
+                    'time: have it yield whole episodes, with trajs_per_batch=1, traj_format="cat". Where environments '
+                    "are reset in between, call Replay.end_episodes first: it cuts the episode off."
+                    if step == 0
+                    else "Workers must not stand behind one another in time: leave the collector's cat_results at "
+                    '"stack".'
+                )
+            )
+        self._running = running[:, -1:]
+        return None

@@ -1,0 +1,33 @@
+"""The example runs from end to end, and what it learns in dreams helps in the real environment."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(arguments: str = "") -> list[float]:
+    """Real returns of random agents, and of the policy, in a process of its own: the example sets up the whole one."""
+    script = f"import runpy; runpy.run_path('examples/imagined_mappo.py')['main']({arguments})"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = re.fullmatch(r"real return: random agents (-\d+\.\d), trained in dreams (-\d+\.\d)\n", done.stdout)
+    assert printed, done.stdout
+    return [float(value) for value in printed.groups()]
+
+
+def test_runs_from_end_to_end() -> None:
+    sizes = "rounds=((60, 3, 2), (30, 2, 2)), starts=4, horizon=3, episodes=2"
+    assert run(sizes) == run(sizes)
+
+
+@pytest.mark.slow
+def test_dreams_teach_what_helps_in_reality() -> None:
+    random, trained = run()
+    assert random < -23.0 and trained > random + 3.0
