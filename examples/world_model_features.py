@@ -49,7 +49,7 @@ def main(random_steps: int = 2_000, updates: int = 200, steps: int = 10_000, epi
     for batch in Collector(env, actor, **frames, auto_register_policy_transforms=False):
         batch = mw.to_focal(batch.exclude("context", ("next", "context")))  # writes the ends of every agent
         buffer.extend(loss.value_estimator(batch).detach().reshape(-1))
-        for _ in range(40):
+        for _ in range(updates // 5):
             step(loss, optimizer, buffer.sample())
     for name, acting in (("random", RandomActions()), ("trained", actor)):
         print(f"{name} agents, mean return: {evaluate(env, acting, episodes=episodes).per_group()['listener']:.1f}")
