@@ -7,16 +7,20 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LINES = 60
 """More than any of the short examples may have: a reader takes one in at a glance."""
 
 
-def run_example(name: str, **sizes: Any) -> None:
-    """Call ``main`` of an example, with smaller sizes than its own."""
+def run_example(name: str, capsys: pytest.CaptureFixture[str], **sizes: Any) -> list[str]:
+    """Call ``main`` of an example, with smaller sizes than its own, for the lines that it prints."""
     path = EXAMPLES / f"{name}.py"
     assert len(path.read_text(encoding="utf-8").splitlines()) < LINES
     runpy.run_path(str(path))["main"](**sizes)
+    # TorchRL logs to the same stream.
+    return [line for line in capsys.readouterr().out.splitlines() if "[torchrl]" not in line]
 
 
 def numbers(line: str) -> list[float]:

@@ -8,8 +8,7 @@ from tests.examples.helpers import numbers, run_example
 
 
 def test_the_loaded_model_predicts_as_the_trained_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_example("offline_world_model", steps=300, updates=20, folder=tmp_path / "run")
-    trained, loaded, kept = capsys.readouterr().out.splitlines()
+    trained, loaded, kept = run_example("offline_world_model", capsys, steps=300, updates=20, folder=tmp_path / "run")
     assert numbers(trained) == numbers(loaded)
     assert len(numbers(trained)) == len(numbers(kept)) == 3
     assert numbers(kept) == sorted(numbers(kept)), "what was last seen is the less true the longer ago"

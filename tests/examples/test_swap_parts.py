@@ -20,8 +20,9 @@ def test_own_parts_are_trained(capsys: pytest.CaptureFixture[str], monkeypatch: 
             before.append({name: value.clone() for name, value in own_parts(self).items()})
 
     monkeypatch.setattr("matwm_rl.Learner", Watched)
-    run_example("swap_parts", rounds=2, steps=130, updates=8, warmup=10, episodes=1)
-    teammates, random, trained = capsys.readouterr().out.splitlines()
+    teammates, random, trained = run_example(
+        "swap_parts", capsys, rounds=2, steps=130, updates=8, warmup=10, episodes=1
+    )
     found, guess = numbers(teammates)
     assert found < 1.2 * guess and guess == pytest.approx(math.log(5), abs=1e-3)
     assert numbers(random)[0] < 0 and numbers(trained)[0] < 0

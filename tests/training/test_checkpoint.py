@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,10 @@ from torch import Tensor
 
 from matwm_rl.data import Replay, make_replay
 from matwm_rl.envs import make_env
-from matwm_rl.modules import WorldModel, WorldModelConfig, WorldModelPolicy, make_actor, make_critic
+from matwm_rl.modules import WorldModel, WorldModelConfig, make_actor, make_critic
 from matwm_rl.training import checkpoint
 from matwm_rl.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from matwm_rl.training.learner import Learner, LearnerConfig
-from matwm_rl.training.model_files import load_policy, save_policy
 
 CONFIG = WorldModelConfig(hidden_size=16, num_heads=2, num_dims=4, num_classes=4, dropout=0.0)
 
@@ -210,58 +209,3 @@ def test_extra_that_could_not_be_loaded_again_is_refused_at_once(tmp_path: Path)
             tmp_path, learner=make_learner(), replay=make_filled_replay(), env_steps=1, extra={"path": Path("a")}
         )
     assert not has_checkpoint(tmp_path)
-
-
-SWITCHES = {
-    "latent": "fsq",
-    "num_dims": 12,
-    "linear_skips": True,
-    "coordinate_code": True,
-    "reward_input": "next_observation",
-}
-
-
-@pytest.mark.parametrize(
-    ("share_by_group", "switches"),
-    [(False, {}), (True, {}), (True, SWITCHES), (True, SWITCHES | {"latent": "gaussian", "latent_width": 0.1})],
-    ids=["own", "shared", "switches", "gaussian"],
-)
-def test_a_saved_policy_acts_as_the_original(tmp_path: Path, share_by_group: bool, switches: dict[str, Any]) -> None:
-    learner = make_learner(share_by_group=share_by_group, **switches)
-    learner.update(make_filled_replay())
-    policy = WorldModelPolicy(learner.world_model, learner.actor, context_length=3).eval()
-    env = make_env("mock", seed=0)
-    path = tmp_path / "policy.pt"
-    before = torch.get_rng_state()
-    actor = {"num_cells": 8, "share_by_group": share_by_group}
-    save_policy(path, policy, layout=env.layout, world_model=replace(CONFIG, **switches), actor=actor)
-    assert torch.equal(before, torch.get_rng_state()), "saving must not change the run"
-    loaded = load_policy(path, layout=env.layout)
-    assert len(next(loaded.actor.parameters())) == (2 if share_by_group else 3)
-    assert getattr(loaded.world_model.latent, "width", None) == getattr(policy.world_model.latent, "width", None)
-
-    rollouts = []
-    for acting in (policy, loaded):
-        torch.manual_seed(3)
-        env = make_env("mock", seed=0).append_transform(acting.make_tensordict_primer())
-        rollouts.append(env.rollout(12, acting, break_when_any_done=False)["agents", "logits"])
-    torch.testing.assert_close(*rollouts, rtol=0, atol=0)
-    assert [path.name for path in tmp_path.iterdir()] == ["policy.pt"]
-
-
-def test_a_policy_that_the_configuration_does_not_describe_is_refused(tmp_path: Path) -> None:
-    learner = make_learner()
-    policy = WorldModelPolicy(learner.world_model, learner.actor)
-    layout = make_env("mock").layout
-    with pytest.raises(ValueError, match=r"actor\.[\w.]+ has shape"):
-        save_policy(tmp_path / "policy.pt", policy, layout=layout, world_model=CONFIG, actor={"num_cells": 9})
-    assert not (tmp_path / "policy.pt").exists()
-
-
-def test_a_policy_for_other_agents_says_what_differs(tmp_path: Path) -> None:
-    learner = make_learner()
-    policy = WorldModelPolicy(learner.world_model, learner.actor)
-    path = tmp_path / "policy.pt"
-    save_policy(path, policy, layout=make_env("mock").layout, world_model=CONFIG, actor={"num_cells": 8})
-    with pytest.raises(ValueError, match="other agent_names"):
-        load_policy(path, layout=make_env("mpe2/simple_tag_v3").layout)
