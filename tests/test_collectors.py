@@ -173,21 +173,6 @@ def test_workers_at_their_own_pace() -> None:
     assert_unbroken(replay)
 
 
-def test_workers_that_fill_the_replay_themselves() -> None:
-    make = [partial(make_env, "mock", episode_length=length) for length in (4, 6)]
-    env = make[0]()
-    replay = make_small_replay(env)
-    whole = {"frames_per_batch": 10, "trajs_per_batch": 1, "replay_buffer": replay.sequences}
-    with collecting(make, make_policy(env), sync=False, **whole) as collector:
-        for data in collector:
-            assert data is None
-            ends = replay.sequences.storage[:]["next", "done"][:, 0, 0, 0].nonzero().squeeze(-1)
-            if len(ends) > 12 and len(ends.diff().unique()) > 1:
-                break
-    assert set(ends.diff().tolist()) == {4, 6}
-    assert_unbroken(replay)
-
-
 def test_environments_in_processes_of_their_own() -> None:
     env = make_env("mpe2/simple_tag_v3", num_envs=2, parallel=True, seed=0, max_cycles=MAX_STEPS)
     policy = make_policy(env)

@@ -274,6 +274,9 @@ class CriticLoss(KeyedLoss):
         returns = read_entry(tensordict, k.lambda_return, self).detach()
         check_shape(returns, f"{type(self).__name__} reads {k.lambda_return!r}", (*returns.shape[:-1], 1))
         weight = read_entry(tensordict, k.weight, self, returns.shape).squeeze(-1)
+        with self.critic_network_params.to_module(critic):
+            logits = self._logits_network(self._states(tensordict))
+            logits = read_output(logits, k.state_value_logits, critic, (*returns.shape[:-1], None))
         slow_value = read_optional(tensordict, k.slow_value, self, returns.shape)
         slow_value = (self.slow_value(tensordict) if slow_value is None else slow_value).squeeze(-1)
         returns = returns.squeeze(-1)
@@ -281,8 +284,7 @@ class CriticLoss(KeyedLoss):
         with self.critic_network_params.to_module(critic):
             # Cross-entropy is linear in its target: one pass over the logits for the sum of both.
             target = self.two_hot.encode(returns) + self.two_hot.encode(slow_value)
-            logits = self._logits_network(self._states(tensordict))
-            logits = read_output(logits, k.state_value_logits, critic, target.shape)
+        check_shape(logits, f"{type(critic).__name__} must write {k.state_value_logits!r}", target.shape)
         error = -(target * logits.log_softmax(-1)).sum(-1)
         read_optional(tensordict, k.alive, self, returns.shape)
         alive = self._counted(tensordict, k.alive, returns)

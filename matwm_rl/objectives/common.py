@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key_list
 from tensordict.nn import TensorDictModuleBase
@@ -19,6 +21,8 @@ class KeyedLoss(LossModule):
     ``forward`` with :meth:`_written`.
     """
 
+    two_hot: Any
+
     def _read_keys(self) -> list[NestedKey]:
         raise NotImplementedError
 
@@ -27,7 +31,7 @@ class KeyedLoss(LossModule):
 
     def _set_in_keys(self) -> None:
         # TorchRL calls this at the end of set_keys. What select_out_keys left out stays out.
-        before = (self.out_keys_source, self.out_keys) if hasattr(self, "_out_keys") else ((), ())
+        before = (self.out_keys_source, self.out_keys) if hasattr(self, "_out_keys") else ((), ())  # type: ignore[has-type]
         self.in_keys = self._read_keys()
         self.out_keys = self._written_keys()
         self._out_keys_apparent = [key for key in self.out_keys if key in before[1] or key not in before[0]]
