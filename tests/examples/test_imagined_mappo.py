@@ -21,5 +21,5 @@ def run(arguments: str = "") -> list[float]:
 
 
 def test_runs_from_end_to_end() -> None:
-    sizes = "rounds=((60, 3, 2), (30, 2, 2)), starts=4, horizon=3, episodes=2"
+    sizes = "rounds=((200, 3, 2), (50, 2, 2)), starts=4, horizon=3, episodes=2"
     assert run(sizes) == run(sizes)
