@@ -42,15 +42,57 @@ class _LegalRandomActions(EnvBase):
         return output.set(ACTION, action)
 
     def _present_mask(self) -> Tensor:
-        counts = torch.tensor(self.layout.action_counts, device=self.device)
-        padding = torch.arange(self.layout.num_actions, device=self.device) < counts.unsqueeze(-1)
-        return padding.expand(*self.batch_size, *padding.shape)
+        raise NotImplementedError
+
+
+class _OneGroup(_LegalRandomActions):
+    """What environments with a layout tell of their agents, batched ones too."""
 
     layout: AgentLayout
     """Names, groups and sizes of the agents."""
 
+    def _present_mask(self) -> Tensor:
+        counts = torch.tensor(self.layout.action_counts, device=self.device)
+        padding = torch.arange(self.layout.num_actions, device=self.device) < counts.unsqueeze(-1)
+        return padding.expand(*self.batch_size, *padding.shape)
 
-class MultiAgentEnv(_LegalRandomActions, TransformedEnv):
+    @property
+    def num_agents(self) -> int:
+        """The number of agents N."""
+        return self.layout.num_agents
+
+    @property
+    def agent_names(self) -> list[str]:
+        """The agents' names in agent order."""
+        return self.layout.agent_names
+
+    @property
+    def group_map(self) -> dict[str, list[str]]:
+        """The original groups."""
+        return self.layout.group_map
+
+    @property
+    def group_index(self) -> list[int]:
+        """For each agent the index of its original group."""
+        return self.layout.group_index
+
+    @property
+    def action_counts(self) -> list[int]:
+        """For each agent the number of its actions."""
+        return self.layout.action_counts
+
+    @property
+    def observation_sizes(self) -> list[int]:
+        """For each agent the size of its observation before padding."""
+        return self.layout.observation_sizes
+
+    @property
+    def is_image(self) -> bool:
+        """Whether observations are uint8 images."""
+        return self.layout.is_image
+
+
+class MultiAgentEnv(_OneGroup, TransformedEnv):
     """Turns a grouped multi-agent environment into one with a single dense group ``"agents"``.
 
     Works on any TorchRL environment that has a ``group_map`` and the keys ``(group, "observation")``,
@@ -112,43 +154,8 @@ class MultiAgentEnv(_LegalRandomActions, TransformedEnv):
         mask = next(transform for transform in transforms if isinstance(transform, MergeGroups)).legal_actions
         return mask.expand(*self.batch_size, *mask.shape[-2:])
 
-    @property
-    def num_agents(self) -> int:
-        """The number of agents N."""
-        return self.layout.num_agents
 
-    @property
-    def agent_names(self) -> list[str]:
-        """The agents' names in agent order."""
-        return self.layout.agent_names
-
-    @property
-    def group_map(self) -> dict[str, list[str]]:
-        """The original groups."""
-        return self.layout.group_map
-
-    @property
-    def group_index(self) -> list[int]:
-        """For each agent the index of its original group."""
-        return self.layout.group_index
-
-    @property
-    def action_counts(self) -> list[int]:
-        """For each agent the number of its actions."""
-        return self.layout.action_counts
-
-    @property
-    def observation_sizes(self) -> list[int]:
-        """For each agent the size of its observation before padding."""
-        return self.layout.observation_sizes
-
-    @property
-    def is_image(self) -> bool:
-        """Whether observations are uint8 images."""
-        return self.layout.is_image
-
-
-class SerialMultiAgentEnv(_LegalRandomActions, SerialEnv):
+class SerialMultiAgentEnv(_OneGroup, SerialEnv):
     """A :class:`~torchrl.envs.SerialEnv` of :class:`MultiAgentEnv` that keeps their layout and draws legal actions.
 
     Args:
@@ -160,7 +167,7 @@ class SerialMultiAgentEnv(_LegalRandomActions, SerialEnv):
     Examples:
         >>> from matwm_rl.envs import MockEnv, MultiAgentEnv
         >>> env = SerialMultiAgentEnv(2, lambda: MultiAgentEnv(MockEnv()))
-        >>> env.reset()["agents", "observation"].shape, env.layout.num_agents
+        >>> env.reset()["agents", "observation"].shape, env.num_agents
         (torch.Size([2, 3, 5]), 3)
     """
 
@@ -184,7 +191,7 @@ class SerialMultiAgentEnv(_LegalRandomActions, SerialEnv):
         torch.set_num_threads(num_threads)
 
 
-class ParallelMultiAgentEnv(_LegalRandomActions, ParallelEnv):
+class ParallelMultiAgentEnv(_OneGroup, ParallelEnv):
     """A :class:`~torchrl.envs.ParallelEnv` of :class:`MultiAgentEnv`: each environment in a process of its own.
 
     Args:

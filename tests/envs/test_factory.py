@@ -33,6 +33,9 @@ def test_serial_environments_keep_the_layout_and_differ() -> None:
     env = make_env("mpe2/simple_speaker_listener_v4", num_envs=3, seed=0)
     assert env.layout == SPEAKER_LISTENER
     assert TransformedEnv(env).layout == SPEAKER_LISTENER
+    # Not a list of each environment's, as TorchRL gives it of what the batch itself does not have.
+    assert (env.num_agents, env.action_counts, env.group_index) == (2, [3, 5], [0, 1])
+    assert TransformedEnv(env).num_agents == 2
     assert env.batch_size == torch.Size([3])
     observation = env.reset()[OBSERVATION]
     assert observation.shape == (3, 2, 11)
@@ -43,6 +46,7 @@ def test_parallel_environments() -> None:
     env = make_env("mpe2/simple_speaker_listener_v4", num_envs=2, seed=0, parallel=True)
     try:
         assert env.layout == SPEAKER_LISTENER
+        assert env.num_agents == 2
         rollout = env.rollout(3)
     finally:
         env.close()
