@@ -83,6 +83,24 @@ class WorldModelConfig:
     action_scaling: bool = True
     predict_mask: bool | None = None
 
+    @classmethod
+    def small(cls, **overrides: Any) -> WorldModelConfig:
+        """What learns vector observations in minutes on one core, with the switches beyond the paper that help there.
+
+        Args:
+            **overrides: entries that go before these.
+
+        Examples:
+            >>> config = WorldModelConfig.small(num_layers=2)
+            >>> config.latent, config.hidden_size, config.num_layers
+            ('gaussian', 128, 2)
+        """
+        sizes = {"hidden_size": 128, "num_layers": 1, "num_heads": 4, "encoder_depth": 2, "head_depth": 1}
+        code = {"latent": "gaussian", "num_dims": 64, "linear_skips": True, "coordinate_code": True, "reencode": True}
+        reward = {"reward_input": "next_observation", "fourier_features": 4, "point_size": 2}
+        rest = {"dropout": 0.0, "teammate_hidden_size": 64}
+        return cls(**{**sizes, **code, **reward, **rest, **overrides})
+
 
 def build_parts(
     cfg: WorldModelConfig,

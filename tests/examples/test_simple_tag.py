@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from matwm_rl.envs import make_env
 from matwm_rl.modules import WorldModelConfig
@@ -114,6 +114,14 @@ def test_paper_preset_is_table_c6() -> None:
     assert (cfg.sequences, cfg.replay.sequence_length, cfg.replay.context_length) == (16, 64, 8)
     assert (cfg.replay.capacity, cfg.recency_decay, cfg.init_random_steps) == (50_000, 0.9998, 1_000)
     assert cfg.frames_per_batch == cfg.updates_per_batch == cfg.num_envs == 1
+
+
+def test_cpu_preset_is_what_scripts_call_small() -> None:
+    """So that a script of one's own has the settings that the benchmarks are of."""
+    cfg = config("preset=cpu")
+    model, learner = WorldModelConfig.small(), LearnerConfig.small()
+    assert model == WorldModelConfig(**cfg.world_model)
+    assert learner == LearnerConfig.from_dict(OmegaConf.to_container(cfg.learner))
 
 
 def test_ablation_switches_reach_the_model() -> None:

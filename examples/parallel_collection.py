@@ -1,0 +1,58 @@
+"""Two processes play with the world model that a third one trains: at their own pace, on its newest weights."""
+
+import time
+from functools import partial
+
+import torch
+from torchrl.collectors import Collector
+from torchrl.envs import TransformedEnv
+
+import matwm_rl as mw
+from matwm_rl.training import RandomActions, evaluate
+
+
+def main(total_steps: int = 3_000, random_steps: int = 1_000, updates: int = 20, warmup: int = 200, episodes: int = 30):
+    torch.manual_seed(0)
+    make = partial(mw.make_env, "mpe2/simple_spread_v3")
+    env = make(seed=0)
+    world_model = mw.WorldModel.from_env(env, mw.WorldModelConfig.small())
+    actor = mw.make_actor(world_model, num_cells=128, share_by_group=True)
+    critic = mw.make_critic(world_model, num_cells=128, share_by_group=True)
+    learner = mw.Learner(world_model, actor, critic, mw.LearnerConfig.small(world_model_warmup=warmup))
+    replay = mw.make_replay(num_agents=env.num_agents, sequences_per_agent=10, starts_per_agent=48, sequence_length=16)
+
+    # Workers have the policy of this process: one object, whose weights, the world model's among them, lie in shared
+    # memory. Each gives four whole episodes at a time, so that replay sees no seams. With sync=True they would wait for
+    # each other, and for the learner.
+    policy = mw.WorldModelPolicy(world_model, actor)
+    collector = Collector(
+        [partial(make, seed=seed) for seed in (1, 2)],
+        policy,
+        num_collectors=2,
+        sync=False,
+        frames_per_batch=100,
+        trajs_per_batch=4,
+        traj_format="cat",
+        total_frames=total_steps,
+        auto_register_policy_transforms=True,  # every worker's environment gets the policy's primer
+    )
+    began, learnt = time.monotonic(), 0.0
+    for batch in collector:
+        replay.extend(batch)
+        if replay.env_steps >= random_steps:
+            since = time.monotonic()
+            for _ in range(updates):
+                learner.update(replay)
+            collector.update_policy_weights_()
+            learnt += time.monotonic() - since
+    waited = 1 - learnt / (time.monotonic() - began)
+    collector.shutdown()
+
+    print(f"{replay.env_steps} steps by 2 workers; the learner waited for them {waited:.0%} of the time")
+    env = TransformedEnv(env, policy.make_tensordict_primer())
+    for name, acting in (("random", RandomActions()), ("trained", policy)):
+        print(f"{name} agents, mean return: {evaluate(env, acting, episodes=episodes).per_group()['agent']:.1f}")
+
+
+if __name__ == "__main__":
+    main()
