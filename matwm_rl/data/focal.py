@@ -119,6 +119,15 @@ def agent_rows(td: TensorDictBase) -> TensorDictBase:
     Returns:
         TensorDictBase: ``[*batch, N]`` with the agents' entries at the root and under ``"next"``; shares memory with
         ``td`` where possible.
+
+    Raises:
+        KeyError: if there are no actions.
+        ValueError: see :func:`to_focal`.
+
+    Examples:
+        >>> rows = agent_rows(TensorDict({"agents": {"action": torch.tensor([[0, 1, 2]])}}, [1]))
+        >>> rows.batch_size, rows["teammate_action"].tolist()
+        (torch.Size([1, 3]), [[[1, 2], [0, 2], [0, 1]]])
     """
     td = to_focal(td)
     batch = (*td.batch_size, td.get(ACTION).shape[-1])
@@ -137,6 +146,12 @@ def focal_batch(rows: TensorDictBase) -> TensorDictBase:
 
     Returns:
         TensorDictBase: the same memory under the keys of :mod:`matwm_rl.keys`.
+
+    Examples:
+        >>> rows = TensorDict({"action": torch.tensor([[0, 1, 2]]), "next": {"reward": torch.zeros(1, 3, 1)}}, [1, 3])
+        >>> batch = focal_batch(rows)
+        >>> batch.batch_size, batch["next", "agents", "reward"].shape
+        (torch.Size([1]), torch.Size([1, 3, 1]))
     """
     out = TensorDict({AGENTS: rows.exclude("next")}, rows.batch_size[:-1])
     following = rows.get("next", default=None)
@@ -193,6 +208,14 @@ class FocalSlices(Transform):
         num_agents (int): N.
         slice_len (int): T of a sample.
         num_envs (int, optional): E, environments that step together; other rollouts are refused. Defaults to any.
+
+    Keys stored: :data:`REPLAY_KEYS`, which the rollout must have. Keys of a sample, ``[B, T, N, ...]``: the agents' own
+    among them, and what :func:`to_focal` adds.
+
+    Raises:
+        KeyError: on ``extend``, if an entry that is stored is missing.
+        ValueError: if a rollout does not continue the one before, or the number of agents, of environments or of steps
+            does not fit.
 
     Examples:
         >>> from torchrl.data import LazyTensorStorage, ReplayBuffer

@@ -110,6 +110,11 @@ class TeammatePredictorBase(nn.Module):
     Attributes:
         num_outputs: (N-1) * A, what :meth:`logits` gives for every agent: the others in agent order, A logits of each.
 
+    Raises:
+        NotImplementedError: by :meth:`forward`, :meth:`prefill` and :meth:`step`, if neither they nor :meth:`logits` are
+            overridden.
+        ValueError: by the same, if :meth:`logits` gives another shape.
+
     Examples:
         >>> class Linear(TeammatePredictorBase):
         ...     def __init__(self, latent_size: int, action_counts: Sequence[int]) -> None:

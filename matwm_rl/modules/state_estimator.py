@@ -21,6 +21,7 @@ CONTEXT_CODE: NestedKey = ("context", "code")
 CONTEXT_ACTION: NestedKey = ("context", "action")
 CONTEXT_LENGTH: NestedKey = ("context", "length")
 CONTEXT_KEYS = [CONTEXT_CODE, CONTEXT_ACTION, CONTEXT_LENGTH]
+"""What a policy carries through an episode: latent codes and actions of the last W steps, and how many there are."""
 
 
 class _Memory(NamedTuple):

@@ -20,6 +20,9 @@ class TwoHot(SymExpTwoHot):
         limit: the bins span ``symexp(-limit)`` to ``symexp(limit)``; targets beyond saturate.
         interpolation: ``"raw"`` or ``"symlog"``.
 
+    Raises:
+        ValueError: for any other interpolation; by :meth:`loss`, if targets do not fit the logits.
+
     Examples:
         >>> two_hot = TwoHot(255)
         >>> target = torch.tensor([0.0, 10.0])

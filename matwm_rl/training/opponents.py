@@ -21,6 +21,9 @@ class RandomActions(TensorDictModuleBase):
 
     Keys read: ``("agents", "action_mask")``; written: ``("agents", "action")``.
 
+    Raises:
+        KeyError: if there is no action mask.
+
     Examples:
         >>> from matwm_rl.envs import make_env
         >>> make_env("mock", seed=0).rollout(3, RandomActions())["agents", "action"].shape
@@ -112,10 +115,12 @@ class CrossPlay(TensorDictModuleBase):
         layout: of the environment.
         groups: names of original groups.
 
-    Keys written: ``("agents", "action")``, and what ``policy`` carries on.
+    Keys read: those of both; the opponents see what they read alone. Keys written: ``("agents", "action")``, and what
+    ``policy`` carries on.
 
     Raises:
         ValueError: if a group does not exist.
+        KeyError: if an entry that is read is missing.
 
     Examples:
         >>> from matwm_rl.envs import make_env
