@@ -18,6 +18,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.envs.transforms import Transform
 
+from matwm_rl.checks import read_entry
 from matwm_rl.data.continuity import Continuity
 from matwm_rl.keys import (
     ACTION,
@@ -85,6 +86,7 @@ def to_focal(td: TensorDictBase) -> TensorDictBase:
         TensorDictBase: a shallow copy with the new entries.
 
     Raises:
+        KeyError: if there are no actions.
         ValueError: if the action does not have one dimension more than the batch.
 
     Examples:
@@ -92,7 +94,7 @@ def to_focal(td: TensorDictBase) -> TensorDictBase:
         >>> to_focal(td)["next", "agents", "done"].shape
         torch.Size([1, 3, 1])
     """
-    action = td.get(ACTION)
+    action = read_entry(td, ACTION, "to_focal")
     if action.shape[:-1] != td.batch_size:
         raise ValueError(
             f"got {ACTION} of shape {tuple(action.shape)} in a batch of {tuple(td.batch_size)}; expected the batch and "

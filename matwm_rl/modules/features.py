@@ -48,7 +48,7 @@ class WorldModelFeatures(Transform):
 
     def __init__(self, world_model: WorldModel, *, context_length: int = 16) -> None:
         estimator = StateEstimator(world_model, context_length=context_length)
-        super().__init__(in_keys=[keys.OBSERVATION], out_keys=[*estimator.out_keys, *CONTEXT_KEYS])
+        super().__init__(in_keys=[keys.OBSERVATION, keys.ACTION], out_keys=[*estimator.out_keys, *CONTEXT_KEYS])
         self.estimator = estimator
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:

@@ -111,8 +111,8 @@ class TeammatePredictorBase(nn.Module):
         num_outputs: (N-1) * A, what :meth:`logits` gives for every agent: the others in agent order, A logits of each.
 
     Raises:
-        NotImplementedError: by :meth:`forward`, :meth:`prefill` and :meth:`step`, if neither they nor :meth:`logits` are
-            overridden.
+        NotImplementedError: by :meth:`forward`, :meth:`prefill` and :meth:`step`, if neither they nor :meth:`logits`
+            are overridden.
         ValueError: by the same, if :meth:`logits` gives another shape.
 
     Examples:
