@@ -73,7 +73,7 @@ def teammate_actions(action: Tensor) -> Tensor:
 
 
 def to_focal(td: TensorDictBase) -> TensorDictBase:
-    """Adds to a plain rollout what concerns each agent as the focal one.
+    """Adds to a plain rollout what concerns each agent as the focal one (section 1).
 
     Writes ``("agents", "teammate_action")`` ``[*batch, N, N-1]``, ``("agents", "teammate_alive")`` (if
     ``("agents", "alive")`` is there: what a dead teammate "did" is no target) and, where the root has them,
@@ -163,7 +163,7 @@ def focal_batch(rows: TensorDictBase) -> TensorDictBase:
 
 
 def select_focal(td: TensorDictBase, num_agents: int) -> TensorDictBase:
-    """Folds plain slices into a focal batch: agent n's entries come from the n-th of N equal shares.
+    """Folds plain slices into a focal batch: agent n's are from the n-th of N equal shares (section 6).
 
     Args:
         td (TensorDictBase): plain, ``[N*B, T]``: agent 0's B slices, then agent 1's, and so on.
@@ -195,7 +195,7 @@ def select_focal(td: TensorDictBase, num_agents: int) -> TensorDictBase:
 
 
 class FocalSlices(Transform):
-    """Stores rows and samples focal batches: the transform of a replay buffer on a [time, env, agent] storage.
+    """Stores rows and samples focal batches (section 6): the transform of a buffer on a [time, env, agent] storage.
 
     On ``extend`` it takes a plain rollout as TorchRL's collectors give it, ``[T]``, ``[E, T]`` or, of W workers,
     ``[W, E/W, T]``, keeps :data:`REPLAY_KEYS` and returns rows ``[T, E, N]``. Rollouts must continue one another, see

@@ -23,8 +23,8 @@ _LAYOUT_FILE = "layout.json"
 class Replay:
     """Two buffers on one storage; write with :meth:`extend`, read with ``sequences.sample()`` and ``starts.sample()``.
 
-    Built by :func:`make_replay`. Both samples are focal batches (see :mod:`matwm_rl.data.focal`). A collector may also
-    be given ``sequences`` as its ``replay_buffer``.
+    Built by :func:`make_replay` (section 6). Both samples are focal batches (:mod:`matwm_rl.data.focal`). A collector
+    may also be given ``sequences`` as its ``replay_buffer``.
 
     Attributes:
         sequences (ReplayBuffer): recency-weighted slices for the world model, ``[B, T]``. The one that is written to.

@@ -23,8 +23,8 @@ from matwm_rl.keys import ACTION, ACTION_MASK, AGENTS, ALIVE, CONTINUATION, OBSE
 class Dreamer(Protocol):
     """What :class:`ImaginationEnv` asks of a world model; :class:`~matwm_rl.modules.WorldModel` has it.
 
-    Tensors are agent-major. States and contexts are the model's own: a state has ``latent``, ``entries()`` and
-    ``graft(rows, fresh)``, a context ``graft(rows, fresh)`` and ``make_room(keep)``.
+    What imagination (Algorithm 1) is made of. Tensors are agent-major. States and contexts are the model's own: a state
+    has ``latent``, ``entries()`` and ``graft(rows, fresh)``, a context ``graft(rows, fresh)`` and ``make_room(keep)``.
 
     Attributes:
         num_agents: N.

@@ -13,7 +13,7 @@ from matwm_rl.modules.world_model import WorldModel
 
 
 class WorldModelFeatures(Transform):
-    """A transform of the environment that writes s_t of every agent beside its observation.
+    """A transform of the environment that writes s_t (section 3) of every agent beside its observation.
 
     Any policy, value network and loss can then read what the world model knows of the present observation and of the
     episode so far; values bootstrap from the features under ``"next"``. :class:`StateEstimator` computes them, without

@@ -77,7 +77,7 @@ def read_latent(layer: StackedLinear, latent: Latent) -> Tensor:
 
 
 class LatentCode(nn.Module):
-    """Interface of a latent code with ``num_dims`` (K) independent dimensions.
+    """Interface of a latent code z_t (section 2) with ``num_dims`` (K) independent dimensions.
 
     Args:
         num_dims: K.
@@ -388,7 +388,7 @@ class FSQLatent(DiscreteLatent):
 
 
 class GaussianLatent(LatentCode):
-    """K numbers, each with a normal distribution: for short vectors, whose geometry it keeps without any rounding.
+    """K numbers, each with a normal distribution (ours): for short vectors, whose geometry it keeps without rounding.
 
     The posterior is equally wide everywhere, and the KL terms measure distances in units of its width. z is drawn from
     it while training, and is its mean otherwise. For every dimension the dynamics predictor gives by how much it moves

@@ -14,7 +14,7 @@ from matwm_rl.modules.world_model import WorldModel
 
 
 class WorldModelPolicy(StateEstimator):
-    """All agents act: s_t of the current observation and of this episode's history, then the actors.
+    """All agents act (section 3): s_t of the current observation and of this episode's history, then the actors.
 
     Decentralised: agent i's action depends on agent i's observations and actions alone. The context is carried as by
     :class:`StateEstimator`: append :meth:`make_tensordict_primer` to the environment.

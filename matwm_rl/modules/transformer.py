@@ -164,7 +164,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Causal transformer with rotary positions: a whole sequence at once, or step by step over a cache.
+    """Causal transformer (section 2) with rotary positions: a whole sequence at once, or step by step over a cache.
 
     Attention depends on relative positions alone: where it is masked to an episode, positions count within it, and a
     context may roll on for ever.

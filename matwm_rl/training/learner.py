@@ -95,7 +95,7 @@ class LearnerConfig:
 
 
 class Learner:
-    """One training step of everything, and all the state that it changes.
+    """One training step of everything (Algorithm 2), and all the state that it changes.
 
     There is one world model: the object given here is the one that the loss trains, that imagination dreams with and
     that a :class:`~matwm_rl.modules.WorldModelPolicy` over it acts with.
