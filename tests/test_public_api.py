@@ -17,8 +17,11 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
+from tensordict.nn import TensorDictModuleBase
+from torchrl.envs import Transform
 
 import matwm_rl
+from matwm_rl import keys
 
 PACKAGE = Path(matwm_rl.__file__).parent
 ROOMS = ["matwm_rl", *(f"matwm_rl.{path.parent.name}" for path in sorted(PACKAGE.glob("*/__init__.py")))]
@@ -88,6 +91,10 @@ def undocumented_parameters(value: Any) -> list[str]:
 
 def examples(value: Any) -> list[doctest.Example]:
     return doctest.DocTestParser().get_examples(own_docstring(value))
+
+
+def has_keys(value: Any) -> bool:
+    return inspect.isclass(value) and issubclass(value, (TensorDictModuleBase, Transform))
 
 
 def raised(node: ast.AST) -> Iterator[str]:
@@ -192,6 +199,20 @@ def test_constants_are_described(room: str, name: str) -> None:
     folder = PACKAGE.joinpath(*room.split(".")[1:])
     described = {found for path in folder.glob("*.py") for found in constants_with_a_docstring(path.read_text("utf-8"))}
     assert name in described, f'{room}.{name} needs a line of """...""" below it'
+
+
+def test_every_key_is_described() -> None:
+    named = {name: value for name, value in vars(keys).items() if name.isupper() and isinstance(value, tuple)}
+    described = set(re.findall(r"^``(\(.*?\))``", keys.__doc__ or "", flags=re.MULTILINE))
+    assert described == {str(key).replace("'", '"') for key in named.values()}
+    assert len(described) == len(named)
+
+
+@pytest.mark.parametrize("name", [name for name, value in OBJECTS.items() if has_keys(value)])
+def test_modules_tell_their_keys(name: str) -> None:
+    doc = own_docstring(OBJECTS[name])
+    assert re.search(r"^Keys (read|stored)", doc, flags=re.MULTILINE), f"{name} should say what it reads, `Keys read:`"
+    assert re.search(r"written|Keys of a sample", doc), f"{name} should say what it writes, `Keys written:`"
 
 
 # -- and each of them can fail -----------------------------------------------------------------------------------------
