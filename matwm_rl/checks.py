@@ -27,6 +27,9 @@ def read_entry(
         shape: expected; ``None`` where any size will do, and in place of the whole where any shape will.
         note: added to the message: what to do.
 
+    Returns:
+        the entry.
+
     Raises:
         KeyError: if there is no such entry.
         ValueError: if it has another shape.
@@ -45,7 +48,27 @@ def read_entry(
 def read_optional(
     tensordict: TensorDictBase, key: NestedKey, reader: object, shape: Sequence[int | None]
 ) -> Tensor | None:
-    """Read an entry that may be missing; see :func:`read_entry`."""
+    """Read an entry that may be missing; see :func:`read_entry`.
+
+    Args:
+        tensordict: given to ``reader``.
+        key: of the entry.
+        reader: the module that reads it, for the message.
+        shape: expected; ``None`` where any size will do.
+
+    Returns:
+        the entry, or ``None`` where there is none.
+
+    Raises:
+        ValueError: if it has another shape.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> td = TensorDict({"alive": torch.ones(4, 3)}, [4])
+        >>> read_optional(td, "alive", "SomeLoss", [4, 3]).shape, read_optional(td, "weight", "SomeLoss", [4, 3])
+        (torch.Size([4, 3]), None)
+    """
     return None if tensordict.get(key, None) is None else read_entry(tensordict, key, reader, shape)
 
 
@@ -61,18 +84,40 @@ def read_output(
         shape: expected; ``None`` where any size will do, and in place of the whole where any shape will.
         note: added to the message: what to do.
 
+    Returns:
+        the entry.
+
     Raises:
         KeyError: if there is no such entry.
         ValueError: if it has another shape.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> read_output(TensorDict({"logits": torch.zeros(4, 3)}, [4]), "action", "SomeActor", [4])
+        Traceback (most recent call last):
+        KeyError: "SomeActor must write 'action', which is missing; there are ['logits']"
     """
     return _entry(tensordict, key, f"{_name(writer)} must write", shape, note)
 
 
 def check_shape(value: Tensor, what: str, shape: Sequence[int | None], note: str = "") -> Tensor:
-    """The tensor itself, which must be of a certain shape; ``what`` begins the message.
+    """The tensor itself, which must be of a certain shape.
+
+    Args:
+        value: to be checked.
+        what: begins the message.
+        shape: expected; ``None`` where any size will do.
+        note: added to the message: what to do.
 
     Raises:
         ValueError: if it has another shape.
+
+    Examples:
+        >>> import torch
+        >>> check_shape(torch.zeros(4, 3), "rewards", [None, 3, 1])
+        Traceback (most recent call last):
+        ValueError: rewards of shape [*, 3, 1], found [4, 3]
     """
     found = value.shape
     if len(found) != len(shape) or any(size not in (None, got) for size, got in zip(shape, found, strict=True)):
@@ -113,6 +158,12 @@ def check_reads(module: object, available: Sequence[NestedKey], role: str) -> No
 
     Raises:
         ValueError: if one of its ``in_keys`` is not available.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> check_reads(TensorDictModule(abs, in_keys=["x"], out_keys=["y"]), ["latent", "hidden"], "the actor")
+        Traceback (most recent call last):
+        ValueError: the actor, a TensorDictModule, reads ['x'], and is given ['latent', 'hidden'] alone
     """
     missing = [key for key in getattr(module, "in_keys", ()) if key not in available]
     if missing:

@@ -33,6 +33,10 @@ def agents_first(value: Tensor, event_dims: int = 1) -> Tensor:
 def agents_last(value: Tensor, event_dims: int = 1) -> Tensor:
     """Inverse of :func:`agents_first`: ``[N, *batch, *event] -> [*batch, N, *event]`` (a view).
 
+    Args:
+        value: the tensor.
+        event_dims: number of dimensions behind the agent dimension, in the result.
+
     Examples:
         >>> agents_last(torch.zeros(3, 5, 7, 2)).shape
         torch.Size([5, 7, 3, 2])
@@ -42,6 +46,9 @@ def agents_last(value: Tensor, event_dims: int = 1) -> Tensor:
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """Type in which matrix products of ``tensor`` are taken: autocast's where it is on, else the tensor's own.
+
+    Args:
+        tensor: a factor; its device tells which autocast applies.
 
     Examples:
         >>> with torch.autocast("cpu", torch.bfloat16):
@@ -54,6 +61,10 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Context in which matrix products on ``device`` are taken in ``"float32"`` (as they come) or ``"bfloat16"``.
+
+    Args:
+        device: that of the factors.
+        precision: of the products; weights and sums stay as they are.
 
     Raises:
         ValueError: for any other precision.
@@ -70,6 +81,9 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def widen(value: Tensor) -> Tensor:
     """At least float32: what probabilities and losses are computed in, whatever precision the products were taken in.
+
+    Args:
+        value: of any floating-point type; returned as it is where that is wide enough.
 
     Examples:
         >>> widen(torch.zeros(1, dtype=torch.bfloat16)).dtype
@@ -283,6 +297,12 @@ def softmax_over_few(logits: Tensor) -> Tensor:
 
     The same as ``logits.softmax(-1)``, which on CPU takes 15 times as long where rows are shorter than its vectors.
 
+    Args:
+        logits: ``[..., A]``.
+
+    Returns:
+        probabilities ``[..., A]``.
+
     Examples:
         >>> softmax_over_few(torch.zeros(2, 4))
         tensor([[0.2500, 0.2500, 0.2500, 0.2500],
@@ -315,6 +335,13 @@ def sample_index(weights: Tensor) -> Tensor:
 
 def masked_mean(value: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over the elements where ``mask`` is true (zero when there are none).
+
+    Args:
+        value: ``[...]``.
+        mask: bool, of a shape that expands to that of ``value``; ``None``: all count.
+
+    Returns:
+        a scalar.
 
     Examples:
         >>> masked_mean(torch.tensor([1.0, 3.0, 100.0]), torch.tensor([True, True, False])).item()

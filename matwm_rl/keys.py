@@ -7,6 +7,7 @@ key                                            shape after batch dims    meaning
 =============================================  ========================  =============================================
 ``("agents", "observation")``                  ``[N, D]``/``[N,C,S,S]``  padded vectors (float32) or images (uint8)
 ``("agents", "action")``                       ``[N]``                   categorical action (int64)
+``("agents", "action_log_prob")``              ``[N]``                   log-probability that it was chosen with
 ``("agents", "action_mask")``                  ``[N, A]``                legal actions; False beyond an agent's own
 ``("agents", "alive")``                        ``[N]``                   the agent lives, its observation is real
 ``("agents", "teammate_action")``              ``[N, N-1]``              what the others did, in agent order
@@ -23,6 +24,7 @@ key                                            shape after batch dims    meaning
 ``("agents", "slow_value")``                   ``[N, 1]``                V(s_t) of the critics' EMA copy
 ``("agents", "lambda_return")``                ``[N, 1]``                G_t
 ``("agents", "weight")``                       ``[N, 1]``                probability that the dream has not ended
+``("next", "agents", "observation")``          as the observation        o_{t+1}; at an episode's end its true last
 ``("next", "agents", "reward")``               ``[N, 1]``                reward of the step
 ``("next", "agents", "alive")``                ``[N]``                   the agent lives after the step
 ``("next", "agents", "done")``                 ``[N, 1]``                the agent's slice changes episode next
@@ -32,10 +34,14 @@ key                                            shape after batch dims    meaning
 ``("next", "agents", "reward_logits")``        ``[N, bins]``             predicted two-hot logits of the reward
 ``("next", "agents", "continuation_logits")``  ``[N, 1]``                predicted logit of c_t
 ``("next", "agents", "continuation")``         ``[N, 1]``                predicted probability of c_t
+``("next", "done")``                           ``[1]``                   the whole episode ends after the step
+``("next", "terminated")``                     ``[1]``                   ... by termination
+``("next", "truncated")``                      ``[1]``                   ... by a time limit
 =============================================  ========================  =============================================
 
 The parameters of z_{t+1} are, for each of K code dimensions, log-probabilities of C classes, or the mean and the log
-standard deviation (then C is 2) of a Gaussian code.
+standard deviation (then C is 2) of a Gaussian code. What policies carry through an episode stands in
+:class:`~matwm_rl.modules.WorldModelPolicy`.
 """
 
 from tensordict import NestedKey

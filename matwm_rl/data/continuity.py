@@ -18,6 +18,9 @@ class Continuity:
     TorchRL's collectors number trajectories, over all their workers: inside an episode the number stays the same, also
     from one batch to the next. Data without numbers cannot be checked.
 
+    Raises:
+        ValueError: by :meth:`check`, if a rollout does not go on.
+
     Examples:
         >>> from tensordict import TensorDict
         >>> def rollout(trajectory: int, length: int) -> TensorDict:

@@ -18,6 +18,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.envs.transforms import Transform
 
+from matwm_rl.checks import read_entry
 from matwm_rl.data.continuity import Continuity
 from matwm_rl.keys import (
     ACTION,
@@ -72,7 +73,7 @@ def teammate_actions(action: Tensor) -> Tensor:
 
 
 def to_focal(td: TensorDictBase) -> TensorDictBase:
-    """Adds to a plain rollout what concerns each agent as the focal one.
+    """Adds to a plain rollout what concerns each agent as the focal one (section 1).
 
     Writes ``("agents", "teammate_action")`` ``[*batch, N, N-1]``, ``("agents", "teammate_alive")`` (if
     ``("agents", "alive")`` is there: what a dead teammate "did" is no target) and, where the root has them,
@@ -85,6 +86,7 @@ def to_focal(td: TensorDictBase) -> TensorDictBase:
         TensorDictBase: a shallow copy with the new entries.
 
     Raises:
+        KeyError: if there are no actions.
         ValueError: if the action does not have one dimension more than the batch.
 
     Examples:
@@ -92,7 +94,7 @@ def to_focal(td: TensorDictBase) -> TensorDictBase:
         >>> to_focal(td)["next", "agents", "done"].shape
         torch.Size([1, 3, 1])
     """
-    action = td.get(ACTION)
+    action = read_entry(td, ACTION, "to_focal")
     if action.shape[:-1] != td.batch_size:
         raise ValueError(
             f"got {ACTION} of shape {tuple(action.shape)} in a batch of {tuple(td.batch_size)}; expected the batch and "
@@ -119,6 +121,15 @@ def agent_rows(td: TensorDictBase) -> TensorDictBase:
     Returns:
         TensorDictBase: ``[*batch, N]`` with the agents' entries at the root and under ``"next"``; shares memory with
         ``td`` where possible.
+
+    Raises:
+        KeyError: if there are no actions.
+        ValueError: see :func:`to_focal`.
+
+    Examples:
+        >>> rows = agent_rows(TensorDict({"agents": {"action": torch.tensor([[0, 1, 2]])}}, [1]))
+        >>> rows.batch_size, rows["teammate_action"].tolist()
+        (torch.Size([1, 3]), [[[1, 2], [0, 2], [0, 1]]])
     """
     td = to_focal(td)
     batch = (*td.batch_size, td.get(ACTION).shape[-1])
@@ -137,6 +148,12 @@ def focal_batch(rows: TensorDictBase) -> TensorDictBase:
 
     Returns:
         TensorDictBase: the same memory under the keys of :mod:`matwm_rl.keys`.
+
+    Examples:
+        >>> rows = TensorDict({"action": torch.tensor([[0, 1, 2]]), "next": {"reward": torch.zeros(1, 3, 1)}}, [1, 3])
+        >>> batch = focal_batch(rows)
+        >>> batch.batch_size, batch["next", "agents", "reward"].shape
+        (torch.Size([1]), torch.Size([1, 3, 1]))
     """
     out = TensorDict({AGENTS: rows.exclude("next")}, rows.batch_size[:-1])
     following = rows.get("next", default=None)
@@ -146,7 +163,7 @@ def focal_batch(rows: TensorDictBase) -> TensorDictBase:
 
 
 def select_focal(td: TensorDictBase, num_agents: int) -> TensorDictBase:
-    """Folds plain slices into a focal batch: agent n's entries come from the n-th of N equal shares.
+    """Folds plain slices into a focal batch: agent n's are from the n-th of N equal shares (section 6).
 
     Args:
         td (TensorDictBase): plain, ``[N*B, T]``: agent 0's B slices, then agent 1's, and so on.
@@ -178,7 +195,7 @@ def select_focal(td: TensorDictBase, num_agents: int) -> TensorDictBase:
 
 
 class FocalSlices(Transform):
-    """Stores rows and samples focal batches: the transform of a replay buffer on a [time, env, agent] storage.
+    """Stores rows and samples focal batches (section 6): the transform of a buffer on a [time, env, agent] storage.
 
     On ``extend`` it takes a plain rollout as TorchRL's collectors give it, ``[T]``, ``[E, T]`` or, of W workers,
     ``[W, E/W, T]``, keeps :data:`REPLAY_KEYS` and returns rows ``[T, E, N]``. Rollouts must continue one another, see
@@ -193,6 +210,14 @@ class FocalSlices(Transform):
         num_agents (int): N.
         slice_len (int): T of a sample.
         num_envs (int, optional): E, environments that step together; other rollouts are refused. Defaults to any.
+
+    Keys stored: :data:`REPLAY_KEYS`, which the rollout must have. Keys of a sample, ``[B, T, N, ...]``: the agents' own
+    among them, and what :func:`to_focal` adds.
+
+    Raises:
+        KeyError: on ``extend``, if an entry that is stored is missing.
+        ValueError: if a rollout does not continue the one before, or the number of agents, of environments or of steps
+            does not fit.
 
     Examples:
         >>> from torchrl.data import LazyTensorStorage, ReplayBuffer

@@ -23,14 +23,25 @@ _LAYOUT_FILE = "layout.json"
 class Replay:
     """Two buffers on one storage; write with :meth:`extend`, read with ``sequences.sample()`` and ``starts.sample()``.
 
-    Built by :func:`make_replay`. Both samples are focal batches (see :mod:`matwm_rl.data.focal`). A collector may also
-    be given ``sequences`` as its ``replay_buffer``.
+    Built by :func:`make_replay` (section 6). Both samples are focal batches (:mod:`matwm_rl.data.focal`). A collector
+    may also be given ``sequences`` as its ``replay_buffer``.
 
     Attributes:
         sequences (ReplayBuffer): recency-weighted slices for the world model, ``[B, T]``. The one that is written to.
         starts (ReplayBuffer): uniform slices of the context and the step to imagine from, ``[B, C+1]``. Reads only.
         num_agents (int): N.
         num_envs (int): E.
+
+    Raises:
+        ValueError: by :meth:`extend`, :meth:`load_state_dict` and :meth:`loads`, if what they are given does not fit.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> sizes = {"sequences_per_agent": 2, "starts_per_agent": 4, "sequence_length": 8, "context_length": 2}
+        >>> replay = make_replay(num_agents=3, capacity=100, **sizes)
+        >>> replay.extend(make_env("mock", seed=0).rollout(50, break_when_any_done=False))
+        >>> replay.sequences.sample()["agents", "action"].shape, replay.starts.sample()["agents", "action"].shape
+        (torch.Size([2, 8, 3]), torch.Size([4, 3, 3]))
     """
 
     sequences: ReplayBuffer

@@ -23,12 +23,24 @@ from matwm_rl.keys import ACTION, ACTION_MASK, AGENTS, ALIVE, CONTINUATION, OBSE
 class Dreamer(Protocol):
     """What :class:`ImaginationEnv` asks of a world model; :class:`~matwm_rl.modules.WorldModel` has it.
 
-    Tensors are agent-major. States and contexts are the model's own: a state has ``latent``, ``entries()`` and
-    ``graft(rows, fresh)``, a context ``graft(rows, fresh)`` and ``make_room(keep)``.
+    What imagination (Algorithm 1) is made of. Tensors are agent-major. States and contexts are the model's own: a state
+    has ``latent``, ``entries()`` and ``graft(rows, fresh)``, a context ``graft(rows, fresh)`` and ``make_room(keep)``.
 
     Attributes:
         num_agents: N.
         legal: bool ``[N, A]``, which actions each agent has at all.
+
+    Examples:
+        >>> from matwm_rl.data import to_focal
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.modules import WorldModel
+        >>> env = make_env("mock", seed=0)
+        >>> dreamer: Dreamer = WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
+        >>> starts = to_focal(env.rollout(8, break_when_any_done=False)).reshape(2, 4)
+        >>> state, context = dreamer.start_from(starts, horizon=1)
+        >>> reward, continuation = dreamer.outcome(dreamer.step(state, torch.zeros(3, 2).long(), context))
+        >>> reward.shape, dreamer.legal_actions(state.latent).shape
+        (torch.Size([3, 2]), torch.Size([3, 2, 4]))
     """
 
     num_agents: int
@@ -104,7 +116,10 @@ class ImaginationEnv(_LegalRandomActions, ModelBasedEnvBase):
             be foreseen too.
 
     Raises:
-        ValueError: if an argument or the starts do not fit the world model or each other.
+        ValueError: if an argument or the starts do not fit the world model or each other; by a step, if actions have
+            another shape or are not the agents' own, or if some dreams alone are to be stepped.
+        TypeError: if ``starts`` neither has ``sample()`` nor can be called.
+        RuntimeError: by a step or a partial reset, if no dream has begun.
 
     Examples:
         >>> from matwm_rl.data import to_focal

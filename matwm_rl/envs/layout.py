@@ -30,6 +30,9 @@ class AgentLayout:
         is_image: whether observations are uint8 images.
         has_action_mask: whether the environment says at each step which actions are legal.
 
+    Raises:
+        ValueError: by :meth:`from_env` and :meth:`from_rollout`, if the groups cannot be read.
+
     Examples:
         >>> from matwm_rl.envs import make_env
         >>> layout = make_env("mock").layout

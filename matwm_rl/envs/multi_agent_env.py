@@ -199,6 +199,14 @@ class ParallelMultiAgentEnv(_OneGroup, ParallelEnv):
         create_env: makes one environment, or a list of ``num_envs`` that each make one; must be picklable. All
             must have the same layout.
         kwargs: passed to :class:`~torchrl.envs.ParallelEnv`.
+
+    Examples:
+        >>> from functools import partial
+        >>> from matwm_rl.envs import make_env
+        >>> env = ParallelMultiAgentEnv(2, partial(make_env, "mock"), mp_start_method="fork")
+        >>> env.rollout(3)["next", "agents", "reward"].shape
+        torch.Size([2, 3, 3, 1])
+        >>> env.close()
     """
 
     def __init__(

@@ -25,6 +25,13 @@ def render_frame(env: EnvBase, env_index: int = 0) -> NDArray[np.uint8]:
         RuntimeError: if the environment was made without ``render_mode="rgb_array"`` (PettingZoo), or there is no
             screen to draw on (VMAS).
         NotImplementedError: if the wrapped environment is neither of PettingZoo nor of VMAS.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> env = make_env("mpe2/simple_tag_v3", seed=0, render_mode="rgb_array")
+        >>> _ = env.reset()
+        >>> render_frame(env).shape
+        (700, 700, 3)
     """
     while isinstance(env, TransformedEnv):
         env = env.base_env

@@ -19,7 +19,7 @@ from matwm_rl.modules.world_model import WorldModel
 
 
 class StateMLP(nn.Module):
-    """A stack of MLPs, each agent's on its own s_t = (z_t, h_t, p_t), in TorchRL's layout.
+    """A stack of MLPs, each agent's on its own s_t = (z_t, h_t, p_t) (section 3), in TorchRL's layout.
 
     Teammates' logits enter as probabilities: bounded, and zero for actions that a teammate does not have.
 
@@ -120,7 +120,7 @@ def _state_network(
 def make_actor(
     world_model: WorldModel, *, num_cells: int = 512, depth: int = 2, share_by_group: bool = False
 ) -> ProbabilisticTensorDictSequential:
-    """Actors of all agents, pi_i(a given s_t), as one TorchRL ``ProbabilisticActor``.
+    """Actors of all agents, pi_i(a given s_t), as one TorchRL ``ProbabilisticActor`` (section 3).
 
     Only sizes are read from the world model; the actor holds no reference to it.
 
@@ -164,7 +164,7 @@ def make_critic(
     share_by_group: bool = False,
     two_hot: TwoHot | None = None,
 ) -> TensorDictSequential:
-    """Critics of all agents, V_i(s_t) as two-hot logits and as a number.
+    """Critics of all agents, V_i(s_t) as two-hot logits and as a number (section 3).
 
     Args:
         world_model: gives the sizes.

@@ -46,7 +46,7 @@ class FourierFeatures(nn.Module):
 
 
 class PointDistances(nn.Module):
-    r"""Distances between the points of an observation: ``[..., D] -> [..., P (P + 1) / 2]``.
+    r"""Distances between the points of an observation (ours): ``[..., D] -> [..., P (P + 1) / 2]``.
 
     Every ``size`` neighbouring coordinates are read as a point (or a velocity, or a way from one point to another), P
     of them; the last is filled up with zeros. Given are the distances of every two, and of each from zero. What
@@ -153,7 +153,7 @@ class MLPEncoder(nn.Module):
 
 
 class MLPDecoder(nn.Module):
-    """Latent to vector observations; mirror of :class:`MLPEncoder`, the last layer is each group's own.
+    """Latent to vector observations; mirror of :class:`MLPEncoder` (section 2), the last layer is each group's own.
 
     Args:
         latent_size: Z.
@@ -223,7 +223,7 @@ def _skip_of(module: MLPEncoder | MLPDecoder) -> StackedLinear:
 
 
 class ObservationHead(nn.Module):
-    """Predicts something of the observation itself; the first and the last layer are each group's own.
+    """Predicts something of the observation itself (ours); the first and the last layer are each group's own.
 
     Args:
         observation_size: size of the zero-padded observation.
@@ -314,7 +314,7 @@ class CNNEncoder(nn.Module):
 
 
 class CNNDecoder(nn.Module):
-    """Latent to images in [0, 1]; mirror of :class:`CNNEncoder`.
+    """Latent to images in [0, 1]; mirror of :class:`CNNEncoder` (section 2).
 
     Args:
         latent_size: Z.

@@ -9,6 +9,7 @@ from torchrl.data import Unbounded
 from torchrl.envs import Compose, TensorDictPrimer
 
 from matwm_rl import keys
+from matwm_rl.checks import read_entry
 from matwm_rl.modules.policy import WorldModelPolicy
 from matwm_rl.modules.state_estimator import CONTEXT_ACTION
 
@@ -30,7 +31,8 @@ class RandomEpisodes(TensorDictModuleBase):
     Keys read and written: the policy's, and ``("context", "role")`` ``[*batch, N]``, carried with the episode.
 
     Raises:
-        ValueError: if ``probability`` does not lie in [0, 1].
+        ValueError: if ``probability`` does not lie in [0, 1], or an entry that is read has another shape.
+        KeyError: if an entry that is read is missing.
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -62,8 +64,10 @@ class RandomEpisodes(TensorDictModuleBase):
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Choose an action for every agent."""
+        note = "append make_tensordict_primer() to the environment, so that roles are drawn anew with every episode"
+        agents = (*tensordict.batch_size, self.policy.world_model.num_agents)
+        role = read_entry(tensordict, ROLE, self, agents, note)
         self.policy(tensordict)
-        role = tensordict.get(ROLE)
         drawn = 1 + (torch.rand(role.shape, device=role.device) < self.probability).long()
         role = torch.where(role == _UNDECIDED, drawn, role)
         legal = tensordict.get(keys.ACTION_MASK)

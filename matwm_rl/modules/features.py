@@ -13,7 +13,7 @@ from matwm_rl.modules.world_model import WorldModel
 
 
 class WorldModelFeatures(Transform):
-    """A transform of the environment that writes s_t of every agent beside its observation.
+    """A transform of the environment that writes s_t (section 3) of every agent beside its observation.
 
     Any policy, value network and loss can then read what the world model knows of the present observation and of the
     episode so far; values bootstrap from the features under ``"next"``. :class:`StateEstimator` computes them, without
@@ -48,7 +48,7 @@ class WorldModelFeatures(Transform):
 
     def __init__(self, world_model: WorldModel, *, context_length: int = 16) -> None:
         estimator = StateEstimator(world_model, context_length=context_length)
-        super().__init__(in_keys=[keys.OBSERVATION], out_keys=[*estimator.out_keys, *CONTEXT_KEYS])
+        super().__init__(in_keys=[keys.OBSERVATION, keys.ACTION], out_keys=[*estimator.out_keys, *CONTEXT_KEYS])
         self.estimator = estimator
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:

@@ -58,7 +58,7 @@ class ActionMixer(nn.Module):
 
 
 class Head(nn.Module):
-    """MLP whose last layer is each group's own.
+    """MLP whose last layer is each group's own (section 2, unlike agents).
 
     Args:
         in_features: size of the input.
@@ -97,7 +97,7 @@ class Head(nn.Module):
 
 
 class TeammatePredictorBase(nn.Module):
-    """What the world model asks of a predictor of the others' actions; subclass it to have one of your own.
+    """What the world model asks of a predictor of the others' actions (section 2); subclass it for one of your own.
 
     A predictor that reads the present latent alone is a subclass with one method, :meth:`logits`. One that remembers
     overrides :meth:`forward`, :meth:`prefill` and :meth:`step` as well; what it remembers is of its own choice, and
@@ -109,6 +109,11 @@ class TeammatePredictorBase(nn.Module):
 
     Attributes:
         num_outputs: (N-1) * A, what :meth:`logits` gives for every agent: the others in agent order, A logits of each.
+
+    Raises:
+        NotImplementedError: by :meth:`forward`, :meth:`prefill` and :meth:`step`, if neither they nor :meth:`logits`
+            are overridden.
+        ValueError: by the same, if :meth:`logits` gives another shape.
 
     Examples:
         >>> class Linear(TeammatePredictorBase):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import keys
+from matwm_rl.checks import read_optional
 from matwm_rl.functional import agents_first, agents_last, autocast
 from matwm_rl.modules.actor_critic import check_actor, read_action
 from matwm_rl.modules.world_model import State, WorldModel
@@ -61,7 +62,7 @@ class Imagination(TensorDictModuleBase):
         self.actor = actor
         self.horizon = horizon
         self.precision = precision
-        self.in_keys: list[NestedKey] = [keys.OBSERVATION, keys.ACTION, keys.AGENT_DONE]
+        self.in_keys: list[NestedKey] = [keys.OBSERVATION, keys.ACTION, keys.AGENT_DONE, keys.ALIVE]
         state = world_model.state_keys
         self.out_keys: list[NestedKey] = [
             *state,
@@ -92,7 +93,7 @@ class Imagination(TensorDictModuleBase):
         imagined.set(keys.ACTION_MASK, agents_last(masks))
         imagined.set(keys.REWARD, agents_last(reward, 0).unsqueeze(-1))
         imagined.set(keys.CONTINUATION, agents_last(continuation, 0).unsqueeze(-1))
-        alive = tensordict.get(keys.ALIVE, None)
+        alive = read_optional(tensordict, keys.ALIVE, self, (*tensordict.shape, actions.shape[0]))
         alive = torch.ones_like(imagined[keys.ACTION], dtype=torch.bool) if alive is None else alive[:, -1:]
         return imagined.set(keys.ALIVE, alive.expand(*batch, -1))
 

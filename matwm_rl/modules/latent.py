@@ -30,6 +30,11 @@ class Latent:
         value: the features, ``[..., Z]``.
         ones: where z is multi-hot, the positions of its ones, int64 ``[..., K]``: layers that need no gradient through
             z look rows of their weights up in place of a product. ``None`` for other codes.
+
+    Examples:
+        >>> z = CategoricalLatent(2, num_classes=3).from_code(torch.tensor([[0, 2], [1, 1]]))
+        >>> z.ones.tolist(), z[1].value.tolist()
+        ([[0, 5], [1, 4]], [0.0, 1.0, 0.0, 0.0, 1.0, 0.0])
     """
 
     value: Tensor
@@ -53,6 +58,13 @@ class Latent:
 def read_latent(layer: StackedLinear, latent: Latent) -> Tensor:
     """Apply a first layer to latents, by look-up where z is multi-hot and no gradient is wanted through it.
 
+    Args:
+        layer: the layer, of Z inputs.
+        latent: z, ``[N, *batch, Z]``.
+
+    Returns:
+        ``[N, *batch, out_features]``.
+
     Examples:
         >>> layer, code = StackedLinear(8, 3, [0]), CategoricalLatent(2, 4)
         >>> latent = code.from_code(torch.tensor([[[1, 3]]]))
@@ -65,7 +77,10 @@ def read_latent(layer: StackedLinear, latent: Latent) -> Tensor:
 
 
 class LatentCode(nn.Module):
-    """Interface of a latent code with ``num_dims`` (K) independent dimensions.
+    """Interface of a latent code z_t (section 2) with ``num_dims`` (K) independent dimensions.
+
+    Args:
+        num_dims: K.
 
     Attributes:
         encoder_size: number of features the encoder must deliver.
@@ -76,6 +91,20 @@ class LatentCode(nn.Module):
         coordinate_scale: factor on coordinates that the code's dimensions are to hold as they are; ``None`` where a
             dimension is no number.
         spacing: of the values that a dimension of z can have; 0 where it can have all.
+
+    Raises:
+        ValueError: if there is no dimension.
+
+    Examples:
+        >>> class HalfPrecision(GaussianLatent):
+        ...     code_dtype = torch.float16
+        ...
+        ...     def from_code(self, code: Tensor) -> Latent:
+        ...         return Latent(code.float())
+        >>> code = HalfPrecision(2)
+        >>> stored = code.to_code(Latent(torch.tensor([0.1, 2.0]))).to(code.code_dtype)
+        >>> code.from_code(stored).value
+        tensor([0.1000, 2.0000])
     """
 
     multi_hot = False
@@ -139,7 +168,21 @@ class LatentCode(nn.Module):
 
 
 class DiscreteLatent(LatentCode):
-    """Codes whose dimensions are of ``num_classes`` (C) classes each; :meth:`to_code` gives class indices."""
+    """Codes whose dimensions are of ``num_classes`` (C) classes each; :meth:`to_code` gives class indices.
+
+    Args:
+        num_dims: K.
+        num_classes: C.
+
+    Raises:
+        ValueError: if there is no dimension, or there are fewer than two classes.
+
+    Examples:
+        >>> code: DiscreteLatent = CategoricalLatent(2, num_classes=3)
+        >>> log_probs = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]).log()
+        >>> code.to_code(code.draw(log_probs)).tolist()
+        [0, 2]
+    """
 
     code_dtype = torch.int16
 
@@ -165,6 +208,9 @@ class CategoricalLatent(DiscreteLatent):
         num_dims: K.
         num_classes: C.
         unimix: share of the uniform distribution mixed into all probabilities.
+
+    Raises:
+        ValueError: see :class:`DiscreteLatent`.
 
     Examples:
         >>> code = CategoricalLatent(4, 8)
@@ -270,6 +316,9 @@ class FSQLatent(DiscreteLatent):
         num_classes: C, levels per dimension.
         width: standard deviation of the posterior, in levels.
 
+    Raises:
+        ValueError: see :class:`DiscreteLatent`; or if ``width`` is not positive.
+
     Examples:
         >>> code = FSQLatent(3, num_classes=5)
         >>> z = code.sample_posterior(torch.tensor([[0.0, 10.0, -10.0]]))
@@ -339,7 +388,7 @@ class FSQLatent(DiscreteLatent):
 
 
 class GaussianLatent(LatentCode):
-    """K numbers, each with a normal distribution: for short vectors, whose geometry it keeps without any rounding.
+    """K numbers, each with a normal distribution (ours): for short vectors, whose geometry it keeps without rounding.
 
     The posterior is equally wide everywhere, and the KL terms measure distances in units of its width. z is drawn from
     it while training, and is its mean otherwise. For every dimension the dynamics predictor gives by how much it moves
@@ -352,6 +401,9 @@ class GaussianLatent(LatentCode):
         step_scale: the movement that an output of 1 of the dynamics predictor stands for. Movements per step are small,
             and outputs of order 1 are what Adam learns well.
         spread_scale: the same for the standard deviation of the prior, which is never below half of ``width``.
+
+    Raises:
+        ValueError: if there is no dimension, or a width or scale is not positive.
 
     Examples:
         >>> code = GaussianLatent(3).eval()
@@ -421,6 +473,9 @@ def make_latent(kind: str, num_dims: int, num_classes: int, width: float | None 
         num_dims: K.
         num_classes: C; of no meaning for ``"gaussian"``.
         width: of the posterior of ``"fsq"`` or ``"gaussian"``; ``None``: the code's own default.
+
+    Raises:
+        ValueError: for any other name, or if a categorical code is given a width.
 
     Examples:
         >>> make_latent("fsq", 8, 4).latent_size

@@ -14,7 +14,7 @@ from matwm_rl.modules.world_model import WorldModel
 
 
 class WorldModelPolicy(StateEstimator):
-    """All agents act: s_t of the current observation and of this episode's history, then the actors.
+    """All agents act (section 3): s_t of the current observation and of this episode's history, then the actors.
 
     Decentralised: agent i's action depends on agent i's observations and actions alone. The context is carried as by
     :class:`StateEstimator`: append :meth:`make_tensordict_primer` to the environment.
@@ -26,7 +26,8 @@ class WorldModelPolicy(StateEstimator):
 
     Keys read: ``("agents", "observation" | "action_mask")`` and the context W steps back, ``("context", "code")``
     ``[*batch, N, W, K]``, ``("context", "action")`` ``[*batch, N, W]``, ``("context", "length")`` ``[*batch, N]``.
-    Keys written: ``("agents", "action" | "logits")`` and the context under ``"next"``.
+    Keys written: ``("agents", "action")``, ``("agents", "logits")`` if the actor writes them, and the context under
+    ``"next"``.
 
     Raises:
         ValueError: if the actor reads what is not part of s_t, does not write actions, or writes them in another shape;
@@ -49,7 +50,8 @@ class WorldModelPolicy(StateEstimator):
         check_actor(actor, world_model)
         self.actor = actor
         self.in_keys: list[NestedKey] = [keys.OBSERVATION, keys.ACTION_MASK, *CONTEXT_KEYS]
-        self.out_keys: list[NestedKey] = [keys.LOGITS, keys.ACTION, *(("next", *key) for key in CONTEXT_KEYS)]
+        logits = [keys.LOGITS] if keys.LOGITS in getattr(actor, "out_keys", ()) else []
+        self.out_keys: list[NestedKey] = [*logits, keys.ACTION, *(("next", *key) for key in CONTEXT_KEYS)]
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

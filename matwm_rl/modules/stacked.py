@@ -33,6 +33,9 @@ class StackedLinear(nn.Module):
             its own; group indices give every group its own; all zeros one shared layer.
         zero_init: start at zero (output layers of two-hot heads: they then begin by predicting zero).
 
+    Raises:
+        ValueError: if an input is not of N agents.
+
     Examples:
         >>> layer = StackedLinear(3, 5, stack_index=[0, 0, 1])
         >>> layer.weight.shape, layer(torch.zeros(3, 7, 3)).shape

@@ -21,6 +21,7 @@ CONTEXT_CODE: NestedKey = ("context", "code")
 CONTEXT_ACTION: NestedKey = ("context", "action")
 CONTEXT_LENGTH: NestedKey = ("context", "length")
 CONTEXT_KEYS = [CONTEXT_CODE, CONTEXT_ACTION, CONTEXT_LENGTH]
+"""What a policy carries through an episode: latent codes and actions of the last W steps, and how many there are."""
 
 
 class _Memory(NamedTuple):
@@ -37,7 +38,7 @@ class _Memory(NamedTuple):
 
 
 class StateEstimator(TensorDictModuleBase):
-    """Write s_t of every agent: the posterior of the current observation, and the history of this episode.
+    """Write s_t of every agent (section 3): the posterior of the observation, and the history of this episode.
 
     Decentralised: what is written of agent i depends on agent i's observations and actions alone. The module is
     stateless; the last ``context_length`` steps travel in the tensordict as latent codes and actions, and the

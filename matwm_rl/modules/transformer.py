@@ -33,6 +33,19 @@ class KVCache:
         bias: ``[W, M, 1]``, added to the scores of later queries: :data:`MASKED` where they may not look, else 0.
         rotary: cosines and sines of the W positions, ``[2, W, D/h]``.
         length: number of positions written so far.
+
+    Raises:
+        ValueError: by :meth:`graft`, if a new past is too long.
+
+    Examples:
+        >>> transformer = Transformer(16, num_layers=1, num_heads=2).eval()
+        >>> cache = transformer.empty_cache(3, length=2)
+        >>> _ = transformer.step(torch.randn(3, 16), cache)
+        >>> cache.length, cache.key.shape
+        (1, torch.Size([1, 2, 3, 2, 8]))
+        >>> cache.forget(1)
+        >>> cache.length
+        0
     """
 
     key: Tensor
@@ -151,7 +164,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Causal transformer with rotary positions: a whole sequence at once, or step by step over a cache.
+    """Causal transformer (section 2) with rotary positions: a whole sequence at once, or step by step over a cache.
 
     Attention depends on relative positions alone: where it is masked to an episode, positions count within it, and a
     context may roll on for ever.
@@ -163,6 +176,9 @@ class Transformer(nn.Module):
         feedforward: width of the feed-forward layers; ``2 * features`` by default, as in STORM.
         dropout: see :class:`TransformerBlock`.
         final_norm: normalise the output. Without, the output keeps the input as a summand.
+
+    Raises:
+        ValueError: if the head size would not be even; by :meth:`step`, if the cache is full.
 
     Examples:
         >>> transformer = Transformer(16, num_layers=2, num_heads=2).eval()

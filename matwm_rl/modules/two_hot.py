@@ -9,7 +9,7 @@ from torchrl.modules.functional import symexp, symlog
 
 
 class TwoHot(SymExpTwoHot):
-    """Two-hot code over bins that are evenly spaced in symlog space.
+    """Two-hot code over bins that are evenly spaced in symlog space (section 2).
 
     With ``interpolation="raw"`` (TorchRL's and DreamerV3's form) a target is split between its two bins in raw space,
     and decoding is the raw expectation, which is unbiased: a reward of 10 with probability 0.1 decodes to 1. With
@@ -19,6 +19,9 @@ class TwoHot(SymExpTwoHot):
         num_bins: number of bins.
         limit: the bins span ``symexp(-limit)`` to ``symexp(limit)``; targets beyond saturate.
         interpolation: ``"raw"`` or ``"symlog"``.
+
+    Raises:
+        ValueError: for any other interpolation; by :meth:`loss`, if targets do not fit the logits.
 
     Examples:
         >>> two_hot = TwoHot(255)

@@ -36,6 +36,16 @@ class State:
         latent: z_t, ``[N, *batch, Z]``.
         hidden: h_t, the transformer's output after (z_{t-1}, a_{t-1}), zero at an episode's start; ``[N, *batch, F]``.
         teammate_logits: p_t, ``[N, *batch, N-1, A]`` (``[N, *batch, 0, A]`` without teammate predictor).
+
+    Examples:
+        >>> from matwm_rl.data import to_focal
+        >>> from matwm_rl.envs import make_env
+        >>> env = make_env("mock", seed=0)
+        >>> world_model = WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
+        >>> starts = to_focal(env.rollout(8, break_when_any_done=False)).reshape(2, 4)
+        >>> state, _ = world_model.start_from(starts)
+        >>> state.latent.value.shape, state.entries()["agents", "latent"].shape
+        (torch.Size([3, 2, 16]), torch.Size([2, 3, 16]))
     """
 
     latent: Latent
@@ -87,7 +97,24 @@ class State:
 
 @dataclass
 class Context:
-    """What the model remembers of N x S histories: the caches of its transformer and of its teammate predictor."""
+    """What the model remembers of N x S histories: the caches of its transformer and of its teammate predictor.
+
+    Attributes:
+        sequence: the transformer's cache.
+        teammates: what the teammate predictor remembers, for :class:`TeammatePredictor` a cache too; ``None`` where it
+            remembers nothing, or there is none.
+
+    Examples:
+        >>> from matwm_rl.data import to_focal
+        >>> from matwm_rl.envs import make_env
+        >>> env = make_env("mock", seed=0)
+        >>> world_model = WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
+        >>> starts = to_focal(env.rollout(8, break_when_any_done=False)).reshape(2, 4)
+        >>> state, context = world_model.start_from(starts, horizon=1)
+        >>> _ = world_model.step(state, torch.zeros(3, 2).long(), context)
+        >>> context.sequence.length  # three steps of context and one imagined
+        4
+    """
 
     sequence: KVCache
     teammates: Any

@@ -57,6 +57,13 @@ class WorldModelConfig:
         teammate_hidden_size: width of the teammate predictor; ``None``: that of the world model.
         action_scaling: switch of the paper's ablation.
         predict_mask: whether to learn the legal-action mask; ``None``: if the environment has one.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.modules import WorldModel
+        >>> config = WorldModelConfig(hidden_size=32, num_heads=2, latent="gaussian", num_dims=8)
+        >>> WorldModel.from_env(make_env("mock"), config).latent
+        GaussianLatent()
     """
 
     hidden_size: int = 512
@@ -117,6 +124,9 @@ def build_parts(
         action_counts: number of actions of each agent.
         group_index: group of each agent.
         has_action_mask: whether legal actions change from step to step.
+
+    Raises:
+        ValueError: if sizes and switches do not fit each other, or the observations.
     """
     image = len(observation_shape) == 3
     if cfg.reward_input not in ("hidden", "next_latent", "next_observation"):

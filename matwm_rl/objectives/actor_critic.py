@@ -34,7 +34,7 @@ def _per_agent_mean(value: Tensor, weight: Tensor, counted: Tensor) -> Tensor:
 
 
 class ActorLoss(KeyedLoss):
-    r"""REINFORCE with the critic as baseline, returns scaled per agent, and an entropy bonus.
+    r"""REINFORCE with the critic as baseline, returns scaled per agent, and an entropy bonus (section 5).
 
     .. math::
         -\mathrm{sg}\left(\frac{G_t - V(s_t)}{\max(1, S)}\right) \ln \pi(a_t | s_t) - \eta H(\pi)
@@ -186,7 +186,7 @@ class ActorLoss(KeyedLoss):
 
 
 class CriticLoss(KeyedLoss):
-    """Two-hot regression of V(s_t) towards the lambda-return, and towards the value of an EMA copy of the critic.
+    """Two-hot regression of V(s_t) towards the lambda-return and the value of an EMA copy of the critic (section 5).
 
     Weighted and averaged as :class:`ActorLoss`. The EMA copy lies in ``target_critic_network_params``; move it with
     TorchRL's ``SoftUpdate(loss, eps=0.98)``.

@@ -14,7 +14,7 @@ from matwm_rl.functional import lambda_return
 
 
 class LambdaReturn(TensorDictModuleBase):
-    """Evaluate an imagined rollout once, for both losses.
+    """Evaluate an imagined rollout once, for both losses (section 5).
 
     Args:
         critic: writes ``("agents", "state_value")``.

@@ -20,7 +20,21 @@ from matwm_rl.objectives.common import KeyedLoss
 
 @dataclass(kw_only=True)
 class WorldModelLossWeights:
-    """Factor of every term; the defaults are the paper's (b1 = 0.5 for mask and dynamics, b2 = 0.1)."""
+    """Factor of every term (section 2); the defaults are the paper's: b1 = 0.5 for mask and dynamics, b2 = 0.1.
+
+    Attributes:
+        reconstruction: of L_rec, the squared error of the decoded observation.
+        reward: of L_rew, the two-hot cross-entropy of the reward.
+        continuation: of L_con, the binary cross-entropy of the continuation.
+        teammate: of L_team, the cross-entropy of the others' actions.
+        mask: b1 of L_mask, the binary cross-entropy of the legal actions.
+        dynamics: b1 of L_dyn, the KL term that moves the prior.
+        representation: b2 of L_rep, the KL term that moves the posterior.
+
+    Examples:
+        >>> WorldModelLossWeights(reward=50.0).dynamics
+        0.5
+    """
 
     reconstruction: float = 1.0
     reward: float = 1.0
@@ -32,7 +46,7 @@ class WorldModelLossWeights:
 
 
 class WorldModelLoss(KeyedLoss):
-    """Loss of the shared world model, and the only loss that holds its parameters.
+    """Loss of the shared world model (section 2), and the only loss that holds its parameters.
 
     ``L = L_rec + L_rew + L_con + L_team + b1 (L_mask + L_dyn) + b2 L_rep``, each a mean over sequences, steps and
     living agents. Nothing is asked for across an episode's end; a truncated episode goes on (c = 1); the death of the

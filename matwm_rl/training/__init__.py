@@ -34,10 +34,10 @@ __all__ = [
     "open_loop_errors",
     "plot_learning_curves",
     "plot_open_loop",
+    "prepare_process",
     "read_metrics",
     "record_gif",
     "save_checkpoint",
-    "prepare_process",
     "save_policy",
     "save_world_model",
 ]

@@ -49,6 +49,7 @@ def save_checkpoint(
         the new folder.
 
     Raises:
+        ValueError: if ``keep`` is below 1.
         TypeError: if ``extra`` holds what ``torch.load(weights_only=True)`` refuses.
         RuntimeError: if nothing has been stored in replay yet.
 
@@ -98,6 +99,9 @@ def save_checkpoint(
 def has_checkpoint(run_dir: str | Path) -> bool:
     """Whether there is a complete checkpoint in a run's folder.
 
+    Args:
+        run_dir: folder of the run.
+
     Examples:
         >>> has_checkpoint("no/such/run")
         False
@@ -129,6 +133,21 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: if there is no checkpoint.
         ValueError: if it is of another version, or of a learner or replay with other sizes.
+
+    Examples:
+        >>> import tempfile
+        >>> from matwm_rl.data import make_replay
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.modules import WorldModel, make_actor, make_critic
+        >>> env = make_env("mock", seed=0)
+        >>> world_model = WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
+        >>> learner = Learner(world_model, make_actor(world_model), make_critic(world_model))
+        >>> replay = make_replay(num_agents=3, sequences_per_agent=2, starts_per_agent=4, sequence_length=8)
+        >>> replay.extend(env.rollout(50, break_when_any_done=False))
+        >>> with tempfile.TemporaryDirectory() as run_dir:
+        ...     _ = save_checkpoint(run_dir, learner=learner, replay=replay, env_steps=50)
+        ...     load_checkpoint(run_dir, learner=learner, replay=replay)["env_steps"]
+        50
     """
     folders = _complete(Path(run_dir) / FOLDER)
     if not folders:
@@ -160,6 +179,11 @@ def check_same_shapes(
 
     Raises:
         ValueError: if they have other names or shapes; lists the first few.
+
+    Examples:
+        >>> check_same_shapes({"w": torch.zeros(3)}, {"w": torch.zeros(2)}, source="weights.pt")
+        Traceback (most recent call last):
+        ValueError: weights.pt does not fit: w has shape (3,), expected (2,)...
     """
     theirs, ours = (
         {name: shape for name, shape in _shapes(state) if ignore is None or not re.match(ignore, name)}

@@ -22,6 +22,12 @@ class Returns:
     Attributes:
         values: ``[episodes, N]``.
         layout: who the agents are.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> returns = Returns(torch.tensor([[1.0, 3.0, 5.0], [3.0, 5.0, 7.0]]), make_env("mock").layout)
+        >>> returns.per_agent(), returns.per_group()
+        ({'hunter_0': 2.0, 'hunter_1': 4.0, 'prey_0': 6.0}, {'hunter': 3.0, 'prey': 6.0})
     """
 
     values: Tensor
@@ -56,6 +62,12 @@ def evaluate(
         policy: writes ``("agents", "action")``.
         episodes: at least so many; rounded up to a multiple of the number of environments.
         exploration: sample actions (default) or take the likeliest (``ExplorationType.DETERMINISTIC``).
+
+    Returns:
+        the returns of all episodes.
+
+    Raises:
+        ValueError: if there are no episodes to play.
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -102,6 +114,12 @@ def evaluate_tag(
         episodes: see :func:`evaluate`.
         exploration: see :func:`evaluate`.
 
+    Returns:
+        match to returns.
+
+    Raises:
+        ValueError: if the environment is not simple_tag with one evader, or there are no episodes to play.
+
     Examples:
         >>> from matwm_rl.envs import make_env
         >>> env = make_env("mpe2/simple_tag_v3", seed=0)
@@ -130,6 +148,12 @@ class Matches:
     Attributes:
         returns: match to returns.
         judged: match to the group it is judged by, where it is judged by one.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> returns = Returns(torch.tensor([[1.0, 3.0, 5.0], [3.0, 5.0, 7.0]]), make_env("mock").layout)
+        >>> print(Matches({"self_play": returns, "against_random_prey": returns}, {"against_random_prey": "hunter"}))
+        hunter 3.0, prey 6.0, against_random_prey 3.0
     """
 
     returns: dict[str, Returns]
@@ -180,6 +204,12 @@ def evaluate_matches(
         policy: see :func:`evaluate`.
         episodes: of every match; see :func:`evaluate`.
         exploration: see :func:`evaluate`.
+
+    Returns:
+        the returns of every match, and what they are judged by.
+
+    Raises:
+        ValueError: if there are no episodes to play.
 
     Examples:
         >>> from matwm_rl.envs import make_env

@@ -41,6 +41,16 @@ def plot_learning_curves(
         FileNotFoundError: if the run has no metrics file.
         ValueError: if nothing has been logged.
         ImportError: if matplotlib is not installed.
+
+    Examples:
+        >>> import tempfile
+        >>> from matwm_rl.training import RunLog
+        >>> with tempfile.TemporaryDirectory() as run_dir:
+        ...     with RunLog(run_dir, total_steps=20, progress=False, tensorboard=False) as log:
+        ...         log.log({"evaluation/agent": 1.0, "loss_reward": 0.5}, env_steps=10)
+        ...     figure = plot_learning_curves(run_dir, Path(run_dir) / "curves.png", title="a run")
+        >>> [axis.get_title() for axis in figure.axes]
+        ['evaluation', 'loss: reward']
     """
     metrics = read_metrics(run_dir)
     if not metrics:

@@ -51,6 +51,11 @@ class LearnerConfig:
             their shape then.
         precision: of the matrix products, ``"float32"`` or ``"bfloat16"``; weights, losses and optimizers stay float32.
         loss_weights: factors of the world-model loss's terms.
+
+    Examples:
+        >>> config = LearnerConfig(horizon=10, loss_weights=WorldModelLossWeights(reward=50.0))
+        >>> config.gamma, config.loss_weights.mask
+        (0.985, 0.5)
     """
 
     world_model_lr: float = 3e-5
@@ -108,7 +113,7 @@ class LearnerConfig:
 
 
 class Learner:
-    """One training step of everything, and all the state that it changes.
+    """One training step of everything (Algorithm 2), and all the state that it changes.
 
     There is one world model: the object given here is the one that the loss trains, that imagination dreams with and
     that a :class:`~matwm_rl.modules.WorldModelPolicy` over it acts with.
@@ -125,6 +130,11 @@ class Learner:
         critic_loss: holds the critics' parameters and their EMA copy, alone.
         imagination: the imagined rollout.
         returns: lambda-returns of it.
+
+    Raises:
+        ValueError: if a setting does not fit another, the device, or the networks; see also :class:`ActorLoss`,
+            :class:`Imagination` and :class:`LambdaReturn`.
+        TypeError: if the actor has no ``get_dist``.
 
     Examples:
         >>> from matwm_rl.data import make_replay

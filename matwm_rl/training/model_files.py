@@ -58,6 +58,18 @@ def load_world_model(
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is of another version, or was trained with other agents than ``layout``'s.
+
+    Examples:
+        >>> import tempfile
+        >>> from matwm_rl.envs import make_env
+        >>> env = make_env("mock", seed=0)
+        >>> config = WorldModelConfig(hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
+        >>> world_model = WorldModel.from_env(env, config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_world_model(f"{folder}/model.pt", world_model, layout=env.layout, config=config)
+        ...     loaded = load_world_model(f"{folder}/model.pt", layout=env.layout)
+        >>> torch.equal(loaded.reward.output.weight, world_model.reward.output.weight), loaded.training
+        (True, False)
     """
     saved = _load(path, layout, device)
     world_model = _build_world_model(saved["build"]).to(device)
@@ -123,6 +135,20 @@ def load_policy(
         FileNotFoundError: if there is no such file.
         ValueError: if it is of another version, was trained with other agents than ``layout``'s, or holds a world model
             alone.
+
+    Examples:
+        >>> import tempfile
+        >>> from matwm_rl.envs import make_env
+        >>> env = make_env("mock", seed=0)
+        >>> config = WorldModelConfig(hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
+        >>> world_model = WorldModel.from_env(env, config)
+        >>> policy = WorldModelPolicy(world_model, make_actor(world_model, num_cells=16), context_length=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_policy(
+        ...         f"{folder}/policy.pt", policy, layout=env.layout, world_model=config, actor={"num_cells": 16}
+        ...     )
+        ...     load_policy(f"{folder}/policy.pt", layout=env.layout).context_length
+        4
     """
     saved = _load(path, layout, device)
     if "actor" not in saved["build"]:

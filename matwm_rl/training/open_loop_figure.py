@@ -56,6 +56,18 @@ def plot_open_loop(
     Raises:
         ValueError: if the episode is not ``[T]`` or too short, or there is no such agent.
         ImportError: if matplotlib is not installed.
+
+    Examples:
+        >>> import tempfile
+        >>> from matwm_rl.envs import make_env
+        >>> env = make_env("mock", seed=0)
+        >>> world_model = WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
+        >>> episode = env.rollout(6)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "imagination.png"
+        ...     _ = plot_open_loop(world_model, episode, path, layout=env.layout, context_length=2, horizon=4)
+        ...     path.exists()
+        True
     """
     if episode.ndim != 1:
         raise ValueError(f"plot_open_loop draws one rollout [T], got a batch of {tuple(episode.shape)}")

@@ -10,6 +10,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from matwm_rl import keys
+from matwm_rl.checks import read_entry
 from matwm_rl.envs import AgentLayout
 
 ARENA = 0.9
@@ -20,6 +21,9 @@ class RandomActions(TensorDictModuleBase):
     """All agents act uniformly at random among their legal actions.
 
     Keys read: ``("agents", "action_mask")``; written: ``("agents", "action")``.
+
+    Raises:
+        KeyError: if there is no action mask.
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -34,7 +38,7 @@ class RandomActions(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write random legal actions."""
-        mask = tensordict.get(keys.ACTION_MASK)
+        mask = read_entry(tensordict, keys.ACTION_MASK, self)
         action = torch.multinomial(mask.flatten(0, -2).float(), 1).view(mask.shape[:-1])
         return tensordict.set(keys.ACTION, action)
 
@@ -55,6 +59,7 @@ class TagScript(TensorDictModuleBase):
 
     Raises:
         ValueError: if the layout is not that of simple_tag with one evader.
+        KeyError: if there is no observation.
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -83,7 +88,7 @@ class TagScript(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the actions of chasing pursuers and a fleeing evader."""
-        observation = tensordict.get(keys.OBSERVATION)
+        observation = read_entry(tensordict, keys.OBSERVATION, self)
         end = self.others_start + 2 * self.num_pursuers
         others = observation[..., self.others_start : end].unflatten(-1, (self.num_pursuers, 2))
         # Pursuers see the evader last; the evader sees pursuers alone.
@@ -112,10 +117,12 @@ class CrossPlay(TensorDictModuleBase):
         layout: of the environment.
         groups: names of original groups.
 
-    Keys written: ``("agents", "action")``, and what ``policy`` carries on.
+    Keys read: those of both; the opponents see what they read alone. Keys written: ``("agents", "action")``, and what
+    ``policy`` carries on.
 
     Raises:
         ValueError: if a group does not exist.
+        KeyError: if an entry that is read is missing.
 
     Examples:
         >>> from matwm_rl.envs import make_env

@@ -198,6 +198,15 @@ def read_metrics(run_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
     Raises:
         FileNotFoundError: if there are none.
         ValueError: if the file is not a table of metrics.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as run_dir:
+        ...     with RunLog(run_dir, total_steps=20, progress=False, tensorboard=False) as log:
+        ...         log.log({"kl": 2.5}, env_steps=10)
+        ...         log.log({"kl": 1.5}, env_steps=20)
+        ...     read_metrics(run_dir)
+        {'kl': [(10, 2.5), (20, 1.5)]}
     """
     path = Path(run_dir)
     path = path / METRICS_FILE if path.is_dir() else path

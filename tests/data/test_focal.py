@@ -71,6 +71,11 @@ def test_to_focal_refuses_one_hot_actions():
         to_focal(td)
 
 
+def test_to_focal_names_missing_actions():
+    with pytest.raises(KeyError, match="to_focal reads .*'action'.* is missing"):
+        to_focal(rollout(4, num_agents=2).exclude(("agents", "action")))
+
+
 def test_rows_and_back():
     td = rollout(2, 5, num_agents=3)
     rows = agent_rows(td)

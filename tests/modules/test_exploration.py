@@ -9,7 +9,7 @@ from matwm_rl import keys
 from matwm_rl.envs import make_env
 from matwm_rl.modules import RandomEpisodes, WorldModelPolicy, make_actor
 from matwm_rl.modules.exploration import ROLE
-from tests.helpers import make_model
+from tests.helpers import make_model, mock_env
 
 
 def make(probability: float, context_length: int = 3) -> RandomEpisodes:
@@ -67,3 +67,10 @@ def test_never_and_always(probability: float, role: int) -> None:
 def test_probability_is_checked() -> None:
     with pytest.raises(ValueError, match="probability"):
         make(1.5)
+
+
+def test_missing_role_is_named() -> None:
+    exploring = make(0.5)
+    step = mock_env().append_transform(exploring.policy.make_tensordict_primer()).reset()
+    with pytest.raises(KeyError, match="'context', 'role'.*make_tensordict_primer"):
+        exploring(step)

@@ -135,3 +135,12 @@ def test_cross_play_takes_the_actions_of_the_right_agents(groups: list[str], exp
 def test_cross_play_of_an_unknown_group() -> None:
     with pytest.raises(ValueError, match=r"unknown groups \['wolf'\].*\['hunter', 'prey'\]"):
         CrossPlay(Constant(1), Constant(2), make_env("mock").layout, ["prey", "wolf"])
+
+
+def test_missing_entries_are_named() -> None:
+    env = make_env(MPE)
+    state = env.reset()
+    with pytest.raises(KeyError, match="RandomActions reads .*'action_mask'.* is missing"):
+        RandomActions()(state.exclude(("agents", "action_mask")))
+    with pytest.raises(KeyError, match="TagScript reads .*'observation'.* is missing"):
+        TagScript(env.layout)(state.exclude(("agents", "observation")))
