@@ -29,10 +29,7 @@ def main(steps: int = 4_000, updates: int = 500, folder: Path = Path("runs/offli
     layout = AgentLayout.from_rollout(storage[:], num_actions={"adversary": 5, "agent": 5})
     data = merge_rollout(storage[:], layout)
     train, test = data[: steps * 4 // 5], episode_windows(data[steps * 4 // 5 :], length=20)
-    config = mw.WorldModelConfig(
-        **{"hidden_size": 128, "num_layers": 1, "num_heads": 4, "latent": "gaussian", "num_dims": 64},
-        **{"fourier_features": 4, "linear_skips": True, "coordinate_code": True, "reward_input": "next_observation"},
-    )
+    config = mw.WorldModelConfig.small()
     world_model = mw.WorldModel.from_env(layout, config)
     loss = mw.WorldModelLoss(world_model, weights=mw.WorldModelLossWeights(reconstruction=1000.0, reward=50.0))
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)

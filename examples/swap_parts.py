@@ -31,17 +31,13 @@ def make_own_actor(model: mw.WorldModel) -> ProbabilisticActor:
 def main(rounds: int = 5, steps: int = 400, updates: int = 40, warmup: int = 200, episodes: int = 30) -> None:
     torch.manual_seed(0)
     env = mw.make_env("mpe2/simple_spread_v3", seed=0)
-    sizes = {"hidden_size": 128, "num_layers": 1, "num_heads": 4, "latent": "gaussian", "num_dims": 64}
-    vectors = {"fourier_features": 4, "linear_skips": True, "coordinate_code": True, "reencode": True}
-    model = mw.WorldModel.from_env(env, **sizes, **vectors, reward_input="next_observation")
+    model = mw.WorldModel.from_env(env, mw.WorldModelConfig.small())
     model.teammates = PresentTeammates(model.latent.latent_size, env.action_counts)
     actor, critic = make_own_actor(model), mw.make_critic(model, num_cells=128, share_by_group=True)
-    rates = {"world_model_lr": 3e-3, "actor_critic_lr": 1e-3, "critic_lr": 3e-3, "world_model_warmup": warmup}
-    ppo = {"agent_epochs": 4, "standardize_advantage": True, "critic_warmup": warmup // 5, "entropy_coeff": 0.03}
-    weights = mw.WorldModelLossWeights(reconstruction=1000.0, reward=50.0)
-    config = mw.LearnerConfig(**rates, **ppo, loss_weights=weights, horizon=10, gamma=0.95)
-    learner = mw.Learner(model, actor, critic, config)  # puts them into WorldModelLoss, Imagination, ActorLoss ...
-    replay = mw.make_replay(num_agents=3, sequences_per_agent=8, starts_per_agent=48, sequence_length=16)
+    # The learner puts them into WorldModelLoss, Imagination, ActorLoss and the rest, as it does its own.
+    config = mw.LearnerConfig.small(world_model_warmup=warmup, critic_warmup=warmup // 5)
+    learner = mw.Learner(model, actor, critic, config)
+    replay = mw.make_replay(num_agents=3, sequences_per_agent=10, starts_per_agent=48, sequence_length=16)
     policy = mw.WorldModelPolicy(model, actor)
     env = TransformedEnv(env, policy.make_tensordict_primer())
     for _ in range(rounds):

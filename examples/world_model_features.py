@@ -24,7 +24,7 @@ def step(loss: LossModule, optimizer: torch.optim.Optimizer, batch: TensorDictBa
 def main(random_steps: int = 2_000, updates: int = 200, steps: int = 10_000, episodes: int = 50) -> None:
     torch.manual_seed(0)
     env = mw.make_env("mpe2/simple_speaker_listener_v4", seed=0, num_envs=10)
-    model = mw.WorldModel.from_env(env, hidden_size=128, num_layers=1, num_heads=4, latent="gaussian", num_dims=64)
+    model = mw.WorldModel.from_env(env, mw.WorldModelConfig.small())
     replay = mw.make_replay(num_agents=2, num_envs=10, sequences_per_agent=16, starts_per_agent=1, sequence_length=16)
     replay.extend(env.rollout(random_steps // 10, break_when_any_done=False))
     loss = mw.WorldModelLoss(model, weights=mw.WorldModelLossWeights(reconstruction=1000.0))

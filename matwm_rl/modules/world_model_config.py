@@ -102,11 +102,24 @@ class WorldModelConfig:
             >>> config.latent, config.hidden_size, config.num_layers
             ('gaussian', 128, 2)
         """
-        sizes = {"hidden_size": 128, "num_layers": 1, "num_heads": 4, "encoder_depth": 2, "head_depth": 1}
-        code = {"latent": "gaussian", "num_dims": 64, "linear_skips": True, "coordinate_code": True, "reencode": True}
-        reward = {"reward_input": "next_observation", "fourier_features": 4, "point_size": 2}
-        rest = {"dropout": 0.0, "teammate_hidden_size": 64}
-        return cls(**{**sizes, **code, **reward, **rest, **overrides})
+        entries: dict[str, Any] = {
+            "hidden_size": 128,
+            "num_layers": 1,
+            "num_heads": 4,
+            "dropout": 0.0,
+            "latent": "gaussian",
+            "num_dims": 64,
+            "encoder_depth": 2,
+            "head_depth": 1,
+            "fourier_features": 4,
+            "linear_skips": True,
+            "coordinate_code": True,
+            "reward_input": "next_observation",
+            "point_size": 2,
+            "reencode": True,
+            "teammate_hidden_size": 64,
+        }
+        return cls(**(entries | overrides))
 
 
 def build_parts(

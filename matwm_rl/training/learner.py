@@ -105,11 +105,22 @@ class LearnerConfig:
             >>> config.agent_epochs, config.world_model_lr, config.horizon
             (4, 0.003, 15)
         """
-        rates = {"world_model_lr": 3e-3, "actor_critic_lr": 1e-3, "critic_lr": 3e-3, "lr_decay_updates": 1000}
-        ppo = {"agent_epochs": 4, "standardize_advantage": True, "entropy_coeff": 0.03, "mean_policy_entropy_coeff": 0.1}
-        dreams = {"horizon": 10, "gamma": 0.95, "world_model_warmup": 200, "critic_warmup": 100}
-        weights = {"loss_weights": WorldModelLossWeights(reconstruction=1000.0, reward=50.0)}
-        return cls(**{**rates, **ppo, **dreams, **weights, **overrides})
+        entries: dict[str, Any] = {
+            "world_model_lr": 3e-3,
+            "actor_critic_lr": 1e-3,
+            "critic_lr": 3e-3,
+            "lr_decay_updates": 1000,
+            "agent_epochs": 4,
+            "standardize_advantage": True,
+            "entropy_coeff": 0.03,
+            "mean_policy_entropy_coeff": 0.1,
+            "world_model_warmup": 200,
+            "critic_warmup": 100,
+            "horizon": 10,
+            "gamma": 0.95,
+            "loss_weights": WorldModelLossWeights(reconstruction=1000.0, reward=50.0),
+        }
+        return cls(**(entries | overrides))
 
 
 class Learner:
