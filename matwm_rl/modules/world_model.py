@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor, nn
 
 from matwm_rl import keys
-from matwm_rl.checks import check_shape, read_entry
+from matwm_rl.checks import batch_shape, check_shape, read_entry
 from matwm_rl.functional import agents_first, agents_last, causal_segment_mask, segment_ids, shift_within_segments
 from matwm_rl.modules.heads import TeammatePredictorBase
 from matwm_rl.modules.latent import Latent, LatentCode
@@ -348,9 +348,9 @@ class WorldModel(TensorDictModuleBase):
             ValueError: if the batch is not ``[S, C+1]``, or an entry has another shape.
             KeyError: if an entry is missing.
         """
-        if starts.ndim != 2:
-            raise ValueError(f"dreams begin with starts of batch size [S, context + 1], got {tuple(starts.shape)}")
-        shape = starts.batch_size
+        shape = batch_shape(starts, keys.ACTION, 1, self)
+        if len(shape) != 2:
+            raise ValueError(f"dreams begin with starts of batch size [S, context + 1], got {tuple(shape)}")
         observation = self._sequences(starts, keys.OBSERVATION, shape, self.observation_shape)
         action = self._sequences(starts, keys.ACTION, shape)
         segments = segment_ids(self._sequences(starts, keys.AGENT_DONE, shape, [1]).squeeze(-1))
@@ -406,9 +406,10 @@ class WorldModel(TensorDictModuleBase):
 
     # -- the parallel pass -------------------------------------------------------------------------------------------
 
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The sequence pass for training: see the class for keys."""
-        # Not the tensordict's own batch size: it has none where a loss was given its tensors by keyword.
+        # Not the tensordict's own batch size: it has none where tensors were given by keyword.
         shape = read_entry(tensordict, keys.ACTION, self, note=TO_FOCAL).shape[:-1]
         observation = self._sequences(tensordict, keys.OBSERVATION, shape, self.observation_shape)
         next_observation = self._sequences(tensordict, keys.NEXT_OBSERVATION, shape, self.observation_shape)
