@@ -147,7 +147,8 @@ class WorldModel(TensorDictModuleBase):
         observation_dims: dimensions of an observation, 1 for vectors, 3 for images.
         successors: how many successors of every agent the parallel pass encodes apart: those at ends of slices and
             episodes. ``None`` counts them in every batch, for which a GPU has to wait; set the number of steps per
-            agent, B * T, where shapes must never change and nothing may wait (CUDA graphs).
+            agent, B * T, where shapes must never change and nothing may wait (CUDA graphs). ``torch.compile`` takes
+            B * T by itself.
 
     Keys read by :meth:`forward` (batch ``[*B, T]``): ``("agents", "observation")``, ``("agents", "action")``,
     ``("next", "agents", "observation")``, ``("next", "agents", "done")``, the latter as bool ``[*B, T, N, 1]``.
@@ -482,5 +483,8 @@ class WorldModel(TensorDictModuleBase):
     @staticmethod
     def _count(boundary: Tensor) -> int:
         """How many successors to encode apart, ``boundary [N, B * T]``, rounded up: few different shapes are faster."""
+        if torch.compiler.is_compiling():
+            # A shape that depends on data would break the graph.
+            return boundary.shape[1]
         most = int(boundary.sum(1).max())
         return min(-(-most // 8) * 8, boundary.shape[1])
