@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
@@ -43,6 +44,21 @@ def read_entry(
         ValueError: SomeLoss reads 'reward' of shape [4, *, 1], found [4, 3]
     """
     return _entry(tensordict, key, f"{_name(reader)} reads", shape, note)
+
+
+def batch_shape(tensordict: TensorDictBase, key: NestedKey, event_dims: int, reader: object) -> torch.Size:
+    """Batch size of what a module is given: a tensordict's own, and where tensors came by keyword, an entry's.
+
+    Args:
+        tensordict: given to ``reader``.
+        key: of an entry that must be there.
+        event_dims: its dimensions behind those of the batch.
+        reader: the module that reads it, for the message.
+
+    Raises:
+        KeyError: if there is no such entry, and no batch size either.
+    """
+    return tensordict.batch_size or read_entry(tensordict, key, reader).shape[:-event_dims]
 
 
 def read_optional(

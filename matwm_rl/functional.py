@@ -285,11 +285,19 @@ def lambda_return(reward: Tensor, continuation: Tensor, next_value: Tensor, gamm
     discount = gamma * continuation
     inputs = reward + discount * (1 - lmbda) * next_value
     carry = next_value[..., -1]
-    returns = torch.empty_like(reward)
+    returns = torch.empty_like(inputs)
     for t in reversed(range(reward.shape[-1])):
         carry = inputs[..., t] + discount[..., t] * lmbda * carry
         returns[..., t] = carry
     return returns
+
+
+def may_need_gradient(value: Tensor) -> bool:
+    """Whether a gradient may be wanted of a tensor.
+
+    Under ``torch.vmap`` tensors do not tell: it may be of all, unless gradients are off.
+    """
+    return value.requires_grad or (torch.is_grad_enabled() and torch._C._functorch.is_batchedtensor(value))
 
 
 def softmax_over_few(logits: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from matwm_rl.checks import check_reads, check_shape, check_writes, read_entry, read_optional, read_output
+from matwm_rl.checks import batch_shape, check_reads, check_shape, check_writes, read_entry, read_optional, read_output
 
 
 def batch() -> TensorDict:
@@ -37,6 +37,16 @@ def test_a_missing_entry_names_what_is_there() -> None:
     with pytest.raises(KeyError, match="Linear must write 'value', which is missing"):
         read_output(batch(), "value", nn.Linear(1, 1), (4,))
     assert read_optional(batch(), "value", "Reader", (4,)) is None
+
+
+def test_tensors_without_a_batch_size_tell_their_own() -> None:
+    td = batch()
+    assert batch_shape(td, ("agents", "reward"), 1, "Reader") == (4,)
+    td.batch_size = []
+    assert batch_shape(td, ("agents", "reward"), 2, "Reader") == (4,)
+    assert batch_shape(td, ("agents", "reward"), 3, "Reader") == ()
+    with pytest.raises(KeyError, match="Reader reads 'value'"):
+        batch_shape(td, "value", 1, "Reader")
 
 
 def test_a_tensor_is_handed_over() -> None:

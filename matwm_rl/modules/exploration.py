@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from torchrl.data import Unbounded
 from torchrl.envs import Compose, TensorDictPrimer
 
@@ -61,18 +61,19 @@ class RandomEpisodes(TensorDictModuleBase):
         primer = TensorDictPrimer({ROLE: roles}, default_value=_UNDECIDED, reset_key="_reset", expand_specs=True)
         return Compose(self.policy.make_tensordict_primer(), primer)
 
+    @dispatch(auto_batch_size=False)
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Choose an action for every agent."""
-        note = "append make_tensordict_primer() to the environment, so that roles are drawn anew with every episode"
-        agents = (*tensordict.batch_size, self.policy.world_model.num_agents)
-        role = read_entry(tensordict, ROLE, self, agents, note)
         self.policy(tensordict)
+        legal, action = tensordict.get(keys.ACTION_MASK), tensordict.get(keys.ACTION)
+        note = "append make_tensordict_primer() to the environment, so that roles are drawn with every episode"
+        role = read_entry(tensordict, ROLE, self, action.shape, note)
         drawn = 1 + (torch.rand(role.shape, device=role.device) < self.probability).long()
         role = torch.where(role == _UNDECIDED, drawn, role)
-        legal = tensordict.get(keys.ACTION_MASK)
         random = torch.multinomial(legal.flatten(0, -2).float(), 1).view(legal.shape[:-1])
-        action = torch.where(role == _AT_RANDOM, random, tensordict.get(keys.ACTION))
+        action = torch.where(role == _AT_RANDOM, random, action)
         tensordict.set(keys.ACTION, action)
-        tensordict.get(("next", *CONTEXT_ACTION))[..., -1] = action
+        following = ("next", *CONTEXT_ACTION)
+        tensordict.set(following, torch.cat([tensordict.get(following)[..., :-1], action.unsqueeze(-1)], -1))
         return tensordict.set(("next", *ROLE), role)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -74,17 +76,20 @@ class Imagination(TensorDictModuleBase):
             keys.CONTINUATION,
         ]
 
+    @dispatch(auto_batch_size=False)
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Imagine from every start: see the class for keys."""
         with autocast(self.world_model.legal.device, self.precision), set_exploration_type(ExplorationType.RANDOM):
-            steps = self._dream(tensordict)
+            # torch.compile cannot trace inference tensors.
+            with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode():
+                steps = self._dream(tensordict)
             # Stacked here: inference tensors would be refused by the backward pass of whoever learns from them.
             states = State.stack(steps[0], 2)
             actions, masks = torch.stack(steps[1], 2), torch.stack(steps[2], 2)
             reward, continuation = self.world_model.outcome(states[:, :, 1:])
 
-        batch = (tensordict.shape[0], self.horizon)
+        batch = (states.hidden.shape[1], self.horizon)
         imagined = TensorDict({}, batch_size=batch, device=tensordict.device)
         for key, whole in states.entries().items():
             imagined.set(key, whole[:, :-1])
@@ -97,7 +102,6 @@ class Imagination(TensorDictModuleBase):
         alive = torch.ones_like(imagined[keys.ACTION], dtype=torch.bool) if alive is None else alive[:, -1:]
         return imagined.set(keys.ALIVE, alive.expand(*batch, -1))
 
-    @torch.inference_mode()
     def _dream(self, starts: TensorDictBase) -> tuple[list[State], list[Tensor], list[Tensor]]:
         """States ``[N, S]`` of steps 0 .. H, actions and legal actions of steps 0 .. H-1."""
         model = self.world_model

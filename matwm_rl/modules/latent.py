@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from matwm_rl.functional import balanced_gaussian_kl, balanced_kl, sample_index, widen
+from matwm_rl.functional import balanced_gaussian_kl, balanced_kl, may_need_gradient, sample_index, widen
 from matwm_rl.modules.stacked import StackedLinear
 
 MIN_LOG_PROB = -30.0
@@ -71,7 +71,7 @@ def read_latent(layer: StackedLinear, latent: Latent) -> Tensor:
         >>> torch.allclose(read_latent(layer, latent), layer(latent.value), atol=1e-6)
         True
     """
-    if latent.ones is None or latent.value.requires_grad:
+    if latent.ones is None or may_need_gradient(latent.value):
         return layer(latent.value)
     return layer.from_ones(latent.ones)
 
@@ -256,7 +256,7 @@ class CategoricalLatent(DiscreteLatent):
         """Sample one-hots; gradients pass to the probabilities (straight-through)."""
         probs = self._probs(features)
         sample = self.from_code(sample_index(probs.detach()))
-        if not probs.requires_grad:
+        if not may_need_gradient(probs):
             return sample
         probs = probs.flatten(-2)
         return Latent(sample.value + (probs - probs.detach()), sample.ones)
@@ -375,7 +375,7 @@ class FSQLatent(DiscreteLatent):
     def sample_posterior(self, features: Tensor) -> Latent:
         """Nearest level; gradients pass as if there were no rounding (straight-through)."""
         value = self._scale(features)
-        value = value + (value.round() - value).detach() if value.requires_grad else value.round()
+        value = value + (value.round() - value).detach() if may_need_gradient(value) else value.round()
         return Latent(value * (2 / (self.num_classes - 1)) - 1)
 
     def from_code(self, code: Tensor) -> Latent:

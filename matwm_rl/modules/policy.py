@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import dispatch
 from torch import nn
 
 from matwm_rl import keys
@@ -53,10 +54,11 @@ class WorldModelPolicy(StateEstimator):
         logits = [keys.LOGITS] if keys.LOGITS in getattr(actor, "out_keys", ()) else []
         self.out_keys: list[NestedKey] = [*logits, keys.ACTION, *(("next", *key) for key in CONTEXT_KEYS)]
 
+    @dispatch(auto_batch_size=False)
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Choose an action for every agent, under the exploration type in force."""
-        model, batch = self.world_model, tensordict.batch_size
+        model, batch = self.world_model, self._batch(tensordict)
         mask = read_entry(tensordict, keys.ACTION_MASK, self, (*batch, model.num_agents, model.num_actions))
         state, memory = self._estimate(tensordict)
         outputs = self.actor(state.set(keys.ACTION_MASK, mask))

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer
 
 from matwm_rl import keys
-from matwm_rl.checks import read_entry
+from matwm_rl.checks import batch_shape, read_entry
 from matwm_rl.functional import agents_first, agents_last
 from matwm_rl.modules.latent import Latent
 from matwm_rl.modules.world_model import WorldModel
@@ -98,6 +98,7 @@ class StateEstimator(TensorDictModuleBase):
         """The transform that carries the context and empties it at every reset."""
         return TensorDictPrimer(self.context_specs(), default_value=0, reset_key="_reset", expand_specs=True)
 
+    @dispatch(auto_batch_size=False)
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write s_t; see the class for keys."""
@@ -105,10 +106,10 @@ class StateEstimator(TensorDictModuleBase):
 
     def _estimate(self, tensordict: TensorDictBase) -> tuple[TensorDict, _Memory]:
         """s_t in a tensordict of its own, and what :meth:`_following_context` goes on from."""
-        model, batch = self.world_model, tensordict.batch_size
+        model, batch = self.world_model, self._batch(tensordict)
         shape = (*batch, model.num_agents, *model.observation_shape)
         latent = model.encode(self._flat(read_entry(tensordict, keys.OBSERVATION, self, shape), model.observation_dims))
-        memory = self._memory(tensordict, model.latent.to_code(latent))
+        memory = self._memory(tensordict, batch, model.latent.to_code(latent))
         # The context is right-aligned: its last `length` steps are this episode's.
         place = torch.arange(self.context_length, device=memory.length.device)
         valid = place >= self.context_length - memory.length.unsqueeze(-1)
@@ -126,7 +127,7 @@ class StateEstimator(TensorDictModuleBase):
         action = read_entry(tensordict, keys.ACTION, self, (*batch, agents))
         value = read_entry(tensordict, keys.LATENT, self, (*batch, agents, self.world_model.latent.latent_size))
         code = self.world_model.latent.to_code(Latent(value, tensordict.get(keys.LATENT_ONES, None)))
-        memory = self._memory(tensordict, self._flat(code, 1))
+        memory = self._memory(tensordict, batch, self._flat(code, 1))
         for key, value in self._following_context(memory, action).items():
             tensordict.set(("next", *key), value)
         return tensordict
@@ -144,10 +145,13 @@ class StateEstimator(TensorDictModuleBase):
             for key, value in following.items()
         }
 
-    def _memory(self, tensordict: TensorDictBase, newest: Tensor) -> _Memory:
+    def _batch(self, tensordict: TensorDictBase) -> torch.Size:
+        return batch_shape(tensordict, keys.OBSERVATION, 1 + self.world_model.observation_dims, self)
+
+    def _memory(self, tensordict: TensorDictBase, batch: torch.Size, newest: Tensor) -> _Memory:
         note = "append make_tensordict_primer() to the environment, so that the context starts with every episode"
         code, action, length = (
-            self._flat(read_entry(tensordict, key, self, (*tensordict.batch_size, *shape), note), len(shape) - 1)
+            self._flat(read_entry(tensordict, key, self, (*batch, *shape), note), len(shape) - 1)
             for key, shape in self.context_shapes.items()
         )
         return _Memory(code, action, length, newest.unsqueeze(2))

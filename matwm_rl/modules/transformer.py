@@ -241,7 +241,8 @@ class Transformer(nn.Module):
         """Cache for exactly ``length`` positions, with none written."""
         weight = next(self.parameters())
         shape = (len(self.blocks), length, num_sequences, self.num_heads, self.features // self.num_heads)
-        key = torch.empty(shape, device=weight.device, dtype=compute_dtype(weight))
+        # Of the weight's own kind, which under vmap is an ensemble's.
+        key = weight.new_empty(shape, dtype=compute_dtype(weight))
         bias = weight.new_zeros(length, num_sequences, 1)
         return KVCache(key, torch.empty_like(key), bias, self._rotary(length, weight))
 

@@ -46,7 +46,10 @@ class TwoHot(SymExpTwoHot):
 
     def encode(self, target: Tensor) -> Tensor:
         """Two-hot probabilities ``[..., num_bins]`` of raw targets ``[...]``."""
-        return super().encode(target if self.interpolation == "raw" else symlog(target))
+        upper, weight = self._place(target, target.dtype)
+        # Zeros of the weights' own kind, which under vmap are an ensemble's.
+        probs = weight.new_zeros(*target.shape, self.num_bins)
+        return probs.scatter_(-1, torch.stack([upper - 1, upper], -1), torch.stack([1 - weight, weight], -1))
 
     def decode(self, logits: Tensor) -> Tensor:
         """Raw scalars ``[...]`` of logits ``[..., num_bins]``."""
@@ -61,10 +64,15 @@ class TwoHot(SymExpTwoHot):
         target = target.squeeze(-1) if target.ndim == logits.ndim else target
         if target.shape != logits.shape[:-1]:
             raise ValueError(f"targets of shape {tuple(target.shape)} do not fit logits of shape {tuple(logits.shape)}")
-        target = target if self.interpolation == "raw" else symlog(target)
-        target = target.to(logits.dtype).clamp(self.bins[0], self.bins[-1]).contiguous()
-        upper = torch.bucketize(target, self.bins).clamp(1, self.num_bins - 1)
-        low, high = self.bins[upper - 1], self.bins[upper]
-        weight = (target - low) / (high - low)
+        upper, weight = self._place(target, logits.dtype)
         picked = logits.log_softmax(-1).gather(-1, torch.stack([upper - 1, upper], -1))
         return -torch.lerp(picked[..., 0], picked[..., 1], weight)
+
+    def _place(self, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The upper one of the two bins of raw targets ``[...]``, and its weight."""
+        bins = self.bins.to(dtype)
+        target = target if self.interpolation == "raw" else symlog(target)
+        target = target.to(dtype).clamp(bins[0], bins[-1]).contiguous()
+        upper = torch.bucketize(target, bins).clamp(1, self.num_bins - 1)
+        low, high = bins[upper - 1], bins[upper]
+        return upper, (target - low) / (high - low)

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor, nn
 
 from matwm_rl import keys
-from matwm_rl.checks import check_shape, read_entry
+from matwm_rl.checks import batch_shape, check_shape, read_entry
 from matwm_rl.functional import agents_first, agents_last, causal_segment_mask, segment_ids, shift_within_segments
 from matwm_rl.modules.heads import TeammatePredictorBase
 from matwm_rl.modules.latent import Latent, LatentCode
@@ -174,7 +174,8 @@ class WorldModel(TensorDictModuleBase):
         observation_dims: dimensions of an observation, 1 for vectors, 3 for images.
         successors: how many successors of every agent the parallel pass encodes apart: those at ends of slices and
             episodes. ``None`` counts them in every batch, for which a GPU has to wait; set the number of steps per
-            agent, B * T, where shapes must never change and nothing may wait (CUDA graphs).
+            agent, B * T, where shapes must never change and nothing may wait (CUDA graphs). ``torch.compile`` takes
+            B * T by itself.
 
     Keys read by :meth:`forward` (batch ``[*B, T]``): ``("agents", "observation")``, ``("agents", "action")``,
     ``("next", "agents", "observation")``, ``("next", "agents", "done")``, the latter as bool ``[*B, T, N, 1]``.
@@ -375,9 +376,9 @@ class WorldModel(TensorDictModuleBase):
             ValueError: if the batch is not ``[S, C+1]``, or an entry has another shape.
             KeyError: if an entry is missing.
         """
-        if starts.ndim != 2:
-            raise ValueError(f"dreams begin with starts of batch size [S, context + 1], got {tuple(starts.shape)}")
-        shape = starts.batch_size
+        shape = batch_shape(starts, keys.ACTION, 1, self)
+        if len(shape) != 2:
+            raise ValueError(f"dreams begin with starts of batch size [S, context + 1], got {tuple(shape)}")
         observation = self._sequences(starts, keys.OBSERVATION, shape, self.observation_shape)
         action = self._sequences(starts, keys.ACTION, shape)
         segments = segment_ids(self._sequences(starts, keys.AGENT_DONE, shape, [1]).squeeze(-1))
@@ -433,9 +434,10 @@ class WorldModel(TensorDictModuleBase):
 
     # -- the parallel pass -------------------------------------------------------------------------------------------
 
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The sequence pass for training: see the class for keys."""
-        # Not the tensordict's own batch size: it has none where a loss was given its tensors by keyword.
+        # Not the tensordict's own batch size: it has none where tensors were given by keyword.
         shape = read_entry(tensordict, keys.ACTION, self, note=TO_FOCAL).shape[:-1]
         observation = self._sequences(tensordict, keys.OBSERVATION, shape, self.observation_shape)
         next_observation = self._sequences(tensordict, keys.NEXT_OBSERVATION, shape, self.observation_shape)
@@ -508,5 +510,8 @@ class WorldModel(TensorDictModuleBase):
     @staticmethod
     def _count(boundary: Tensor) -> int:
         """How many successors to encode apart, ``boundary [N, B * T]``, rounded up: few different shapes are faster."""
+        if torch.compiler.is_compiling():
+            # A shape that depends on data would break the graph.
+            return boundary.shape[1]
         most = int(boundary.sum(1).max())
         return min(-(-most // 8) * 8, boundary.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,8 +149,8 @@ class ActorLoss(KeyedLoss):
         advantage = self._advantage((returns - value).detach(), torch.where(alive, weight, 0.0))
         for key in self.actor_network.in_keys:
             read_entry(tensordict, key, self.actor_network)
-        with self.actor_network_params.to_module(self.actor_network):
-            dist = self.actor_network.get_dist(tensordict)
+        with self._using(self.actor_network_params, self.actor_network):
+            dist = self.actor_network.get_dist(tensordict.select(*self.actor_network.in_keys))
         log_prob, entropy = dist.log_prob(action), dist.entropy()
         for what, found in (("log-probabilities", log_prob), ("entropies", entropy)):
             check_shape(found, f"the distribution of {type(self.actor_network).__name__} must give {what}", shape)
@@ -255,11 +256,12 @@ class CriticLoss(KeyedLoss):
     @torch.no_grad()
     def slow_value(self, tensordict: TensorDictBase) -> Tensor:
         """Value ``[*batch, N, 1]`` of the EMA copy of the critic, of any batch with the critic's keys."""
-        states = self._states(tensordict)
-        with self.target_critic_network_params.to_module(self.critic_network):
-            return read_output(
-                self.critic_network(states), self.tensor_keys.state_value, self.critic_network, (*states.shape, None, 1)
-            )
+        return self._slow_value(tensordict)
+
+    def _slow_value(self, tensordict: TensorDictBase, shape: Sequence[int] | None = None) -> Tensor:
+        critic = self.critic_network
+        with self._using(self.target_critic_network_params, critic):
+            return read_output(critic(self._states(tensordict)), self.tensor_keys.state_value, critic, shape)
 
     def _states(self, tensordict: TensorDictBase) -> TensorDictBase:
         for key in self.critic_network.in_keys:
@@ -274,14 +276,17 @@ class CriticLoss(KeyedLoss):
         returns = read_entry(tensordict, k.lambda_return, self).detach()
         check_shape(returns, f"{type(self).__name__} reads {k.lambda_return!r}", (*returns.shape[:-1], 1))
         weight = read_entry(tensordict, k.weight, self, returns.shape).squeeze(-1)
-        with self.critic_network_params.to_module(critic):
+        with self._using(self.critic_network_params, critic):
             logits = self._logits_network(self._states(tensordict))
             logits = read_output(logits, k.state_value_logits, critic, (*returns.shape[:-1], None))
         slow_value = read_optional(tensordict, k.slow_value, self, returns.shape)
-        slow_value = (self.slow_value(tensordict) if slow_value is None else slow_value).squeeze(-1)
-        returns = returns.squeeze(-1)
+        if slow_value is None:
+            with torch.no_grad():
+                # Not of the tensordict's batch size, which it has none of where it was made of keywords.
+                slow_value = self._slow_value(tensordict, returns.shape)
+        slow_value, returns = slow_value.squeeze(-1), returns.squeeze(-1)
         # The code's constants may be the critic's too, and are where its parameters are.
-        with self.critic_network_params.to_module(critic):
+        with self._using(self.critic_network_params, critic):
             # Cross-entropy is linear in its target: one pass over the logits for the sum of both.
             target = self.two_hot.encode(returns) + self.two_hot.encode(slow_value)
         check_shape(logits, f"{type(critic).__name__} must write {k.state_value_logits!r}", target.shape)

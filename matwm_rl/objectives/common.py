@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Self
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key_list
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
@@ -15,7 +18,8 @@ class KeyedLoss(LossModule):
     """A ``LossModule`` that knows its keys: ``in_keys`` and ``out_keys`` follow :meth:`set_keys`.
 
     What all our losses can do besides: leave out steps that TorchRL marks as padding (``loss_mask_key``), select their
-    outputs, take tensors by keyword (``loss(agents_action=..., ...)``), and be called functionally.
+    outputs, take tensors by keyword (``loss(agents_action=..., ...)``), be called functionally, and be copied: a deep
+    copy is to its copied networks what the loss is to its networks, so that their owner can be copied with it.
 
     Subclasses say what they read and write, call :meth:`_set_in_keys` at the end of their constructor, and end
     ``forward`` with :meth:`_written`.
@@ -74,16 +78,48 @@ class KeyedLoss(LossModule):
         else:
             self.two_hot = two_hot
 
+    def _functional(self) -> Iterator[tuple[str, TensorDictModuleBase, TensorDictParams]]:
+        """Names, networks and parameters of what ``convert_to_functional`` took apart."""
+        for name, network in self.__dict__.items():
+            if (params := self._modules.get(f"{name}_params")) is not None:
+                yield name, network, params
+
+    @staticmethod
+    def _using(params: TensorDictParams, network: nn.Module) -> AbstractContextManager:
+        """Let a network compute with these; TensorDict would else make trainable parameters of what is none."""
+        return params.to_module(network, preserve_module_state=False)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """PyTorch's. TorchRL's lacks the last argument, which ``torch.func.functional_call`` gives.
+
+        Raises:
+            TypeError: where that call would quietly compute with the parameters that it was to replace.
+        """
+        if not remove_duplicate and any(isinstance(module, TensorDictParams) for module in self.children()):
+            raise TypeError(
+                f"torch.func.functional_call does not reach the parameters of {type(self).__name__}, which lie in a "
+                "TensorDictParams; use `params = TensorDict.from_module(loss)` and `with params.to_module(loss):`"
+            )
+        return nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # Copied on their own, parameters would no longer be those of the copied network.
+        for _, network, params in self._functional():
+            memo[id(params)] = TensorDict.from_module(copy.deepcopy(network, memo), as_module=True)
+        loss = type(self).__new__(type(self))
+        memo[id(self)] = loss
+        loss.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return loss
+
     def reset_parameters_recursive(self) -> None:
         """Draw the parameters of all networks anew; copies of them, such as an EMA, start equal again."""
-        for name, module in (*self.__dict__.items(), *self._modules.items()):
-            if not isinstance(module, TensorDictModuleBase):
-                continue
-            params, target = (self._modules.get(key) for key in (f"{name}_params", f"target_{name}_params"))
-            if params is None:
-                module.reset_parameters_recursive()
-                continue
-            with params.to_module(module):
-                module.reset_parameters_recursive()
-            if target is not None:
+        for name, network, params in self._functional():
+            with self._using(params, network):
+                network.reset_parameters_recursive()
+            if (target := self._modules.get(f"target_{name}_params")) is not None:
                 target.data.update_(params.data)
+        for module in self._modules.values():
+            if isinstance(module, TensorDictModuleBase):
+                module.reset_parameters_recursive()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import torch
-from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 from torchrl.modules import PercentileValueNorm
 
 from matwm_rl import keys
-from matwm_rl.checks import check_writes, read_entry, read_output
+from matwm_rl.checks import batch_shape, check_writes, read_entry, read_output
 from matwm_rl.functional import lambda_return
+
+
+def _next(key: NestedKey) -> NestedKey:
+    return unravel_key(("next", key))
 
 
 class LambdaReturn(TensorDictModuleBase):
@@ -52,23 +56,27 @@ class LambdaReturn(TensorDictModuleBase):
         check_writes(critic, [keys.STATE_VALUE], "the critic")
         self.critic = critic
         self.gamma, self.lmbda = gamma, lmbda
-        critic_keys: list[NestedKey] = list(critic.in_keys)
-        self.in_keys = [*critic_keys, *(("next", *key) for key in critic_keys), keys.REWARD, keys.CONTINUATION]
+        self.in_keys = [*critic.in_keys, *map(_next, critic.in_keys), keys.REWARD, keys.CONTINUATION]
         self.out_keys = [keys.STATE_VALUE, keys.LAMBDA_RETURN, keys.WEIGHT]
 
+    @dispatch(auto_batch_size=False)
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write values, returns and weights into an imagined rollout."""
-        if not tensordict.ndim:
+        batch = batch_shape(tensordict, keys.REWARD, 2, self)
+        if not batch:
             raise ValueError("LambdaReturn reads rollouts of batch size [*S, H], got one without dimensions")
-        time = tensordict.ndim - 1
-        reward = read_entry(tensordict, keys.REWARD, self, (*tensordict.shape, None, 1))
+        time = len(batch) - 1
+        reward = read_entry(tensordict, keys.REWARD, self, (*batch, None, 1))
         continuation = read_entry(tensordict, keys.CONTINUATION, self, reward.shape)
         for key in self.in_keys:
             read_entry(tensordict, key, self)
         # s_0 .. s_H in one call of the critic: the successors of all steps but the last are states themselves.
-        states = tensordict.select(*self.critic.in_keys)
-        states = torch.cat([states, tensordict.get("next").select(*self.critic.in_keys)[..., -1:]], time)
+        with_last = {
+            key: torch.cat([tensordict.get(key), tensordict.get(_next(key)).narrow(time, -1, 1)], time)
+            for key in self.critic.in_keys
+        }
+        states = TensorDict(with_last, batch_size=(*batch[:-1], batch[-1] + 1))
         values = read_output(
             self.critic(states), keys.STATE_VALUE, self.critic, (*states.shape, *reward.shape[time + 1 :])
         )

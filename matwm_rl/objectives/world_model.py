@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -133,12 +133,6 @@ class WorldModelLoss(KeyedLoss):
     def _written_keys(self) -> list[NestedKey]:
         terms = [name for name in asdict(self.weights) if name != "mask" or self._predicts_mask]
         return [*(f"loss_{name}" for name in terms), "kl"]
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """PyTorch's. TorchRL's lacks the last argument, which ``torch.func.functional_call`` gives."""
-        yield from nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

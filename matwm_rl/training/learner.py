@@ -196,13 +196,29 @@ class Learner:
             )
         for loss in (self.actor_loss, self.critic_loss):
             loss.to(device)
-        self.target_updater = SoftUpdate(self.critic_loss, eps=cfg.critic_decay)
         self.world_model_optimizer = self._optimizer(self.world_model_loss, cfg.world_model_lr)
         self.actor_optimizer = self._optimizer(self.actor_loss, cfg.actor_critic_lr)
         self.critic_optimizer = self._optimizer(self.critic_loss, cfg.critic_lr or cfg.actor_critic_lr)
-        self._run_world_model = self._graphed(self._step_world_model)
-        self._run_agents = self._graphed(lambda starts: self.update_actor_critic(self.imagination(starts)))
         self.updates = 0
+        self._wire()
+
+    def _wire(self) -> None:
+        """Make what holds on to other attributes."""
+        self.target_updater = SoftUpdate(self.critic_loss, eps=self.config.critic_decay)
+        self._run_world_model = self._graphed(self._step_world_model)
+        self._run_agents = self._graphed(self._step_agents)
+
+    def __getstate__(self) -> dict[str, Any]:
+        wired = ("target_updater", "_run_world_model", "_run_agents")
+        return {name: value for name, value in self.__dict__.items() if name not in wired}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        target = self.critic_loss.target_critic_network_params
+        # A new updater starts the EMA anew.
+        ema = target.data.clone()
+        self._wire()
+        target.data.update_(ema)
 
     def _optimizer(self, loss: LossModule, lr: float) -> torch.optim.Optimizer:
         trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
@@ -254,6 +270,9 @@ class Learner:
     def update_agents(self, starts: TensorDictBase) -> TensorDict:
         """Imagine from replayed starts ``[S, C+1]``, then one step of every actor and critic."""
         return self._run_agents(starts)
+
+    def _step_agents(self, starts: TensorDictBase) -> TensorDict:
+        return self.update_actor_critic(self.imagination(starts))
 
     def update_actor_critic(self, imagined: TensorDictBase) -> TensorDict:
         """Steps of every actor and critic on an imagined rollout ``[S, H]``: ``agent_epochs`` of each."""

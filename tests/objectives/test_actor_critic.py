@@ -365,15 +365,3 @@ def test_an_agent_dead_in_every_start_gets_no_gradient_and_no_nan(make: type) ->
     td[keys.ALIVE][..., 1] = False
     for grad in grads(loss(td)[loss.out_keys[0]], [p for p in loss.parameters() if p.requires_grad]):
         assert grad.isfinite().all() and grad[0].any() and not grad[1].any()
-
-
-@pytest.mark.parametrize("make", [make_actor_loss, make_critic_loss])
-def test_keys_can_be_renamed(make: type) -> None:
-    loss, td = make(), imagined()
-    loss.eval()
-    expected = loss(td.clone())[loss.out_keys[0]]
-    loss.set_keys(lambda_return="target")
-    assert "target" in loss.in_keys and keys.LAMBDA_RETURN not in loss.in_keys
-    torch.testing.assert_close(loss(td.clone().rename_key_(keys.LAMBDA_RETURN, "target"))[loss.out_keys[0]], expected)
-    with pytest.raises(ValueError):
-        loss.set_keys(value_target="target")

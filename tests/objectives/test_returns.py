@@ -56,6 +56,15 @@ def test_agrees_with_torchrl(float64: None) -> None:
     torch.testing.assert_close(out[keys.LAMBDA_RETURN], theirs.movedim(1, 2))
 
 
+def test_a_critic_may_read_an_entry_of_the_root(float64: None) -> None:
+    td, _ = chained(4, 6)
+    critic = TensorDictModule(torch.clone, in_keys=["state"], out_keys=[keys.STATE_VALUE])
+    rooted = td.clone().rename_key_(("agents", "x"), "state").rename_key_(("next", "agents", "x"), ("next", "state"))
+    assert ("next", "state") in LambdaReturn(critic).in_keys
+    for key in (keys.STATE_VALUE, keys.LAMBDA_RETURN, keys.WEIGHT):
+        torch.testing.assert_close(LambdaReturn(critic)(rooted.clone())[key], LambdaReturn(CRITIC)(td.clone())[key])
+
+
 def test_a_predicted_end_cuts_the_return_and_the_weight() -> None:
     td, values = chained(2, 5)
     td[keys.CONTINUATION] = torch.ones(2, 5, N, 1)

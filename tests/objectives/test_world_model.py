@@ -321,23 +321,3 @@ def test_losses_accept_any_module_with_the_keys() -> None:
     assert losses["loss_continuation"].item() == pytest.approx(math.log(2), rel=1e-5)
     assert losses["kl"].item() == 0.0 and losses["loss_dynamics"].item() == 0.5
     assert "loss_mask" not in losses.keys()
-
-
-def test_keys_can_be_renamed() -> None:
-    model, batch = make_model(latent="fsq"), random_batch()
-    loss = WorldModelLoss(model)
-    expected = total(loss(batch))
-    loss.set_keys(reward=("next", "agents", "my_reward"))
-    assert ("next", "agents", "my_reward") in loss.in_keys and keys.REWARD not in loss.in_keys
-    torch.testing.assert_close(
-        total(loss(batch.clone().rename_key_(keys.REWARD, ("next", "agents", "my_reward")))), expected
-    )
-    with pytest.raises(ValueError):
-        loss.set_keys(rewards="reward")
-
-
-def test_the_given_batch_is_left_as_it_was() -> None:
-    model, batch = make_model(), random_batch()
-    before = set(batch.keys(True, True))
-    WorldModelLoss(model)(batch)
-    assert set(batch.keys(True, True)) == before

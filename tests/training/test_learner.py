@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -386,6 +388,21 @@ def test_loading_keeps_the_objects_and_their_ties() -> None:
     resumed.update(replay)
     # The optimizers still step what acts, dreams and evaluates, and the EMA copy still follows.
     assert {"world_model", "actor", "critic", "target_critic"} <= changed_parts(resumed, before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda learner: pickle.loads(pickle.dumps(learner))])
+def test_a_copied_learner_goes_on_exactly_and_leaves_the_original_alone(copied: Callable[[Learner], Learner]) -> None:
+    learner, replay = make_learner(**OPTIONS), mock_replay()
+    data = [(replay.sequences.sample(), replay.starts.sample()) for _ in range(4)]
+    for seed, (sequences, starts) in enumerate(data[:2]):
+        update_from(learner, sequences, starts, seed)
+    before, other = snapshot(learner), copied(learner)
+    for seed, (sequences, starts) in enumerate(data[2:]):
+        update_from(other, sequences, starts, seed)
+    assert_same(learner.state_dict(), before)
+    for seed, (sequences, starts) in enumerate(data[2:]):
+        update_from(learner, sequences, starts, seed)
+    assert_same(other.state_dict(), learner.state_dict())
 
 
 def test_state_of_another_size_is_refused() -> None:

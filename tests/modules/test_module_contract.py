@@ -1,0 +1,254 @@
+"""What users of TorchRL do with a TensorDictModule works with ours: copies, dispatch, functional calls, compiling."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase, lazy_stack
+from tensordict.nn import TensorDictModuleBase
+from torch import nn
+
+from matwm_rl import keys
+from matwm_rl.modules import (
+    Imagination,
+    RandomEpisodes,
+    StateEstimator,
+    WorldModelFeatures,
+    WorldModelPolicy,
+    make_actor,
+    make_critic,
+)
+from matwm_rl.modules.exploration import ROLE
+from matwm_rl.objectives import LambdaReturn
+from tests.helpers import COUNTS, SIZE, make_model, mock_env, random_batch, random_imagined, randomize
+
+N, CONTEXT = len(COUNTS), 4
+STEPWISE = ["estimator", "policy", "exploring"]
+"""What acts, one step at a time, with a context that is carried."""
+
+every_module = pytest.mark.parametrize("kind", ["world_model", *STEPWISE, "actor", "critic", "imagination", "returns"])
+
+
+def make_module(kind: str) -> TensorDictModuleBase:
+    """A module whose only chance is that of actions."""
+    model = make_model(latent="fsq").eval()
+    actor, critic = (randomize(make(model, num_cells=8)) for make in (make_actor, make_critic))
+    policy = WorldModelPolicy(model, actor, context_length=CONTEXT)
+    modules = {
+        "world_model": model,
+        "estimator": StateEstimator(model, context_length=CONTEXT),
+        "policy": policy,
+        "exploring": RandomEpisodes(policy, probability=0.5),
+        "actor": actor,
+        "critic": critic,
+        "imagination": Imagination(model, actor, horizon=3),
+        "returns": LambdaReturn(critic),
+    }
+    return modules[kind]
+
+
+def make_batch(kind: str) -> TensorDict:
+    model = make_model(latent="fsq")
+    if kind in ("world_model", "imagination"):
+        return random_batch(3, 5)
+    if kind in ("actor", "critic", "returns"):
+        return random_imagined(3, 5, model=model).exclude(
+            keys.ACTION, keys.STATE_VALUE, keys.LAMBDA_RETURN, keys.WEIGHT
+        )
+    steps = TensorDict(
+        {
+            keys.OBSERVATION: torch.randn(5, N, SIZE),
+            keys.ACTION_MASK: model.legal.expand(5, -1, -1).clone(),
+            ("context", "code"): torch.randint(SIZE, (5, N, CONTEXT, model.latent.num_dims)).to(
+                model.latent.code_dtype
+            ),
+            ("context", "action"): torch.randint(min(COUNTS), (5, N, CONTEXT)),
+            ("context", "length"): torch.randint(CONTEXT + 1, (5, N)),
+        },
+        batch_size=[5],
+    )
+    return steps.set(ROLE, torch.randint(3, (5, N))) if kind == "exploring" else steps
+
+
+def call(module: nn.Module, batch: TensorDictBase) -> TensorDictBase:
+    torch.manual_seed(1)
+    return module(batch.copy())
+
+
+def assert_same(one: TensorDictBase, other: TensorDictBase, out_keys: list[NestedKey], **tolerance: float) -> None:
+    for key in out_keys:
+        torch.testing.assert_close(one[key], other[key], msg=lambda text, key=key: f"{key}: {text}", **tolerance)
+
+
+@every_module
+def test_in_keys_are_read_and_out_keys_written(kind: str) -> None:
+    module, batch = make_module(kind), make_batch(kind)
+    expected, read = call(module, batch), batch.select(*module.in_keys)
+    out = call(module, read)
+    assert_same(out, expected, module.out_keys)
+    before = set() if kind == "imagination" else set(read.keys(True, True))
+    assert set(out.keys(True, True)) - before == set(module.out_keys)
+    for key in module.in_keys:
+        if (kind, key) == ("imagination", keys.ALIVE):
+            # By default all are alive.
+            assert call(module, batch.exclude(key))[keys.ALIVE].all()
+        elif (kind, key) != ("actor", keys.ACTION_MASK):
+            with pytest.raises(KeyError, match=key[-1]):
+                call(module, batch.exclude(key))
+
+
+@every_module
+def test_tensors_by_keyword(kind: str) -> None:
+    module, batch = make_module(kind), make_batch(kind)
+    expected = call(module, batch)
+    torch.manual_seed(1)
+    values = module(**{"_".join(key): batch[key] for key in module.in_keys})
+    for key, value in zip(module.out_keys, values, strict=True):
+        torch.testing.assert_close(value, expected[key])
+
+
+@every_module
+def test_a_module_goes_on_from_a_state_dict(kind: str) -> None:
+    module, other, batch = make_module(kind), make_module(kind), make_batch(kind)
+    other.load_state_dict({name: value.clone() for name, value in module.state_dict().items()})
+    assert_same(call(other, batch), call(module, batch), module.out_keys)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["copy", "pickle"]
+)
+@every_module
+def test_a_copy_is_a_module_of_its_own(kind: str, copied: Callable[[nn.Module], nn.Module]) -> None:
+    module, batch = make_module(kind), make_batch(kind)
+    expected = call(module, batch)
+    other = copied(module)
+    assert_same(call(other, batch), expected, module.out_keys)
+    state, theirs = module.state_dict(), other.state_dict()
+    assert state.keys() == theirs.keys()
+    assert not {value.data_ptr() for value in state.values()} & {value.data_ptr() for value in theirs.values()}
+    randomize(other, 1.0)
+    assert_same(call(module, batch), expected, module.out_keys)
+    changed = call(other, batch)
+    assert any(not torch.equal(changed[key], expected[key]) for key in module.out_keys)
+
+
+def test_what_is_copied_together_still_shares_its_model() -> None:
+    model = make_model(latent="fsq")
+    actor = make_actor(model, num_cells=8)
+    owners = model, WorldModelPolicy(model, actor), Imagination(model, actor, horizon=3), WorldModelFeatures(model)
+    for copied in (copy.deepcopy(owners), pickle.loads(pickle.dumps(owners))):
+        model_, policy, imagination, features = copied
+        assert policy.world_model is imagination.world_model is features.estimator.world_model is model_ is not model
+        assert policy.actor is imagination.actor is not actor
+
+
+def test_copied_features_are_the_same() -> None:
+    features = WorldModelFeatures(make_model(latent="fsq").eval(), context_length=CONTEXT)
+    rollouts = []
+    for copied in (pickle.loads(pickle.dumps(features)), copy.deepcopy(features), features):
+        env = mock_env().append_transform(copied)
+        torch.manual_seed(1)
+        rollouts.append(env.rollout(4))
+    for rollout in rollouts[:2]:
+        assert_same(rollout, rollouts[2], [keys.HIDDEN, ("next", *keys.LATENT)])
+
+
+@every_module
+def test_double_precision(kind: str) -> None:
+    module, batch = make_module(kind), make_batch(kind)
+    expected = call(module, batch)
+    wide = batch.apply(lambda value: value.double() if value.is_floating_point() else value)
+    module = module.to(torch.float64)
+    out = call(module, wide)
+    assert all(out[key].dtype == torch.float64 for key in module.out_keys if out[key].is_floating_point())
+    # Imagined levels lie elsewhere where a random number falls between others.
+    if kind != "imagination":
+        assert_same(out.float(), expected.float(), module.out_keys, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@every_module
+def test_to_a_gpu_and_back(kind: str) -> None:
+    module, batch = make_module(kind), make_batch(kind)
+    expected = call(module, batch)
+    out = call(module.to("cuda"), batch.to("cuda"))
+    assert all(out[key].is_cuda for key in module.out_keys)
+    assert_same(call(module.to("cpu"), batch), expected, module.out_keys)
+
+
+@every_module
+def test_batches_of_any_shape(kind: str) -> None:
+    module, batch = make_module(kind), make_batch(kind)
+    expected = call(module, batch)
+    if kind == "imagination":
+        with pytest.raises(ValueError, match=r"\[S, context \+ 1\]"):
+            module(batch.unsqueeze(0))
+        return
+    assert_same(call(module, batch.unsqueeze(0))[0], expected, module.out_keys)
+    if kind in ("world_model", "returns"):
+        assert_same(call(module, batch[0]), call(module, batch[:1])[0], module.out_keys)
+        with pytest.raises(ValueError):
+            module(batch[0, 0])
+    else:
+        flat = batch.reshape(-1)
+        assert_same(call(module, flat[0]), call(module, flat[:1])[0], module.out_keys)
+
+
+@every_module
+def test_lazily_stacked_batches(kind: str) -> None:
+    module, batch = make_module(kind), make_batch(kind)
+    lazy = lazy_stack([step.clone() for step in batch.unbind(0)])
+    assert_same(call(module, lazy), call(module, batch), module.out_keys)
+
+
+@every_module
+def test_calls_with_other_parameters(kind: str) -> None:
+    module, other, batch = make_module(kind), make_module(kind), make_batch(kind)
+    expected, before = call(module, batch), call(other, batch)
+    with TensorDict.from_module(module).to_module(other):
+        assert_same(call(other, batch), expected, module.out_keys)
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    torch.manual_seed(1)
+    assert_same(torch.func.functional_call(other, state, (batch.copy(),)), expected, module.out_keys)
+    assert_same(call(other, batch), before, module.out_keys)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented:UserWarning")
+@every_module
+def test_an_ensemble_gives_what_its_members_give(kind: str) -> None:
+    modules, batch, skeleton = [make_module(kind) for _ in range(2)], make_batch(kind), make_module(kind)
+
+    def run(params: TensorDictBase) -> TensorDictBase:
+        with params.to_module(skeleton):
+            return skeleton(batch.copy())
+
+    torch.manual_seed(1)
+    out = torch.vmap(run, randomness="same")(torch.stack([TensorDict.from_module(module).data for module in modules]))
+    for i, module in enumerate(modules):
+        assert_same(out[i], call(module, batch), module.out_keys, rtol=1e-4, atol=1e-4)
+
+
+@every_module
+def test_a_module_compiles_as_one_graph(kind: str) -> None:
+    module, batch = make_module(kind), make_batch(kind)
+    expected = call(module, batch)
+    torch._dynamo.reset()
+    out = call(torch.compile(module, backend="aot_eager", fullgraph=True), batch)
+    assert_same(out, expected, module.out_keys, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["world_model", "policy", "imagination"])
+def test_a_compiled_module_gives_the_same(kind: str) -> None:
+    module, batch = make_module(kind), make_batch(kind)
+    expected = call(module, batch)
+    torch._dynamo.reset()
+    out = call(torch.compile(module), batch)
+    # Inductor draws other random numbers than eager PyTorch does.
+    drawn = {"policy": [keys.LOGITS], "imagination": []}.get(kind, module.out_keys)
+    assert_same(out, expected, drawn, rtol=1e-3, atol=1e-3)
+    assert all(out[key].shape == expected[key].shape for key in module.out_keys)
