@@ -57,6 +57,12 @@ def batch_shape(tensordict: TensorDictBase, key: NestedKey, event_dims: int, rea
 
     Raises:
         KeyError: if there is no such entry, and no batch size either.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> batch_shape(TensorDict({"reward": torch.zeros(4, 3, 1)}), "reward", 2, "SomeLoss")
+        torch.Size([4])
     """
     return tensordict.batch_size or read_entry(tensordict, key, reader).shape[:-event_dims]
 

@@ -296,6 +296,13 @@ def may_need_gradient(value: Tensor) -> bool:
     """Whether a gradient may be wanted of a tensor.
 
     Under ``torch.vmap`` tensors do not tell: it may be of all, unless gradients are off.
+
+    Args:
+        value: of any shape.
+
+    Examples:
+        >>> may_need_gradient(torch.ones(2)), may_need_gradient(torch.ones(2, requires_grad=True))
+        (False, True)
     """
     return value.requires_grad or (torch.is_grad_enabled() and torch._C._functorch.is_batchedtensor(value))
 

@@ -98,7 +98,7 @@ class Imagination(TensorDictModuleBase):
         imagined.set(keys.ACTION_MASK, agents_last(masks))
         imagined.set(keys.REWARD, agents_last(reward, 0).unsqueeze(-1))
         imagined.set(keys.CONTINUATION, agents_last(continuation, 0).unsqueeze(-1))
-        alive = read_optional(tensordict, keys.ALIVE, self, (*tensordict.shape, actions.shape[0]))
+        alive = read_optional(tensordict, keys.ALIVE, self, tensordict.get(keys.ACTION).shape)
         alive = torch.ones_like(imagined[keys.ACTION], dtype=torch.bool) if alive is None else alive[:, -1:]
         return imagined.set(keys.ALIVE, alive.expand(*batch, -1))
 
