@@ -9,30 +9,26 @@ import matwm_rl as mw
 from matwm_rl.keys import ACTION, ACTION_MASK, LOGITS, OBSERVATION, REWARD
 from matwm_rl.training import RandomActions, evaluate, prepare_process
 
-# Real steps (the first of random agents), updates of the world model, batches of dreams.
-ROUNDS = ((2000, 400, 80), (1000, 200, 80), (1000, 200, 80))
 
-
-def minimise(losses, optimizer: torch.optim.Optimizer) -> None:
+def step(losses, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     sum(value for key, value in losses.items() if key.startswith("loss_")).backward()
     optimizer.step()
 
 
-def main(rounds=ROUNDS, starts: int = 48, horizon: int = 10, episodes: int = 50) -> None:
+def main(rounds=((2000, 400, 80), (1000, 200, 80), (1000, 200, 80)), horizon: int = 10, episodes: int = 50) -> None:
     prepare_process(num_threads=1, matmul_precision="medium")
     torch.manual_seed(0)
     real = mw.make_env("mpe2/simple_spread_v3", seed=0)
     model = mw.WorldModel.from_env(real, mw.WorldModelConfig.small(teammate_predictor=False))  # nobody reads its logits
     model_loss = mw.WorldModelLoss(model, weights=mw.WorldModelLossWeights(reconstruction=1000.0, reward=50.0))
-    replay = mw.make_replay(num_agents=3, sequences_per_agent=10, starts_per_agent=starts, sequence_length=16)
+    replay = mw.make_replay(num_agents=3, sequences_per_agent=10, starts_per_agent=48, sequence_length=16)
 
-    # Independent critics, not MAPPO's central one: the agents of a row dream apart, each from a moment of its own, so
-    # that what the others observe in theirs says nothing of an agent's return.
-    mlp = {"n_agents": 3, "centralized": False, "share_params": True, "num_cells": (128, 128)}
-    size, mlp["activation_class"] = real.layout.observation_shape[0], torch.nn.ReLU
-    policy = TensorDictModule(MultiAgentMLP(size, real.layout.num_actions, **mlp), [OBSERVATION], [LOGITS])
-    critic = TensorDictModule(MultiAgentMLP(size, 1, **mlp), [OBSERVATION], ["state_value"])
+    # Not MAPPO's central critic: agents dream apart, and what others see in their dreams says nothing of an agent's own.
+    mlp = {"centralized": False, "share_params": True, "num_cells": (128, 128), "activation_class": torch.nn.ReLU}
+    size, num_actions = real.layout.observation_shape[0], real.layout.num_actions
+    policy = TensorDictModule(MultiAgentMLP(size, num_actions, 3, **mlp), [OBSERVATION], [LOGITS])
+    critic = TensorDictModule(MultiAgentMLP(size, 1, 3, **mlp), [OBSERVATION], ["state_value"])
     dist = {"in_keys": {"logits": LOGITS, "mask": ACTION_MASK}, "distribution_class": MaskedCategorical}
     actor = ProbabilisticActor(policy, **dist, out_keys=[ACTION], return_log_prob=True)
     ppo = IPPOLoss(actor, critic, entropy_coeff=0.03)
@@ -40,24 +36,22 @@ def main(rounds=ROUNDS, starts: int = 48, horizon: int = 10, episodes: int = 50)
     ppo.make_value_estimator(gamma=0.95, lmbda=0.95)
     rates = [{"params": actor.parameters(), "lr": 1e-3}, {"params": critic.parameters(), "lr": 3e-3}]
     optimizer, acting = torch.optim.Adam(rates), RandomActions()
-    for steps, updates, batches in rounds:
-        replay.extend(real.rollout(steps, acting, break_when_any_done=False))
+    for real_steps, updates, dreams in rounds:
+        replay.extend(real.rollout(real_steps, acting, break_when_any_done=False))
         replay.end_episodes()  # the next real steps do not go on where these stopped
         model_optimizer = torch.optim.Adam(model.train().parameters(), lr=3e-3)
         schedule = torch.optim.lr_scheduler.LinearLR(model_optimizer, 1.0, 0.0, updates)
         for _ in range(updates):
-            minimise(model_loss(replay.sequences.sample()), model_optimizer)
+            step(model_loss(replay.sequences.sample()), model_optimizer)
             schedule.step()
-        dreams = mw.ImaginationEnv(model.eval(), replay.starts, max_steps=horizon, decode=True, end_threshold=0.0)
-        for _ in range(batches):
+        env = mw.ImaginationEnv(model.eval(), replay.starts, max_steps=horizon, decode=True, end_threshold=0.0)
+        for _ in range(dreams):
             with torch.no_grad():
-                batch = dreams.rollout(horizon, actor)
-            ppo.value_estimator(batch, params=ppo.critic_network_params, target_params=ppo.target_critic_network_params)
+                dreamt = ppo.value_estimator(env.rollout(horizon, actor))
             for _ in range(4):
-                minimise(ppo(batch), optimizer)
+                step(ppo(dreamt), optimizer)
         acting = actor
-
-    for name, acting in (("random agents", RandomActions()), ("trained in dreams", actor)):
+    for name, acting in (("random agents", RandomActions()), ("agents trained in dreams", actor)):
         print(f"{name}, mean return: {evaluate(real, acting, episodes=episodes).per_group()['agent']:.1f}")
 
 

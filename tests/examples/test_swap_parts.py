@@ -21,7 +21,7 @@ def test_own_parts_are_trained(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
     monkeypatch.setattr("matwm_rl.Learner", Watched)
     teammates, random, trained = run_example(
-        "swap_parts", capsys, rounds=2, steps=130, updates=8, warmup=10, episodes=1
+        "swap_parts", capsys, rounds=2, steps=180, updates=8, warmup=10, episodes=1
     )
     found, guess = numbers(teammates)
     assert found < 1.2 * guess and guess == pytest.approx(math.log(5), abs=1e-3)
