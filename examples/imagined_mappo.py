@@ -24,7 +24,7 @@ def main(rounds=((2000, 400, 80), (1000, 200, 80), (1000, 200, 80)), horizon: in
     model_loss = mw.WorldModelLoss(model, weights=mw.WorldModelLossWeights(reconstruction=1000.0, reward=50.0))
     replay = mw.make_replay(num_agents=3, sequences_per_agent=10, starts_per_agent=48, sequence_length=16)
 
-    # Not MAPPO's central critic: agents dream apart, and what others see in their dreams says nothing of an agent's own.
+    # Not MAPPO's central critic: agents dream apart, and what others see in theirs says nothing of one's own.
     mlp = {"centralized": False, "share_params": True, "num_cells": (128, 128), "activation_class": torch.nn.ReLU}
     size, num_actions = real.layout.observation_shape[0], real.layout.num_actions
     policy = TensorDictModule(MultiAgentMLP(size, num_actions, 3, **mlp), [OBSERVATION], [LOGITS])
