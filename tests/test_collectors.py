@@ -16,7 +16,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 from torchrl.collectors import Collector
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase, Transform, TransformedEnv
 
 from matwm_rl import keys
 from matwm_rl.data import Replay, make_replay
@@ -64,7 +64,8 @@ def insists_on(data: TensorDictBase, action: int) -> torch.Tensor:
 @contextmanager
 def collecting(make: EnvBase | list[Callable[[], EnvBase]], policy: nn.Module, **kwargs: Any) -> Iterator[Collector]:
     workers = {"num_collectors": len(make)} if isinstance(make, list) else {}
-    collector = Collector(make, policy, total_frames=-1, auto_register_policy_transforms=True, **workers, **kwargs)
+    options = {"total_frames": -1, "auto_register_policy_transforms": True, **workers, **kwargs}
+    collector = Collector(make, policy, **options)
     try:
         yield collector
     finally:
@@ -204,3 +205,38 @@ def test_collectors_find_the_primer_themselves(wrap: Callable[[WorldModelPolicy]
     assert set(given.keys(True, True)) <= set(found.keys(True, True))
     assert all(torch.equal(found[key], given[key]) for key in given.keys(True, True))
     assert given["context", "length"].max() == 4
+
+
+def test_a_collector_fills_replay_itself() -> None:
+    env = make_env("mock", seed=0)
+    policy = make_policy(env)
+    replay = make_small_replay(env)
+    with collecting(env, policy, frames_per_batch=20, replay_buffer=replay.sequences) as collector:
+        for count, data in zip(range(1, 4), collector, strict=False):
+            assert data is None
+            assert replay.env_steps == len(replay) == 20 * count
+    assert_unbroken(replay)
+    assert replay.starts.sample().shape == (4, 3)
+
+
+def make_primed(primer: Transform, episode_length: int) -> TransformedEnv:
+    return TransformedEnv(make_env("mock", episode_length=episode_length), primer)
+
+
+def test_workers_fill_replay_themselves() -> None:
+    """With whole episodes; the primer has to be in their environments, which TorchRL here tries without its own."""
+    env = make_env("mock")
+    policy = make_policy(env)
+    make = [partial(make_primed, policy.make_tensordict_primer(), length) for length in (4, 6)]
+    replay = make_small_replay(env)
+    whole = {"frames_per_batch": 12, "trajs_per_batch": 2, "traj_format": "cat"}
+    filling = {"replay_buffer": replay.sequences, "auto_register_policy_transforms": False}
+    with collecting(make, policy, sync=False, **filling, **whole) as collector:
+        for _ in collector:
+            if replay.env_steps >= 100:
+                break
+    assert len(replay) == replay.env_steps
+    assert_unbroken(replay)
+    ends = replay.sequences.storage[:]["next", "done"][:, 0, 0, 0].nonzero().squeeze(-1)
+    assert set(ends.diff().tolist()) == {4, 6}
+    assert replay.starts.sample().shape == (4, 3)

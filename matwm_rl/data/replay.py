@@ -24,7 +24,9 @@ class Replay:
     """Two buffers on one storage; write with :meth:`extend`, read with ``sequences.sample()`` and ``starts.sample()``.
 
     Built by :func:`make_replay` (section 6). Both samples are focal batches (:mod:`matwm_rl.data.focal`). A collector
-    may also be given ``sequences`` as its ``replay_buffer``.
+    may also be given ``sequences`` as its ``replay_buffer``. Its workers then have to write whole episodes
+    (``sync=False, trajs_per_batch=1, traj_format="cat"``), and the functions that make their environments to add the
+    policy's primer, which TorchRL then does not.
 
     Attributes:
         sequences (ReplayBuffer): recency-weighted slices for the world model, ``[B, T]``. The one that is written to.

@@ -173,15 +173,27 @@ class SliceSamplerBase(Sampler):
                 self._generator = torch.Generator()
             self._generator.set_state(state_dict["generator"].cpu())
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A generator on its way to another process is a tensor in shared memory, which is freed before it arrives.
+        return {**super().__getstate__(), "_generator": self._as_lists()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _generator=None)
+        self._load_lists(state["_generator"])
+
     def dumps(self, path: str | Path) -> None:
         """Writes the state below the folder ``path``, as JSON."""
         Path(path).mkdir(parents=True, exist_ok=True)
-        state = {key: value.tolist() for key, value in self.state_dict().items()}
-        (Path(path) / _STATE_FILE).write_text(json.dumps(state))
+        (Path(path) / _STATE_FILE).write_text(json.dumps(self._as_lists()))
 
     def loads(self, path: str | Path) -> None:
         """Reads what :meth:`dumps` wrote."""
-        state = json.loads((Path(path) / _STATE_FILE).read_text())
+        self._load_lists(json.loads((Path(path) / _STATE_FILE).read_text()))
+
+    def _as_lists(self) -> dict[str, list[int]]:
+        return {key: value.tolist() for key, value in self.state_dict().items()}
+
+    def _load_lists(self, state: dict[str, list[int]]) -> None:
         self.load_state_dict({key: torch.tensor(value, dtype=torch.uint8) for key, value in state.items()})
 
     def _empty(self) -> None:

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import copy
 import pickle
 from collections import Counter
+from collections.abc import Callable
 from itertools import product
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -310,8 +314,18 @@ def test_generator_of_the_buffer_is_used_where_the_sampler_has_none():
     assert a == [second.sample()["step"].tolist() for _ in range(3)]
 
 
-def test_sampler_survives_pickling():
-    sampler = RecencySliceSampler(3, decay=0.5, num_shares=2, generator=generator(4))
-    copy = pickle.loads(pickle.dumps(sampler))
-    assert repr(copy) == repr(sampler)
-    assert torch.equal(copy.state_dict()["generator"], sampler.state_dict()["generator"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda sampler: pickle.loads(pickle.dumps(sampler))])
+def test_copies_go_on_from_the_same_random_state(copied: Callable[[Any], Any]) -> None:
+    sampler = RecencySliceSampler(3, generator=generator())
+    storage = buffer(sampler, 40, 1, 40).storage
+    one, other = (each.sample(storage, 6)[0] for each in (sampler, copied(sampler)))
+    assert all(map(torch.equal, one, other))
+    assert repr(copied(sampler)) == repr(sampler)
+    assert copied(UniformSliceSampler(3)).state_dict() == {}
+
+
+def test_a_generator_is_sent_to_other_processes_without_shared_memory() -> None:
+    """As tensors do not survive on their way there when nobody holds them here."""
+    pickled = bytes(ForkingPickler.dumps(UniformSliceSampler(3, generator=generator())))
+    assert b"rebuild" not in pickled
+    assert b"rebuild" in bytes(ForkingPickler.dumps(generator().get_state()))
