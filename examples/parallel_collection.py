@@ -8,10 +8,11 @@ from torchrl.collectors import Collector
 from torchrl.envs import TransformedEnv
 
 import matwm_rl as mw
-from matwm_rl.training import RandomActions, evaluate
+from matwm_rl.training import RandomActions, evaluate, prepare_process
 
 
 def main(total_steps: int = 3_000, random_steps: int = 1_000, updates: int = 20, warmup: int = 200, episodes: int = 30):
+    prepare_process(num_threads=1, matmul_precision="medium")
     torch.manual_seed(0)
     make = partial(mw.make_env, "mpe2/simple_spread_v3")
     env = make(seed=0)

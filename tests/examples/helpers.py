@@ -6,6 +6,7 @@ import re
 import runpy
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -18,7 +19,9 @@ def run_example(name: str, capsys: pytest.CaptureFixture[str], **sizes: Any) -> 
     """Call ``main`` of an example, with smaller sizes than its own, for the lines that it prints."""
     path = EXAMPLES / f"{name}.py"
     assert len(path.read_text(encoding="utf-8").splitlines()) < LINES
-    runpy.run_path(str(path))["main"](**sizes)
+    # What it would set is the whole process's, and there are other tests in this one.
+    with patch("matwm_rl.training.prepare_process"):
+        runpy.run_path(str(path))["main"](**sizes)
     # TorchRL logs to the same stream.
     return [line for line in capsys.readouterr().out.splitlines() if "[torchrl]" not in line]
 
