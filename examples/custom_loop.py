@@ -5,11 +5,10 @@ from torchrl.collectors import Collector
 from torchrl.envs import TransformedEnv
 
 import matwm_rl as mw
-from matwm_rl.training import RandomActions, evaluate, prepare_process
+from matwm_rl.training import RandomActions, evaluate
 
 
-def main(total_steps: int = 3_000, random_steps: int = 1_000, warmup: int = 200, episodes: int = 30) -> None:
-    prepare_process(num_threads=1, matmul_precision="medium")
+def main(total_steps: int = 2_500, random_steps: int = 1_000, warmup: int = 200, episodes: int = 30) -> None:
     torch.manual_seed(0)
     env = mw.make_env("mpe2/simple_spread_v3", seed=0)
     world_model = mw.WorldModel.from_env(env, mw.WorldModelConfig.small())
@@ -17,6 +16,7 @@ def main(total_steps: int = 3_000, random_steps: int = 1_000, warmup: int = 200,
     critic = mw.make_critic(world_model, num_cells=128, share_by_group=True)
     learner = mw.Learner(world_model, actor, critic, mw.LearnerConfig.small(world_model_warmup=warmup))
     replay = mw.make_replay(num_agents=env.num_agents, sequences_per_agent=10, starts_per_agent=48, sequence_length=16)
+
     policy = mw.WorldModelPolicy(world_model, actor)
     env = TransformedEnv(env, policy.make_tensordict_primer())  # carries each episode's history for the policy
     collector = Collector(

@@ -8,11 +8,10 @@ from torchrl.collectors import Collector
 from torchrl.envs import TransformedEnv
 
 import matwm_rl as mw
-from matwm_rl.training import RandomActions, evaluate, prepare_process
+from matwm_rl.training import RandomActions, evaluate
 
 
-def main(total_steps: int = 3_000, random_steps: int = 1_000, updates: int = 20, warmup: int = 200, episodes: int = 30):
-    prepare_process(num_threads=1, matmul_precision="medium")
+def main(total_steps: int = 3_000, random_steps: int = 1_000, updates: int = 15, warmup: int = 200, episodes: int = 30):
     torch.manual_seed(0)
     make = partial(mw.make_env, "mpe2/simple_spread_v3")
     env = make(seed=0)

@@ -8,7 +8,7 @@ from torchrl.modules import MLP, MaskedCategorical, MultiAgentMLP, Probabilistic
 import matwm_rl as mw
 from matwm_rl import keys
 from matwm_rl.modules import Latent, TeammatePredictorBase
-from matwm_rl.training import RandomActions, evaluate, prepare_process
+from matwm_rl.training import RandomActions, evaluate
 
 
 class PresentTeammates(TeammatePredictorBase):
@@ -29,7 +29,6 @@ def make_own_actor(model: mw.WorldModel) -> ProbabilisticActor:
 
 
 def main(rounds: int = 5, steps: int = 400, updates: int = 40, warmup: int = 200, episodes: int = 30) -> None:
-    prepare_process(num_threads=1, matmul_precision="medium")
     torch.manual_seed(0)
     env = mw.make_env("mpe2/simple_spread_v3", seed=0)
     model = mw.WorldModel.from_env(env, mw.WorldModelConfig.small())
