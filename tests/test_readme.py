@@ -121,7 +121,7 @@ def pieces(latent: str = "categorical", *, bare: bool = False) -> list[Piece]:
         Piece("data.to_focal", "[*]", focal_reads, added, to_focal, rollout),
         module("modules.WorldModel", "[*B, T]", model, focal),
         module("objectives.WorldModelLoss", "[*B, T]", WorldModelLoss(model), focal),
-        module("modules.Imagination", "[S, C+1] → [S, H]", Imagination(model, actor, horizon=SIZES["H"]), starts),
+        module("modules.Imagination", "[*S, C+1] → [*S, H]", Imagination(model, actor, horizon=SIZES["H"]), starts),
         module("modules.make_actor", "[*]", actor, imagined),
         module("modules.make_critic", "[*]", critic, imagined),
         module("objectives.LambdaReturn", "[*S, H]", LambdaReturn(critic), imagined),

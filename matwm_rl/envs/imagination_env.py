@@ -157,6 +157,8 @@ class ImaginationEnv(_LegalRandomActions, ModelBasedEnvBase):
         if not callable(sample):
             raise TypeError(f"starts must have sample() or be callable, got {type(starts).__name__}")
         example = sample()
+        if example.ndim != 2:
+            raise ValueError(f"starts must be of batch size [S, context + 1], got {tuple(example.batch_size)}")
         super().__init__(world_model, device=world_model.legal.device, batch_size=example.batch_size[:1])
         # The base class steps any tensordict that it is given; here there are S dreams, and they are in this object.
         self._batch_locked = True

@@ -33,13 +33,13 @@ class Imagination(TensorDictModuleBase):
             shape; if an entry that is read has another shape.
         KeyError: if an entry that is read is missing.
 
-    Keys read (batch ``[S, C+1]``: C steps of context, then the start):
+    Keys read (batch ``[*S, C+1]``: C steps of context, then the start):
     ``("agents", "observation" | "action")``, ``("next", "agents", "done")``, optionally ``("agents", "alive")``.
 
-    Keys written to the returned tensordict (batch ``[S, H]``): s_t as ``("agents", "latent" | "hidden" |
+    Keys written to the returned tensordict (batch ``[*S, H]``): s_t as ``("agents", "latent" | "hidden" |
     "teammate_logits")`` and, of a multi-hot code, ``("agents", "latent_ones")``;
     ``("agents", "action" | "action_mask")``, s_{t+1} under ``"next"``,
-    ``("next", "agents", "reward" | "continuation")`` as ``[S, H, N, 1]``, and ``("agents", "alive")`` ``[S, H, N]``:
+    ``("next", "agents", "reward" | "continuation")`` as ``[*S, H, N, 1]``, and ``("agents", "alive")`` ``[*S, H, N]``:
     false where the start was of a dead agent.
 
     Examples:
@@ -98,9 +98,11 @@ class Imagination(TensorDictModuleBase):
         imagined.set(keys.ACTION_MASK, agents_last(masks))
         imagined.set(keys.REWARD, agents_last(reward, 0).unsqueeze(-1))
         imagined.set(keys.CONTINUATION, agents_last(continuation, 0).unsqueeze(-1))
-        alive = read_optional(tensordict, keys.ALIVE, self, tensordict.get(keys.ACTION).shape)
-        alive = torch.ones_like(imagined[keys.ACTION], dtype=torch.bool) if alive is None else alive[:, -1:]
-        return imagined.set(keys.ALIVE, alive.expand(*batch, -1))
+        starts = tensordict.get(keys.ACTION).shape
+        imagined = imagined.reshape(*starts[:-2], self.horizon)
+        alive = read_optional(tensordict, keys.ALIVE, self, starts)
+        alive = torch.ones_like(imagined[keys.ACTION], dtype=torch.bool) if alive is None else alive[..., -1:, :]
+        return imagined.set(keys.ALIVE, alive.expand(*imagined.shape, -1))
 
     def _dream(self, starts: TensorDictBase) -> tuple[list[State], list[Tensor], list[Tensor]]:
         """States ``[N, S]`` of steps 0 .. H, actions and legal actions of steps 0 .. H-1."""

@@ -365,20 +365,20 @@ class WorldModel(TensorDictModuleBase):
         """:meth:`prefill` from replayed starts.
 
         Args:
-            starts: focal, ``[S, C+1]``: C steps of context, then the start. Of the context counts what lies in the
+            starts: focal, ``[*S, C+1]``: C steps of context, then the start. Of the context counts what lies in the
                 start's episode. Keys read: ``("agents", "observation" | "action")``, ``("next", "agents", "done")``.
             horizon: number of :meth:`step` calls that will follow.
 
         Returns:
-            the states of the starts and the context for :meth:`step`.
+            the states of the starts, S in one dimension, and the context for :meth:`step`.
 
         Raises:
-            ValueError: if the batch is not ``[S, C+1]``, or an entry has another shape.
+            ValueError: if the batch is not ``[*S, C+1]``, or an entry has another shape.
             KeyError: if an entry is missing.
         """
         shape = batch_shape(starts, keys.ACTION, 1, self)
-        if len(shape) != 2:
-            raise ValueError(f"dreams begin with starts of batch size [S, context + 1], got {tuple(shape)}")
+        if len(shape) < 2:
+            raise ValueError(f"dreams begin with starts of batch size [*S, context + 1], got {tuple(shape)}")
         observation = self._sequences(starts, keys.OBSERVATION, shape, self.observation_shape)
         action = self._sequences(starts, keys.ACTION, shape)
         segments = segment_ids(self._sequences(starts, keys.AGENT_DONE, shape, [1]).squeeze(-1))

@@ -467,6 +467,7 @@ def test_on_a_gpu() -> None:
         (lambda td: td.exclude(keys.AGENT_DONE), r"'next', 'agents', 'done'\), which is missing.*to_focal"),
         (lambda td: td.exclude(keys.OBSERVATION), r"'observation'\), which is missing"),
         (lambda td: td[0], r"batch size \[S, context \+ 1\], got \(4,\)"),
+        (lambda td: td.unsqueeze(0), r"batch size \[S, context \+ 1\], got \(1, 6, 4\)"),
         (lambda td: random_batch(S, C + 1, action_counts=(4, 4)), r"of shape \[6, 4, 3, 5\], found \[6, 4, 2, 5\]"),
     ],
 )

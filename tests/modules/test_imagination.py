@@ -235,7 +235,7 @@ def test_bad_input_is_named() -> None:
         make_imagination(precision="half")(starts())
     with pytest.raises(ValueError, match="at least 1, got 0"):
         make_imagination(horizon=0)
-    with pytest.raises(ValueError, match=r"\[S, context \+ 1\]"):
+    with pytest.raises(ValueError, match=r"\[\*S, context \+ 1\]"):
         make_imagination()(starts()[0])
     with pytest.raises(ValueError, match=r"reads \('agents', 'alive'\) of shape"):
         make_imagination()(starts().set(keys.ALIVE, torch.ones(S, C + 1, dtype=torch.bool)))
