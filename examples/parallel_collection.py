@@ -11,7 +11,7 @@ import matwm_rl as mw
 from matwm_rl.training import RandomActions, evaluate
 
 
-def main(total_steps: int = 3_000, random_steps: int = 1_000, updates: int = 15, warmup: int = 200, episodes: int = 30):
+def main(total_steps: int = 3_000, first_steps: int = 1_000, updates: int = 15, warmup: int = 200, episodes: int = 30):
     torch.manual_seed(0)
     make = partial(mw.make_env, "mpe2/simple_spread_v3")
     env = make(seed=0)
@@ -36,11 +36,12 @@ def main(total_steps: int = 3_000, random_steps: int = 1_000, updates: int = 15,
         total_frames=total_steps,
         auto_register_policy_transforms=True,  # every worker's environment gets the policy's primer
     )
-    began, learnt = time.monotonic(), 0.0
+    began = learnt = 0.0
     for batch in collector:
         replay.extend(batch)
-        if replay.env_steps >= random_steps:
+        if replay.env_steps >= first_steps:
             since = time.monotonic()
+            began = began or since
             for _ in range(updates):
                 learner.update(replay)
             collector.update_policy_weights_()

@@ -304,6 +304,7 @@ def may_need_gradient(value: Tensor) -> bool:
         >>> may_need_gradient(torch.ones(2)), may_need_gradient(torch.ones(2, requires_grad=True))
         (False, True)
     """
+    # PyTorch has no public way to ask.
     return value.requires_grad or (torch.is_grad_enabled() and torch._C._functorch.is_batchedtensor(value))
 
 

@@ -175,25 +175,26 @@ class SliceSamplerBase(Sampler):
 
     def __getstate__(self) -> dict[str, Any]:
         # A generator on its way to another process is a tensor in shared memory, which is freed before it arrives.
-        return {**super().__getstate__(), "_generator": self._as_lists()}
+        own = self._generator
+        numbers = None if own is None else (str(own.device), own.get_state().tolist())
+        return {**super().__getstate__(), "_generator": numbers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _generator=None)
-        self._load_lists(state["_generator"])
+        self.__dict__.update(state)
+        if state["_generator"] is not None:
+            device, numbers = state["_generator"]
+            self._generator = torch.Generator(device)
+            self._generator.set_state(torch.tensor(numbers, dtype=torch.uint8))
 
     def dumps(self, path: str | Path) -> None:
         """Writes the state below the folder ``path``, as JSON."""
         Path(path).mkdir(parents=True, exist_ok=True)
-        (Path(path) / _STATE_FILE).write_text(json.dumps(self._as_lists()))
+        state = {key: value.tolist() for key, value in self.state_dict().items()}
+        (Path(path) / _STATE_FILE).write_text(json.dumps(state))
 
     def loads(self, path: str | Path) -> None:
         """Reads what :meth:`dumps` wrote."""
-        self._load_lists(json.loads((Path(path) / _STATE_FILE).read_text()))
-
-    def _as_lists(self) -> dict[str, list[int]]:
-        return {key: value.tolist() for key, value in self.state_dict().items()}
-
-    def _load_lists(self, state: dict[str, list[int]]) -> None:
+        state = json.loads((Path(path) / _STATE_FILE).read_text())
         self.load_state_dict({key: torch.tensor(value, dtype=torch.uint8) for key, value in state.items()})
 
     def _empty(self) -> None:

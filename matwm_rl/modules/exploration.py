@@ -74,6 +74,7 @@ class RandomEpisodes(TensorDictModuleBase):
         random = torch.multinomial(legal.flatten(0, -2).float(), 1).view(legal.shape[:-1])
         action = torch.where(role == _AT_RANDOM, random, action)
         tensordict.set(keys.ACTION, action)
+        # Not in place: an entry of a lazily stacked batch is a copy.
         following = ("next", *CONTEXT_ACTION)
         tensordict.set(following, torch.cat([tensordict.get(following)[..., :-1], action.unsqueeze(-1)], -1))
         return tensordict.set(("next", *ROLE), role)

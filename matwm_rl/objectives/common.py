@@ -18,7 +18,8 @@ class KeyedLoss(LossModule):
     """A ``LossModule`` that knows its keys: ``in_keys`` and ``out_keys`` follow :meth:`set_keys`.
 
     What all our losses can do besides: leave out steps that TorchRL marks as padding (``loss_mask_key``), select their
-    outputs, take tensors by keyword (``loss(agents_action=..., ...)``), be called functionally, and be copied: a deep
+    outputs, take tensors by keyword (``loss(agents_action=..., ...)``), be called functionally
+    (``with params.to_module(loss): loss(batch)``), and be copied: a deep
     copy is to its copied networks what the loss is to its networks, so that their owner can be copied with it.
 
     Subclasses say what they read and write, call :meth:`_set_in_keys` at the end of their constructor, and end
@@ -99,18 +100,21 @@ class KeyedLoss(LossModule):
         """
         if not remove_duplicate and any(isinstance(module, TensorDictParams) for module in self.children()):
             raise TypeError(
-                f"torch.func.functional_call does not reach the parameters of {type(self).__name__}, which lie in a "
-                "TensorDictParams; use `params = TensorDict.from_module(loss)` and `with params.to_module(loss):`"
+                "named_parameters(remove_duplicate=False) is what torch.func.functional_call asks for, which does not "
+                f"reach the parameters of {type(self).__name__}: they lie in a TensorDictParams. Use "
+                "`params = TensorDict.from_module(loss)` and `with params.to_module(loss):`"
             )
         return nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # Copied on their own, parameters would no longer be those of the copied network.
-        for _, network, params in self._functional():
-            memo[id(params)] = TensorDict.from_module(copy.deepcopy(network, memo), as_module=True)
+        # A TensorDictParams copies its entries on its own: they would no longer be those of the copied network.
+        for _, _, params in self._functional():
+            entries = TensorDict.to_dict(params, convert_tensors=False)
+            memo[id(params)] = TensorDictParams(TensorDict(copy.deepcopy(entries, memo)), no_convert=True)
         loss = type(self).__new__(type(self))
         memo[id(self)] = loss
-        loss.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # By way of the state, which leaves out what `loss.compile()` has made of the original.
+        loss.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return loss
 
     def reset_parameters_recursive(self) -> None:

@@ -76,7 +76,7 @@ class LambdaReturn(TensorDictModuleBase):
             key: torch.cat([tensordict.get(key), tensordict.get(_next(key)).narrow(time, -1, 1)], time)
             for key in self.critic.in_keys
         }
-        states = TensorDict(with_last, batch_size=(*batch[:-1], batch[-1] + 1))
+        states = TensorDict(with_last, batch_size=(*batch[:-1], batch[-1] + 1), device=tensordict.device)
         values = read_output(
             self.critic(states), keys.STATE_VALUE, self.critic, (*states.shape, *reward.shape[time + 1 :])
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 
 from matwm_rl import keys
@@ -36,6 +36,7 @@ class RandomActions(TensorDictModuleBase):
         self.in_keys: list[NestedKey] = [keys.ACTION_MASK]
         self.out_keys: list[NestedKey] = [keys.ACTION]
 
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write random legal actions."""
         mask = read_entry(tensordict, keys.ACTION_MASK, self)
@@ -86,6 +87,7 @@ class TagScript(TensorDictModuleBase):
         self.in_keys: list[NestedKey] = [keys.OBSERVATION]
         self.out_keys: list[NestedKey] = [keys.ACTION]
 
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the actions of chasing pursuers and a fleeing evader."""
         observation = read_entry(tensordict, keys.OBSERVATION, self)
@@ -151,6 +153,7 @@ class CrossPlay(TensorDictModuleBase):
 
     acts: Tensor
 
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the actions of both sides."""
         theirs = self.opponents(tensordict.select(*self.opponents.in_keys)).get(keys.ACTION)

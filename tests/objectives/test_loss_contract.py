@@ -320,6 +320,26 @@ def test_a_network_copied_with_its_loss_is_still_its_network(kind: str) -> None:
     assert [id(p) for p in network.parameters()] == [id(p) for p in other.parameters()]
 
 
+@each_class
+def test_a_copy_of_a_compiled_loss_computes_with_its_own_parameters(kind: str) -> None:
+    loss, batch = make_loss(kind), make_batch(kind)
+    loss.compile(backend="eager")
+    other = copy.deepcopy(loss)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2).add_(0.1)
+    assert not torch.equal(total(other(batch)), total(loss(batch)))
+
+
+@each_class
+def test_a_copy_is_of_the_same_precision(kind: str) -> None:
+    loss = make_loss(kind).double()
+    other = copy.deepcopy(loss)
+    named = [{name: value.dtype for name, value in each.state_dict().items()} for each in (loss, other)]
+    named += [{name: value.dtype for name, value in each.named_buffers()} for each in (loss, other)]
+    assert named[0] == named[1] and named[2] == named[3]
+
+
 def test_the_ema_copy_is_never_trained() -> None:
     loss, batch = make_loss("critic"), make_batch("critic")
     for _ in range(2):

@@ -144,3 +144,13 @@ def test_missing_entries_are_named() -> None:
         RandomActions()(state.exclude(("agents", "action_mask")))
     with pytest.raises(KeyError, match="TagScript reads .*'observation'.* is missing"):
         TagScript(env.layout)(state.exclude(("agents", "observation")))
+
+
+def test_they_take_tensors_by_keyword() -> None:
+    env = make_env("mpe2/simple_tag_v3", num_envs=2, seed=0)
+    step, script = env.reset(), TagScript(env.layout)
+    for policy in (script, CrossPlay(script, script, env.layout, ["agent"])):
+        action = policy(agents_observation=step["agents", "observation"])
+        assert torch.equal(action, script(step.clone())["agents", "action"])
+    action = RandomActions()(agents_action_mask=step["agents", "action_mask"])
+    assert step["agents", "action_mask"].gather(-1, action.unsqueeze(-1)).all()
