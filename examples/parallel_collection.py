@@ -1,4 +1,4 @@
-"""Two processes play with the world model that a third one trains: at their own pace, on its newest weights."""
+"""Two processes play with the world model that a third one trains, each at its own pace."""
 
 import time
 from functools import partial
