@@ -19,8 +19,8 @@ class KeyedLoss(LossModule):
 
     What all our losses can do besides: leave out steps that TorchRL marks as padding (``loss_mask_key``), select their
     outputs, take tensors by keyword (``loss(agents_action=..., ...)``), be called functionally
-    (``with params.to_module(loss): loss(batch)``), and be copied: a deep copy is to its copied networks what the loss is
-    to its networks, so that their owner can be copied with it.
+    (``with params.to_module(loss): loss(batch)``), and be copied: a deep copy is to its copied networks what the loss
+    is to its networks, so that their owner can be copied with it.
 
     Subclasses say what they read and write, call :meth:`_set_in_keys` at the end of their constructor, and end
     ``forward`` with :meth:`_written`.
