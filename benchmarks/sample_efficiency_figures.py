@@ -23,6 +23,8 @@ from matwm_rl.training.figures import COLORS, panel_grid
 OURS = {"color": COLORS[1], "linewidth": 2.4, "marker": "o", "markersize": 4.5, "zorder": 4}
 BAND, FAINT_BAND = 0.25, 0.08
 """Opacity of the range over seeds: of MATWM, of all others."""
+NOTE_HEIGHT = 0.09
+"""Of a line of text in a panel, as a share of the panel's height."""
 REFERENCES = {"random": ":", "scripted": "--"}
 TITLES = {"observation": "observations", "reward": "rewards", "teammate": "teammates' actions"}
 DPI = 130
@@ -120,6 +122,10 @@ def _draw_reference(axis: Any, name: str, style: str, value: float, low: float, 
     above = value > high
     text = f"{label(name)} {value:.4g} {'↑' if above else '↓'}"
     place = {"y": 0.98 if above else 0.02, "va": "top" if above else "bottom"}
+    # Room for the note, so that it lies over no curve.
+    bottom, top = axis.get_ylim()
+    line = NOTE_HEIGHT * (top - bottom)
+    axis.set_ylim(bottom if above else bottom - line, top + line if above else top)
     axis.text(0.02, s=text, ha="left", transform=axis.transAxes, fontsize=8, color="0.35", **place)
 
 

@@ -72,11 +72,20 @@ def plot_learning_curves(
         axis.set_xlabel("env steps", fontsize=9)
         if name in matches:
             axis.set_ylabel("mean return", fontsize=9)
-            axis.legend(fontsize=7, frameon=False)
+            _legend_above(axis)
         elif _spans_magnitudes([value for points in lines.values() for _, value in points]):
             axis.set_yscale("log")
     figure.savefig(path, dpi=120)
     return figure
+
+
+def _legend_above(axis: Any) -> None:
+    """A legend over the curves, in room made for it: no place inside is free of them for certain."""
+    columns = 2
+    rows = math.ceil(len(axis.get_legend_handles_labels()[0]) / columns)
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(bottom, top + 0.1 * (rows + 0.5) * (top - bottom))
+    axis.legend(loc="upper center", ncols=columns, fontsize=7, frameon=False, columnspacing=1.0, handlelength=1.5)
 
 
 def _spans_magnitudes(values: list[float]) -> bool:
