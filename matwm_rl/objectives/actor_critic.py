@@ -34,6 +34,12 @@ def _per_agent_mean(value: Tensor, weight: Tensor, counted: Tensor) -> Tensor:
     return _sum_per_agent(torch.where(counted, value * weight, 0.0)) / _sum_per_agent(counted).clamp(min=1)
 
 
+def _entropy(probs: Tensor) -> Tensor:
+    """Entropy ``[...]`` in nats of probabilities ``[..., A]``."""
+    # Clamped: the slope of torch.special.entr at 0, where actions are illegal, is infinite.
+    return -(probs * probs.clamp(min=1e-8).log()).sum(-1)
+
+
 class ActorLoss(KeyedLoss):
     r"""REINFORCE with the critic as baseline, returns scaled per agent, and an entropy bonus (section 5).
 
@@ -60,10 +66,15 @@ class ActorLoss(KeyedLoss):
             arXiv:1912.05676). Unlike the entropy of each state's policy it costs nothing to act one way in one state
             and another way in the next: an agent whose dreams do not show what its actions are for, such as a speaker,
             does not come to say the same in all states.
+        signalling_coeff: weight of the mutual information between what an agent sees and what it does, over the steps
+            at which it sees nothing change (ours, after arXiv:1912.05676). An agent that sees nothing of what its
+            actions do, such as a speaker, learns nothing from its own dreams; so they come to tell what it sees, which
+            others can learn to read. Agents whose observations move are left alone.
+        signalling_tolerance: root mean square of z_{t+1} - z_t below which nothing has changed.
 
     Keys read (batch ``[*S, H]``): the actor's, ``("agents", "action" | "lambda_return" | "state_value" | "weight")``,
-    optionally ``("agents", "alive" | "action_log_prob")``. Keys written: ``loss_actor``, ``entropy`` in nats,
-    ``return_scale`` ``[N]``.
+    optionally ``("agents", "alive" | "action_log_prob")``, with ``signalling_coeff`` also ``("agents", "latent")``.
+    Keys written: ``loss_actor``, ``entropy`` in nats, ``return_scale`` ``[N]``.
 
     Raises:
         TypeError: if the actor has no ``get_dist``.
@@ -85,6 +96,7 @@ class ActorLoss(KeyedLoss):
         action_log_prob: NestedKey = keys.ACTION_LOG_PROB
         alive: NestedKey = keys.ALIVE
         lambda_return: NestedKey = keys.LAMBDA_RETURN
+        latent: NestedKey = keys.LATENT
         state_value: NestedKey = keys.STATE_VALUE
         weight: NestedKey = keys.WEIGHT
 
@@ -106,6 +118,8 @@ class ActorLoss(KeyedLoss):
         standardize_advantage: bool = False,
         clip_epsilon: float = 0.2,
         mean_policy_entropy_coeff: float = 0.0,
+        signalling_coeff: float = 0.0,
+        signalling_tolerance: float = 0.02,
     ) -> None:
         if not hasattr(actor_network, "get_dist"):
             raise TypeError(
@@ -120,12 +134,15 @@ class ActorLoss(KeyedLoss):
         self.standardize_advantage = standardize_advantage
         self.clip_epsilon = clip_epsilon
         self.mean_policy_entropy_coeff = mean_policy_entropy_coeff
+        self.signalling_coeff = signalling_coeff
+        self.signalling_tolerance = signalling_tolerance
         self.return_scale = ReturnScale(num_agents, decay=scale_decay)
         self._set_in_keys()
 
     def _read_keys(self) -> list[NestedKey]:
         k = self.tensor_keys
         read = [k.action, k.action_log_prob, k.alive, k.lambda_return, k.state_value, k.weight]
+        read += [k.latent] if self.signalling_coeff else []
         return list(dict.fromkeys([*self.actor_network.in_keys, *read]))
 
     def _written_keys(self) -> list[NestedKey]:
@@ -162,16 +179,32 @@ class ActorLoss(KeyedLoss):
         loss = _per_agent_mean(-gain - self.entropy_coeff * entropy, weight, alive).sum()
         if self.mean_policy_entropy_coeff:
             loss = loss - self.mean_policy_entropy_coeff * self._mean_policy_entropy(dist.probs, weight, alive).sum()
+        if self.signalling_coeff:
+            latent = read_entry(tensordict, k.latent, self, (*shape, None))
+            loss = loss - self.signalling_coeff * self._signalling(dist.probs, latent, weight, alive).sum()
         entropy, scale = masked_mean(entropy.detach(), alive), self.return_scale.scale()
         return self._written({"loss_actor": loss, "entropy": entropy, "return_scale": scale})
 
     @staticmethod
-    def _mean_policy_entropy(probs: Tensor, weight: Tensor, alive: Tensor) -> Tensor:
-        """Entropy ``[N]`` in nats of every agent's policy ``[*S, H, N, A]``, averaged over the steps that count."""
-        counted = torch.where(alive, weight, 0.0).unsqueeze(-1)
-        mean = _sum_per_agent(probs * counted, 1) / _sum_per_agent(counted, 1).clamp(min=1e-6)
-        # Clamped: the slope of torch.special.entr at 0, where actions are illegal, is infinite.
-        return -(mean * mean.clamp(min=1e-8).log()).sum(-1)
+    def _mean_policy(probs: Tensor, weight: Tensor, counted: Tensor) -> Tensor:
+        """Of every agent ``[N, A]``, over the steps ``[*S, H]`` that count."""
+        weight = torch.where(counted, weight, 0.0).unsqueeze(-1)
+        return _sum_per_agent(probs * weight, 1) / _sum_per_agent(weight, 1).clamp(min=1e-6)
+
+    def _mean_policy_entropy(self, probs: Tensor, weight: Tensor, counted: Tensor) -> Tensor:
+        """Entropy ``[N]`` in nats of every agent's :meth:`_mean_policy`."""
+        return _entropy(self._mean_policy(probs, weight, counted))
+
+    def _signalling(self, probs: Tensor, latent: Tensor, weight: Tensor, alive: Tensor) -> Tensor:
+        """Mutual information ``[N]`` in nats, a mean over the steps ``[*S, H - 1]``; those that move count as zero.
+
+        Entropy of the mean policy, less that of the policy at what is seen: averaged over neighbouring steps, between
+        which nothing changed, so that time, which the hidden state tells, is no information.
+        """
+        unchanged = latent.diff(dim=-3).square().mean(-1).sqrt() < self.signalling_tolerance
+        seen, weight, alive = probs.unfold(-3, 2, 1).mean(-1), weight[..., :-1, :], alive[..., :-1, :]
+        told = self._mean_policy_entropy(seen, weight, alive & unchanged) - _entropy(seen)
+        return _per_agent_mean(torch.where(unchanged, told, 0.0), weight, alive)
 
     def _advantage(self, advantage: Tensor, counted: Tensor) -> Tensor:
         """``[*S, H, N]``, each agent's on its own; ``counted`` is the weight of every step."""

@@ -39,6 +39,7 @@ class LearnerConfig:
         agent_epochs: steps of every actor and critic on one imagined rollout; beyond one, the actors' are PPO's (ours).
         clip_epsilon: see :class:`~matwm_rl.objectives.ActorLoss`.
         mean_policy_entropy_coeff: see :class:`~matwm_rl.objectives.ActorLoss`.
+        signalling_coeff: see :class:`~matwm_rl.objectives.ActorLoss`.
         world_model_warmup: updates of the world model alone before the first :meth:`Learner.update` (ours), so that
             agents do not begin by learning in a model that knows nothing.
         critic_warmup: updates in which the critics learn and the actors do not yet (ours).
@@ -72,6 +73,7 @@ class LearnerConfig:
     agent_epochs: int = 1
     clip_epsilon: float = 0.2
     mean_policy_entropy_coeff: float = 0.0
+    signalling_coeff: float = 0.0
     world_model_warmup: int = 0
     critic_warmup: int = 0
     lr_decay_updates: int | None = None
@@ -114,6 +116,7 @@ class LearnerConfig:
             "standardize_advantage": True,
             "entropy_coeff": 0.03,
             "mean_policy_entropy_coeff": 0.1,
+            "signalling_coeff": 1.0,
             "world_model_warmup": 200,
             "critic_warmup": 100,
             "horizon": 10,
@@ -183,6 +186,7 @@ class Learner:
             standardize_advantage=cfg.standardize_advantage,
             clip_epsilon=cfg.clip_epsilon,
             mean_policy_entropy_coeff=cfg.mean_policy_entropy_coeff,
+            signalling_coeff=cfg.signalling_coeff,
         )
         self.critic_loss = CriticLoss(critic)
         device = next(world_model.parameters()).device

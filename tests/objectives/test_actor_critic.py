@@ -153,6 +153,61 @@ def test_the_mean_policys_entropy_lets_states_differ(float64: None) -> None:
     assert all(gradient.isfinite().all() for gradient in grads(out, loss.actor_network_params.parameters()))
 
 
+def slow_entropy(probs: list[float]) -> float:
+    return -sum(p * math.log(p) for p in probs if p)
+
+
+def test_signalling_is_mutual_information_where_nothing_is_seen_to_change(float64: None) -> None:
+    plain, with_bonus = make_actor_loss(), make_actor_loss(signalling_coeff=0.3, signalling_tolerance=0.5)
+    with_bonus.actor_network.load_state_dict(plain.actor_network.state_dict())
+    td = imagined()
+    # About every second step of every agent changes nothing.
+    moves = torch.rand(S, H, N) < 0.5
+    steps = torch.where(moves.unsqueeze(-1), 0.6, 0.4) * torch.ones_like(td[keys.LATENT])
+    td[keys.LATENT] = steps.cumsum(1)
+    with torch.no_grad():
+        probs = plain.actor_network.get_dist(td.clone()).probs
+    actions, bonus = range(probs.shape[-1]), 0.0
+    for n in range(N):
+        living = [(s, t) for s, t in itertools.product(range(S), range(H - 1)) if td[keys.ALIVE][s, t, n]]
+        still = [(s, t) for s, t in living if not moves[s, t + 1, n]]
+        seen = {(s, t): [float(probs[s, t, n, a] + probs[s, t + 1, n, a]) / 2 for a in actions] for s, t in still}
+        weight = {(s, t): float(td[keys.WEIGHT][s, t, n]) for s, t in still}
+        total = sum(weight.values())
+        mean = [sum(weight[step] * seen[step][a] for step in still) / total for a in actions] if still else []
+        told = sum(weight[step] * (slow_entropy(mean) - slow_entropy(seen[step])) for step in still)
+        bonus += 0.3 * told / len(living) if living else 0.0
+    expected = plain(td)["loss_actor"].item() - bonus
+    assert bonus > 0.01
+    assert with_bonus(td)["loss_actor"].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_signalling_leaves_agents_that_move_alone(float64: None) -> None:
+    plain, with_bonus = make_actor_loss(), make_actor_loss(signalling_coeff=0.3)
+    with_bonus.actor_network.load_state_dict(plain.actor_network.state_dict())
+    td = imagined()
+    without, with_it = (
+        grads(loss(td)["loss_actor"], list(loss.actor_network_params.parameters())) for loss in (plain, with_bonus)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(without, with_it, strict=True))
+
+
+@pytest.mark.parametrize("by", ["observation", "time"])
+def test_only_what_is_seen_can_be_told(float64: None, by: str) -> None:
+    """Sure of one action in half of the dreams and of another in the rest: ln 2. In turns: nothing."""
+    loss = make_actor_loss(entropy_coeff=0.0, signalling_coeff=1.0)
+    td = imagined(2, 4, deaths=False)
+    td[keys.LATENT] = torch.zeros_like(td[keys.LATENT])
+    td[keys.WEIGHT][:] = 1.0
+    td[keys.LAMBDA_RETURN] = td[keys.STATE_VALUE]
+    action = torch.tensor([[0] * 4, [1] * 4] if by == "observation" else [[0, 1] * 2] * 2)
+    td[keys.ACTION] = action.unsqueeze(-1).expand(2, 4, N).clone()
+    td[keys.ACTION_MASK] = torch.nn.functional.one_hot(td[keys.ACTION], td[keys.ACTION_MASK].shape[-1]).bool()
+    out = loss(td)["loss_actor"]
+    assert out.item() == pytest.approx(-N * math.log(2.0) if by == "observation" else 0.0, abs=1e-12)
+    assert all(gradient.isfinite().all() for gradient in grads(out, loss.actor_network_params.parameters()))
+
+
 def test_the_clipped_gradient_starts_as_the_policy_gradient(float64: None) -> None:
     loss, td = make_actor_loss(standardize_advantage=True), imagined()
     parameters = list(loss.actor_network_params.parameters())
