@@ -34,12 +34,6 @@ def _per_agent_mean(value: Tensor, weight: Tensor, counted: Tensor) -> Tensor:
     return _sum_per_agent(torch.where(counted, value * weight, 0.0)) / _sum_per_agent(counted).clamp(min=1)
 
 
-def _entropy(probs: Tensor) -> Tensor:
-    """Entropy ``[...]`` in nats of probabilities ``[..., A]``."""
-    # Clamped: the slope of torch.special.entr at 0, where actions are illegal, is infinite.
-    return -(probs * probs.clamp(min=1e-8).log()).sum(-1)
-
-
 class ActorLoss(KeyedLoss):
     r"""REINFORCE with the critic as baseline, returns scaled per agent, and an entropy bonus (section 5).
 
@@ -66,10 +60,10 @@ class ActorLoss(KeyedLoss):
             arXiv:1912.05676). Unlike the entropy of each state's policy it costs nothing to act one way in one state
             and another way in the next: an agent whose dreams do not show what its actions are for, such as a speaker,
             does not come to say the same in all states.
-        signalling_coeff: weight of the mutual information between what an agent sees and what it does, over the steps
-            at which it sees nothing change (ours, after arXiv:1912.05676). An agent that sees nothing of what its
-            actions do, such as a speaker, learns nothing from its own dreams; so they come to tell what it sees, which
-            others can learn to read. Agents whose observations move are left alone.
+        signalling_coeff: weight of how much an agent's actions tell of what it sees, over the steps at which it sees
+            nothing change (ours, after arXiv:1912.05676). An agent that sees nothing of what its actions do, such as a
+            speaker, learns nothing from its own dreams; so it comes to do one thing where it sees one thing, and others
+            can learn to read it. Agents whose observations move are left alone.
         signalling_tolerance: root mean square of z_{t+1} - z_t below which nothing has changed.
 
     Keys read (batch ``[*S, H]``): the actor's, ``("agents", "action" | "lambda_return" | "state_value" | "weight")``,
@@ -186,24 +180,24 @@ class ActorLoss(KeyedLoss):
         return self._written({"loss_actor": loss, "entropy": entropy, "return_scale": scale})
 
     @staticmethod
-    def _mean_policy(probs: Tensor, weight: Tensor, counted: Tensor) -> Tensor:
-        """Of every agent ``[N, A]``, over the steps ``[*S, H]`` that count."""
+    def _mean_policy_entropy(probs: Tensor, weight: Tensor, counted: Tensor) -> Tensor:
+        """Entropy ``[N]`` in nats of every agent's policy ``[*S, H, N, A]``, averaged over the steps that count."""
         weight = torch.where(counted, weight, 0.0).unsqueeze(-1)
-        return _sum_per_agent(probs * weight, 1) / _sum_per_agent(weight, 1).clamp(min=1e-6)
-
-    def _mean_policy_entropy(self, probs: Tensor, weight: Tensor, counted: Tensor) -> Tensor:
-        """Entropy ``[N]`` in nats of every agent's :meth:`_mean_policy`."""
-        return _entropy(self._mean_policy(probs, weight, counted))
+        mean = _sum_per_agent(probs * weight, 1) / _sum_per_agent(weight, 1).clamp(min=1e-6)
+        # Clamped: the slope of torch.special.entr at 0, where actions are illegal, is infinite.
+        return -(mean * mean.clamp(min=1e-8).log()).sum(-1)
 
     def _signalling(self, probs: Tensor, latent: Tensor, weight: Tensor, alive: Tensor) -> Tensor:
-        """Mutual information ``[N]`` in nats, a mean over the steps ``[*S, H - 1]``; those that move count as zero.
+        """What actions tell of what is seen, ``[N]`` in nats: a mean over the steps ``[*S, H - 1]``, 0 where it moves.
 
-        Entropy of the mean policy, less that of the policy at what is seen: averaged over neighbouring steps, between
-        which nothing changed, so that time, which the hidden state tells, is no information.
+        The entropy of the mean policy, less the cross-entropy of a step's policy with the one before: time, which the
+        hidden state tells, is no information. The former counts twice, lest two observations share an action while
+        another is free, which is a resting point of the mutual information.
         """
         unchanged = latent.diff(dim=-3).square().mean(-1).sqrt() < self.signalling_tolerance
-        seen, weight, alive = probs.unfold(-3, 2, 1).mean(-1), weight[..., :-1, :], alive[..., :-1, :]
-        told = self._mean_policy_entropy(seen, weight, alive & unchanged) - _entropy(seen)
+        now, after, weight, alive = probs[..., :-1, :, :], probs[..., 1:, :, :], weight[..., :-1, :], alive[..., :-1, :]
+        spread = self._mean_policy_entropy(now, weight, alive & unchanged)
+        told = 2 * spread + (after * now.clamp(min=1e-8).log()).sum(-1)
         return _per_agent_mean(torch.where(unchanged, told, 0.0), weight, alive)
 
     def _advantage(self, advantage: Tensor, counted: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class LearnerConfig:
             "standardize_advantage": True,
             "entropy_coeff": 0.03,
             "mean_policy_entropy_coeff": 0.1,
-            "signalling_coeff": 5.0,
+            "signalling_coeff": 1.0,
             "world_model_warmup": 200,
             "critic_warmup": 100,
             "horizon": 10,
