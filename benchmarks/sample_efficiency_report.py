@@ -270,7 +270,8 @@ def long_section(results: Results, pictures: Mapping[str, str]) -> str:
         "frequencies) on fresh episodes of its own policy, 1, 5 and 10 steps ahead, over training; medians.",
         open_loop_table(results),
         _picture(pictures, "world_model", "Open-loop errors of the world model over those of trivial predictors"),
-        "**Seconds of a run** on one core, evaluations included, medians.",
+        "**Seconds of a run** on one core, evaluations included, medians. Above 600 they were counted with "
+        "waiting for other work.",
         seconds_table(results),
     ]
     return "\n\n".join(filter(None, parts))
