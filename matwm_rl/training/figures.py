@@ -84,7 +84,7 @@ def _legend_above(axis: Any) -> None:
     columns = 2
     rows = math.ceil(len(axis.get_legend_handles_labels()[0]) / columns)
     bottom, top = axis.get_ylim()
-    axis.set_ylim(bottom, top + 0.1 * (rows + 0.5) * (top - bottom))
+    axis.set_ylim(bottom, top + 0.12 * (rows + 0.5) * (top - bottom))
     axis.legend(loc="upper center", ncols=columns, fontsize=7, frameon=False, columnspacing=1.0, handlelength=1.5)
 
 
