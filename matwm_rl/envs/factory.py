@@ -122,7 +122,16 @@ def _wrap_pettingzoo(
     with warnings.catch_warnings():
         # TorchRL's wrapper names the one version of PettingZoo that it is tested with.
         warnings.filterwarnings("ignore", message="PettingZoo in TorchRL is tested")
-        return PettingZooWrapper(env, group_map=group_map, use_mask=True, done_on_any=False, device=device)
+        return _PettingZoo(env, group_map=group_map, use_mask=True, done_on_any=False, device=device)
+
+
+class _PettingZoo(PettingZooWrapper):
+    """TorchRL's wrapper looks for ``agents`` among all attributes of all modules, at every step: 15% of its time."""
+
+    @property
+    def agents(self) -> list[str]:
+        """Who is alive."""
+        return self._env.agents  # type: ignore[no-any-return]
 
 
 def _check_groups(env: Any, group_map: dict[str, list[str]] | MarlGroupMapType) -> None:
