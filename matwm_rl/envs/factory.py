@@ -6,12 +6,14 @@ import importlib
 import os
 import pkgutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, MarlGroupMapType
 from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 from torchrl.envs.libs.vmas import VmasEnv
@@ -154,7 +156,43 @@ def _make_vmas(task: str, *, num_envs: int, device: torch.device | str | None, *
         raise ValueError(f"unknown environment 'vmas/{task}'; scenarios: {', '.join(scenarios)}.")
     kwargs.setdefault("max_steps", VMAS_MAX_STEPS)
     kwargs.setdefault("continuous_actions", False)
-    return VmasEnv(task, num_envs=num_envs, device=device, **kwargs)
+    return _Vmas(task, num_envs=num_envs, device=device, **kwargs)
+
+
+class _Vmas(VmasEnv):
+    """VMAS has one random state for all environments of a process: to seed or play one changes what the others do.
+
+    Here an environment that was seeded keeps a state of its own.
+    """
+
+    _random_state: list[Any] | None = None
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        if self._random_state is None:
+            yield
+            return
+        shared = self._env.vmas_random_state  # an attribute of the class
+        others = list(shared)
+        shared[:] = self._random_state
+        try:
+            yield
+        finally:
+            self._random_state = list(shared)
+            shared[:] = others
+
+    def _set_seed(self, seed: int | None) -> None:
+        self._random_state = [*self._env.vmas_random_state]
+        with self._own_randomness():
+            super()._set_seed(seed)
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+        with self._own_randomness():
+            return super()._reset(tensordict, **kwargs)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        with self._own_randomness():
+            return super()._step(tensordict)
 
 
 def _make_mock(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> EnvBase:

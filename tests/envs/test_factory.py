@@ -69,6 +69,24 @@ def test_default_time_limits() -> None:
     assert make_env("mpe2/simple_spread_v3", max_cycles=7).rollout(40).shape == (7,)
 
 
+@pytest.mark.parametrize("name", ["mpe2/simple_tag_v3", "vmas/simple_tag"])
+def test_a_seeded_environment_is_not_changed_by_others(name: str) -> None:
+    def play(*, others: bool) -> torch.Tensor:
+        env, starts = make_env(name, seed=3), []
+        if others:
+            make_env(name, seed=4).rollout(2)
+        for _ in range(3):
+            starts.append(env.reset()[OBSERVATION])
+            if others:
+                make_env(name).reset()
+                make_env(name, seed=3).rollout(2)
+        return torch.stack(starts)
+
+    alone = play(others=False)
+    assert torch.equal(play(others=True), alone)
+    assert not torch.equal(alone[0], alone[1])
+
+
 @pytest.mark.parametrize("name", ["mpe2/simple_tag_v3", "vmas/simple_tag", "butterfly/knights_archers_zombies_v11"])
 def test_seeds_decide_everything(name: str) -> None:
     def play(seed: int) -> torch.Tensor:
