@@ -21,152 +21,31 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import partial
 from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import model_free
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-from protocol import ENVIRONMENTS, Environment, evaluate_policy
+from methods import METHODS, ROOT
+from protocol import ENVIRONMENTS, evaluate_policy
 from tensordict.nn import TensorDictModuleBase
 from tqdm import tqdm
 from world_model_quality import world_model_quality
 
-from matwm_rl.envs import make_env
 from matwm_rl.modules import WorldModelPolicy
-from matwm_rl.training import RandomActions, load_policy, prepare_process
+from matwm_rl.training import prepare_process
 from matwm_rl.training.files import write_text
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sample_efficiency"
 COLUMNS = ("environment", "method", "seed", "env_steps", "metric", "value")
 SEEDS = (0, 1, 2)
 """Of every method in every environment, unless told otherwise."""
 QUALITY_EPISODES = 100
-
-OnCheckpoint = Callable[[int, TensorDictModuleBase], None]
-"""Called with env steps and the policy that a method has after them."""
-
-
-# -- methods ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Matwm:
-    """The training script as a user would start it.
-
-    Attributes:
-        overrides: of its configuration.
-        total_steps: of a run; ``None``: the environment's.
-        only: the environments it is run in by default; ``None``: all.
-    """
-
-    overrides: tuple[str, ...] = ()
-    total_steps: int | None = None
-    only: tuple[str, ...] | None = None
-
-    def steps(self, environment: Environment) -> int:
-        return self.total_steps or environment.total_steps
-
-    def arguments(self, environment: Environment) -> list[str]:
-        return [
-            f"env={environment.env}",
-            f"total_steps={self.steps(environment)}",
-            "max_minutes=null",
-            "progress=false",
-            "num_threads=1",
-            f"evaluation.every={environment.every}",
-            # A glance for the log: what counts is evaluated afterwards, as for all methods.
-            "evaluation.episodes=10",
-            "evaluation.final_episodes=10",
-            "evaluation.keep_policies=true",
-            *self.overrides,
-        ]
-
-    def settings(self, environment: Environment) -> dict[str, Any]:
-        with initialize_config_dir(str(ROOT / "examples" / "conf"), version_base=None):
-            config = compose("config", overrides=["run_dir=unnamed", *self.arguments(environment)])
-        settings = OmegaConf.to_container(config, resolve=True)
-        assert isinstance(settings, dict)
-        return {name: value for name, value in settings.items() if name not in ("run_dir", "seed", "resume")}
-
-    def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
-        command = [sys.executable, str(ROOT / "examples" / "simple_tag.py"), *self.arguments(environment)]
-        command += [f"seed={seed}", f"run_dir={folder}"]
-        if (folder / "checkpoints").exists():
-            command += ["resume=true"]
-        if not (folder / "summary.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "output.txt").open("a") as output:
-                done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-            if done.returncode:
-                raise RuntimeError(f"training failed, see {folder / 'output.txt'}")
-        for path in sorted((folder / "policies").glob("*.pt")):
-            on_checkpoint(int(path.stem), load_policy(path))
-
-
-@dataclass(frozen=True)
-class ModelFree:
-    """A method of model_free.py."""
-
-    name: str
-    only: None = None
-
-    def steps(self, environment: Environment) -> int:
-        return environment.total_steps
-
-    def settings(self, environment: Environment) -> dict[str, Any]:
-        return asdict(model_free.METHODS[self.name])
-
-    def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
-        model_free.train(
-            self.name,
-            environment.env,
-            seed=seed,
-            total_steps=environment.total_steps,
-            checkpoints=environment.checkpoints,
-            on_checkpoint=on_checkpoint,
-        )
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Agents that do not learn: random ones, or the environment's script."""
-
-    scripted: bool
-    only: None = None
-
-    def steps(self, environment: Environment) -> int:
-        return 0
-
-    def settings(self, environment: Environment) -> dict[str, Any]:
-        return {"scripted": self.scripted}
-
-    def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
-        if not self.scripted:
-            on_checkpoint(0, RandomActions())
-        elif environment.script is not None:
-            on_checkpoint(0, environment.script(make_env(environment.env).layout))
-
-
-ABLATED = partial(Matwm, total_steps=10_000, only=("simple_tag", "simple_spread"))
-METHODS: dict[str, Matwm | ModelFree | Reference] = {
-    "random": Reference(scripted=False),
-    "scripted": Reference(scripted=True),
-    "matwm": Matwm(),
-    **{name: ModelFree(name) for name in model_free.METHODS},
-    "matwm_no_teammates": ABLATED(("teammate_predictor=false",)),
-    "matwm_no_recency": ABLATED(("recency=false",)),
-    "matwm_no_action_scaling": ABLATED(("action_scaling=false",)),
-}
 
 
 # -- one run ---------------------------------------------------------------------------------------------------------
@@ -189,9 +68,16 @@ class Run:
     def settings(self) -> dict[str, Any]:
         return METHODS[self.method].settings(ENVIRONMENTS[self.environment])
 
+    def other_settings(self, stored: Mapping[str, Any]) -> list[str]:
+        """Which settings of a finished run would be others now."""
+        then, now = _flat(stored), _flat(json.loads(json.dumps(self.settings())))
+        names = sorted({*then, *now})
+        return [f"{name}: {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
+
 
 def carry_out(run: Run, results: Path, scratch: Path) -> float:
     """Train, evaluate at every checkpoint, write the run's file; returns the seconds of a core that it took."""
+    made_with = {"commit": _commit(), "torch": torch.__version__}
     prepare_process(num_threads=1, matmul_precision="highest")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the training script
     environment, method = ENVIRONMENTS[run.environment], METHODS[run.method]
@@ -201,6 +87,7 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
     settings = run.settings()
     # Named by its settings too, so that no other setting's training is gone on with.
     folder = scratch / f"{run}-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
+    resumed = folder.exists()
 
     def on_checkpoint(env_steps: int, policy: TensorDictModuleBase) -> None:
         metrics = evaluate_policy(environment, policy)
@@ -210,11 +97,26 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
 
     method.train(environment, run.seed, folder, on_checkpoint)
     seconds = _core_seconds() - began
-    stored = {**asdict(run), "seconds": round(seconds), "settings": settings, "figures": figures}
+    # What an interrupted attempt took is not known.
+    stored = {**asdict(run), "core_seconds": None if resumed else round(seconds), "made_with": made_with}
+    stored |= {"settings": settings, "figures": figures}
     path = run.path(results)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(stored, indent=1) + "\n")
     return seconds
+
+
+def _commit() -> str | None:
+    """Of this working tree, with a + where code or settings were changed since; ``None`` where there is no git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "*.py", "*.yaml")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _core_seconds() -> float:
@@ -227,12 +129,18 @@ def _core_seconds() -> float:
 
 def stored_runs(results: Path) -> list[dict[str, Any]]:
     """Everything that is finished, in the order of :data:`ENVIRONMENTS` and :data:`METHODS`."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in (results / "runs").glob("*.json")]
+    runs = [_stored(path) for path in (results / "runs").glob("*.json")]
 
     def order(run: Mapping[str, Any]) -> tuple[int, int, int]:
         return [*ENVIRONMENTS].index(run["environment"]), [*METHODS].index(run["method"]), run["seed"]
 
     return sorted((run for run in runs if run["environment"] in ENVIRONMENTS and run["method"] in METHODS), key=order)
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    run = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(run, dict)
+    return run
 
 
 def rows(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, int, int, str, float]]:
@@ -244,7 +152,7 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, int, int
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """``{environment: {method: {seeds, seconds, settings, figures}}}``, figures ``[median, min, max]`` over seeds."""
+    """``{environment: {method: {seeds, settings, figures}}}``, figures ``[median, min, max]`` over seeds."""
     values: dict[tuple[str, str], dict[int, dict[str, list[float]]]] = {}
     for environment, method, _, env_steps, metric, value in rows(runs):
         if not metric.endswith("/se"):
@@ -255,7 +163,6 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         same = [run for run in runs if (run["environment"], run["method"]) == (environment, method)]
         summary.setdefault(environment, {})[method] = {
             "seeds": [run["seed"] for run in same],
-            "seconds": median(run["seconds"] for run in same),
             "settings": same[0]["settings"],
             "figures": {
                 str(env_steps): {metric: [median(v), min(v), max(v)] for metric, v in by_metric.items()}
@@ -287,14 +194,6 @@ def chosen_runs(methods: Sequence[str] | None, environments: Sequence[str], seed
     ]
 
 
-def other_settings(run: Run, results: Path) -> list[str]:
-    """Which settings a finished run was made with that would be others now."""
-    stored = _flat(json.loads(run.path(results).read_text(encoding="utf-8"))["settings"])
-    now = _flat(json.loads(json.dumps(run.settings())))
-    names = sorted({*stored, *now})
-    return [f"{name}: {stored.get(name)}, now {now.get(name)}" for name in names if stored.get(name) != now.get(name)]
-
-
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in settings.items():
@@ -322,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not run.path(arguments.results).exists():
             state = "to do"
             todo.append(run)
-        elif different := other_settings(run, arguments.results):
+        elif different := run.other_settings(_stored(run.path(arguments.results))["settings"]):
             state = "to do again" if arguments.replace else "finished with other settings (--replace runs it again)"
             state += ": " + "; ".join(different[:3])
             todo += [run] if arguments.replace else []

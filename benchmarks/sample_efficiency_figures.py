@@ -54,7 +54,7 @@ def draw_curves(results: Results, path: Path) -> Any | None:
     panels = [measure for measure in panels if any(results.steps(measure.environment, name) for name in methods())]
     if not panels:
         return None
-    steps = sorted({step for environment in ENVIRONMENTS for step in results.steps(environment, "matwm")})
+    steps = _common_steps(results)
     together = results.common_environments(steps) if steps else []
     figure, axes = panel_grid(len(panels) + bool(together), columns=3, width=3.7, height=2.6)
     for axis, measure in zip(axes, panels, strict=False):
@@ -66,6 +66,12 @@ def draw_curves(results: Results, path: Path) -> Any | None:
     figure.legend([handles[name] for name in order], order, loc="outside lower center", ncols=len(order), frameon=False)
     _save(figure, path, results)
     return figure
+
+
+def _common_steps(results: Results) -> list[int]:
+    """Env steps after which MATWM has figures wherever it was run."""
+    by_environment = [found for name in ENVIRONMENTS if (found := {*results.steps(name, "matwm")})]
+    return sorted(set.intersection(*by_environment)) if by_environment else []
 
 
 def methods() -> list[str]:

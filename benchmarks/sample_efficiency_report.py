@@ -16,8 +16,9 @@ from itertools import chain
 from pathlib import Path
 from statistics import median
 
+from methods import METHODS, ROOT
 from protocol import ENVIRONMENTS
-from sample_efficiency import METHODS, RESULTS, ROOT, SEEDS, stored_runs
+from sample_efficiency import RESULTS, SEEDS, Run, stored_runs
 from sample_efficiency_figures import TITLES, draw_curves, draw_world_model, label
 from sample_efficiency_results import (
     BySeed,
@@ -114,24 +115,41 @@ def targets_table(results: Results) -> str:
     rows = []
     for target in TARGETS:
         measure, steps = target.measure, target.env_steps
-        ours, best = results.measured(measure, "matwm", steps), results.best_baseline(measure, steps)
-        beside = {
-            title: middle(results.get(measure.environment, "matwm", steps, metric), measure.digits)
+        ours = results.measured(measure, "matwm", steps)
+        beside = [
+            f"{title} {middle(results.get(measure.environment, 'matwm', steps, metric), measure.digits)}"
             for title, metric in measure.beside.items()
-        }
+        ]
+        if errors := results.get(measure.environment, "matwm", steps, f"{measure.metric}/se"):
+            beside.append(f"standard error {middle(errors, measure.digits)}")
         rows.append(
             [
                 f"{measure.environment}: {measure.title}",
                 thousands(steps),
                 f"{'≤' if measure.lower_is_better else '≥'} {target.bound}",
                 f"**{cell(ours, measure.digits)}**" if ours else MISSING,
-                ", ".join(f"{title} {value}" for title, value in beside.items()) if ours else MISSING,
-                f"{cell(results.measured(measure, best, steps), measure.digits)} {label(best)}" if best else MISSING,
+                ", ".join(beside) if ours else MISSING,
+                _best_baseline(results, measure, steps),
                 target.elsewhere,
-                ("yes" if target.met(median(ours.values())) else "no") if ours else MISSING,
+                _verdict(target, ours),
             ]
         )
     return markdown(header, rows)
+
+
+def _best_baseline(results: Results, measure: Measure, steps: int) -> str:
+    found = results.best_baseline(measure, steps)
+    if found is None:
+        return MISSING
+    method, way = found
+    return f"{cell(results.measured(way, method, steps), way.digits)} {label(method)}, {way.kind}"
+
+
+def _verdict(target: Target, values: BySeed) -> str:
+    if not values:
+        return MISSING
+    verdict = "yes" if target.met(median(values.values())) else "no"
+    return verdict if len(values) >= len(SEEDS) else f"{verdict} so far"
 
 
 def methods_table(results: Results, environment: str) -> str:
@@ -142,11 +160,20 @@ def methods_table(results: Results, environment: str) -> str:
     for method in METHODS:
         if environment not in (METHODS[method].only or ENVIRONMENTS):
             continue
-        found = [results.measured(measure, method, steps) for measure, steps in columns]
-        # Agents that do not learn play the same episodes with every seed.
-        show = middle if METHODS[method].steps(ENVIRONMENTS[environment]) == 0 else cell
-        rows.append([label(method), *(show(values, m.digits) for (m, _), values in zip(columns, found, strict=True))])
+        # Agents that do not learn play the same episodes with every seed, and act alike in both ways.
+        show = _middle_of if METHODS[method].steps(ENVIRONMENTS[environment]) == 0 else _both_ways
+        rows.append([label(method), *(show(results, measure, method, steps) for measure, steps in columns)])
     return markdown(header, rows)
+
+
+def _middle_of(results: Results, measure: Measure, method: str, steps: int) -> str:
+    return middle(results.measured(measure, method, steps), measure.digits)
+
+
+def _both_ways(results: Results, measure: Measure, method: str, steps: int) -> str:
+    values, *others = (results.measured(way, method, steps) for way in measure.ways)
+    beside = [f"{way.kind} {middle(other, way.digits)}" for way, other in zip(measure.ways[1:], others, strict=True)]
+    return f"{cell(values, measure.digits)}; {', '.join(beside)}" if values and beside else cell(values, measure.digits)
 
 
 def aggregate_table(results: Results) -> str:
@@ -203,14 +230,13 @@ def _short(values: BySeed) -> str:
 
 
 def seconds_table(results: Results) -> str:
-    """Median wall-clock seconds of a run."""
+    """Median seconds of a core of the runs that were not interrupted."""
     rows = []
     for method in METHODS:
         row = [label(method)]
         for environment in ENVIRONMENTS:
-            seconds = [
-                run["seconds"] for run in results.runs if (run["environment"], run["method"]) == (environment, method)
-            ]
+            same = [run for run in results.runs if (run["environment"], run["method"]) == (environment, method)]
+            seconds = [run["core_seconds"] for run in same if run["core_seconds"] is not None]
             row.append(f"{median(seconds):,.0f}" if seconds else MISSING)
         rows.append(row)
     return markdown(["", *ENVIRONMENTS], rows)
@@ -220,14 +246,13 @@ def seconds_table(results: Results) -> str:
 
 
 def other_settings(results: Results) -> list[str]:
-    """Environments and methods whose seeds were not all run with the same settings."""
-    first: dict[tuple[str, str], Mapping[str, object]] = {}
-    different = {
-        f"{run['environment']}-{run['method']}"
-        for run in results.runs
-        if first.setdefault((run["environment"], run["method"]), run["settings"]) != run["settings"]
-    }
-    return sorted(different)
+    """Which runs are of other settings than the present ones, and of which: ``what differs (its runs)``."""
+    runs: dict[str, list[str]] = {}
+    for stored in results.runs:
+        run = Run(stored["environment"], stored["method"], stored["seed"])
+        for different in run.other_settings(stored["settings"]):
+            runs.setdefault(different, []).append(str(run))
+    return [f"{different} ({', '.join(names)})" for different, names in runs.items()]
 
 
 NOTHING = "No runs{of} are stored yet: `python benchmarks/sample_efficiency.py` makes them."
@@ -242,8 +267,13 @@ def short_section(results: Results, pictures: Mapping[str, str]) -> str:
 
 def _curves_and_targets(results: Results, pictures: Mapping[str, str]) -> str:
     parts = [_picture(pictures, "curves", "Returns of all methods over env steps")]
-    parts += [_targets_text(), targets_table(results)]
+    parts += [_targets_text(), targets_table(results), _other_settings_text(results)]
     return "\n\n".join(filter(None, parts))
+
+
+def _other_settings_text(results: Results) -> str:
+    different = other_settings(results)
+    return f"**Made with other settings than the present ones**: {'; '.join(different)}." if different else ""
 
 
 def long_section(results: Results, pictures: Mapping[str, str]) -> str:
@@ -254,24 +284,24 @@ def long_section(results: Results, pictures: Mapping[str, str]) -> str:
     parts = [
         "`python benchmarks/sample_efficiency.py` runs what is not stored yet ([results](results/sample_efficiency)), "
         "`python benchmarks/sample_efficiency_report.py --write` makes this section and the README's.",
-        *(f"**Seeds differ in settings**: {name}." for name in other_settings(results)),
         _curves_and_targets(results, pictures),
-        f"**All methods**, {' and '.join(map(thousands, STEPS))} env steps; random agents and scripts do not learn.",
+        f"**All methods**, {' and '.join(map(thousands, STEPS))} env steps; random agents and scripts do not learn. "
+        "IQL's sampled actions explore as they do in training at that time.",
         *chain.from_iterable((f"{name}:", methods_table(results, name)) for name in ENVIRONMENTS),
         "**One score**: in every environment random agents have 0 and the script has 1 (of cross-play, the mean over "
         "its matches). Interquartile mean over all environments and seeds, with the 95% interval of a bootstrap "
-        "stratified by environment (scipy). Environments that all methods have played: "
-        f"{', '.join(environments) or 'none yet'}.",
+        "stratified by environment (scipy; of three seeds it is too narrow). Environments that all methods have "
+        f"played: {', '.join(environments) or 'none yet'}.",
         aggregate_table(results),
         "**Ablations**: the return without a part less that with all of them, seed by seed, median (min to max) after "
         f"{thousands(10_000)} env steps. What is negative was lost, but for the evader, where lower is better.",
         ablations_table(results),
         "**Open loop**: error of MATWM's world model / of the trivial predictor (last observation, mean reward, action "
-        "frequencies) on fresh episodes of its own policy, 1, 5 and 10 steps ahead, over training; medians.",
+        "frequencies) on fresh episodes of its own policy with sampled actions, 1, 5 and 10 steps ahead, over "
+        "training; medians.",
         open_loop_table(results),
         _picture(pictures, "world_model", "Open-loop errors of the world model over those of trivial predictors"),
-        "**Seconds of a run** on one core, evaluations included, medians. Above 600 they were counted with "
-        "waiting for other work.",
+        "**Seconds of a core** that a run took, evaluations included, medians; of runs that were not interrupted.",
         seconds_table(results),
     ]
     return "\n\n".join(filter(None, parts))
@@ -281,9 +311,11 @@ def _targets_text() -> str:
     names = " and ".join(name for name in ENVIRONMENTS if measures(name)[0].kind == "sampled")
     return (
         f"Median (min to max) over {len(SEEDS)} seeds. In the cross-play of {names} actions are sampled, since whoever "
-        "always does the same is easily foreseen; elsewhere they are greedy, as in the figures seen elsewhere. The "
-        "other way stands beside. Contact is ranked on the policy's own episodes, from what really followed; beside "
-        "it, from a next latent drawn from the model, and on episodes of random and scripted agents."
+        "always does the same is easily foreseen; elsewhere they are greedy. The other way stands beside, with the "
+        "standard error of one run over its evaluation's episodes; of model-free methods the better way counts. What "
+        "was seen elsewhere was greedy, and of the best settings for each environment. Contact is ranked on the "
+        "policy's own episodes, from what really followed; beside it, from a next latent drawn from the model, and on "
+        "episodes of random and scripted agents. The settings of MATWM were chosen on these seeds and episodes."
     )
 
 

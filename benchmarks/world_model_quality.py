@@ -3,9 +3,10 @@
     python benchmarks/world_model_quality.py runs/NAME/policy.pt
 
 Prints open-loop errors of observations, rewards and teammates' actions beside those of the trivial predictors (last
-observation, mean reward, action frequencies), on fresh episodes that the policy plays itself. On simple_tag also the
-average precision with which the predicted rewards of pursuers rank "this step brings contact", from the true and from
-the sampled next latent, on those episodes and on episodes of random and scripted agents in all pairings.
+observation, mean reward, action frequencies), on fresh episodes that the policy plays itself, with sampled actions as
+in training. On simple_tag also the average precision with which the predicted rewards of pursuers rank "this step
+brings contact", from the true and from the sampled next latent, on those episodes and on episodes of random and
+scripted agents in all pairings.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.envs import TransformedEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl.data import to_focal
 from matwm_rl.envs import AgentLayout, make_env
@@ -65,10 +67,13 @@ def is_tag(layout: AgentLayout) -> bool:
 
 @torch.no_grad()
 def play(env: TransformedEnv, policy: torch.nn.Module, episodes: int) -> TensorDictBase:
-    """Whole episodes ``[E, T]`` of a batch of environments whose episodes are equally long."""
+    """Whole episodes ``[E, T]`` of a batch of environments whose episodes are equally long; actions are sampled."""
     quota = -(-episodes // env.batch_size.numel())
-    first = env.rollout(1000, policy)
-    more = env.rollout(first.shape[-1] * (quota - 1), policy, break_when_any_done=False) if quota > 1 else first[:, :0]
+    with set_exploration_type(ExplorationType.RANDOM):
+        first = env.rollout(1000, policy)
+        more = first[:, :0]
+        if quota > 1:
+            more = env.rollout(first.shape[-1] * (quota - 1), policy, break_when_any_done=False)
     kept = [key for key in to_focal(first.copy()).keys(True, True) if key in first.keys(True, True)]
     return torch.cat([part.select(*kept, ("next", "done"), ("next", "terminated")) for part in (first, more)], 1)
 

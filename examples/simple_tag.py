@@ -20,6 +20,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torchrl.collectors import Collector
 from torchrl.envs import TransformedEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl.data import make_replay
 from matwm_rl.envs import make_env
@@ -163,7 +164,8 @@ def draw_pictures(cfg: DictConfig, run_dir: Path, policy: WorldModelPolicy, log:
         record_gif(env, policy, run_dir / "episodes.gif", episodes=4, draw=draw)
     except (RuntimeError, NotImplementedError) as error:
         log.note(f"no GIF: {error}")
-    episode = env.rollout(1000, policy).reshape(-1)
+    with set_exploration_type(ExplorationType.RANDOM):  # as the world model has seen them play
+        episode = env.rollout(1000, policy).reshape(-1)
     context = min(cfg.replay.context_length, len(episode) // 2)
     plot_open_loop(
         policy.world_model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,13 +20,15 @@ import torch
 # Scripts import what they share from their own folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import methods
 import sample_efficiency as grid
+from methods import Matwm, ModelFree, Reference
 from protocol import Environment
-from sample_efficiency import Matwm, ModelFree, Reference, Run
+from sample_efficiency import Run
 
 from matwm_rl.envs import make_env
 from matwm_rl.modules import WorldModelPolicy
-from matwm_rl.training import RandomActions
+from matwm_rl.training import RandomActions, load_policy
 
 MOCK = Environment("mock", total_steps=20, every=10, episodes=2, num_envs=2)
 TINY = (
@@ -209,6 +212,7 @@ def test_runs_in_processes_of_their_own(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(Path(grid.__file__).parent)!r})
 import sample_efficiency as grid
+from matwm_rl.training import RandomActions
 from protocol import Environment
 
 class Stub:
@@ -218,7 +222,7 @@ class Stub:
     def train(self, environment, seed, folder, on_checkpoint):
         if seed == 1:
             raise RuntimeError("the stub fails")
-        on_checkpoint(5, grid.RandomActions())
+        on_checkpoint(5, RandomActions())
 
 grid.METHODS = {{"stub": Stub()}}
 grid.ENVIRONMENTS = {{"mock": Environment("mock", episodes=2, num_envs=2)}}
@@ -237,15 +241,15 @@ if __name__ == "__main__":
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
-def stored(method: str, seed: int, value: float, seconds: int = 1) -> dict[str, Any]:
+def stored(method: str, seed: int, value: float) -> dict[str, Any]:
     figures = {"10": {"return/greedy": value, "return/greedy/se": 9.0}, "5": {"return/greedy": -value}}
     run = {"environment": "first", "method": method, "seed": seed}
-    return {**run, "seconds": seconds, "settings": {"of": method}, "figures": figures}
+    return {**run, "core_seconds": 1, "settings": {"of": method}, "figures": figures}
 
 
 def test_a_summary_has_medians_and_ranges_over_seeds(tmp_path: Path, stubs: dict[str, Any]) -> None:
     values = [4.0, 1.0, 2.5, 8.0]
-    runs = [stored("stub", seed, value, seconds=seed) for seed, value in enumerate(values)] + [stored("part", 0, 3.0)]
+    runs = [stored("stub", seed, value) for seed, value in enumerate(values)] + [stored("part", 0, 3.0)]
     folder = tmp_path / "runs"
     folder.mkdir()
     unknown = {**stored("stub", 0, 1.0), "method": "no longer there"}
@@ -258,7 +262,6 @@ def test_a_summary_has_medians_and_ranges_over_seeds(tmp_path: Path, stubs: dict
     assert list(summary) == ["first"]
     assert summary["first"]["stub"] == {
         "seeds": [0, 1, 2, 3],
-        "seconds": 1.5,
         "settings": {"of": "stub"},
         "figures": {
             "5": {"return/greedy": [-median(values), -8.0, -1.0]},
@@ -269,14 +272,11 @@ def test_a_summary_has_medians_and_ranges_over_seeds(tmp_path: Path, stubs: dict
 
 
 @pytest.mark.parametrize("method", grid.METHODS)
-def test_settings_survive_being_stored(tmp_path: Path, method: str) -> None:
+def test_settings_survive_being_stored(method: str) -> None:
     run = Run("simple_spread", method, 0)
-    run.path(tmp_path).parent.mkdir()
-    settings = run.settings()
-    run.path(tmp_path).write_text(json.dumps({"settings": settings}))
-    assert grid.other_settings(run, tmp_path) == []
-    run.path(tmp_path).write_text(json.dumps({"settings": {**settings, "new": {"one": 1}}}))
-    assert grid.other_settings(run, tmp_path) == ["new.one: 1, now None"]
+    settings = json.loads(json.dumps(run.settings()))
+    assert run.other_settings(settings) == []
+    assert run.other_settings({**settings, "new": {"one": 1}}) == ["new.one: 1, now None"]
 
 
 # -- methods ---------------------------------------------------------------------------------------------------------
@@ -324,8 +324,10 @@ def test_matwm_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pyt
 
     def pretend(command: list[str], **options: Any) -> subprocess.CompletedProcess:
         commands.append(command)
-        if len(commands) < 3:
-            (folder / "checkpoints").mkdir(exist_ok=True)
+        if len(commands) < 4:
+            # Interrupted while it wrote its first checkpoint, then later.
+            name = "partial-000000" if len(commands) == 1 else "000000"
+            (folder / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
             return subprocess.CompletedProcess(command, 1)
         (folder / "policies").mkdir()
         for step in (10, 5):
@@ -333,25 +335,44 @@ def test_matwm_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pyt
         (folder / "summary.json").touch()
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(grid.subprocess, "run", pretend)
-    monkeypatch.setattr(grid, "load_policy", lambda path: path.name)
+    monkeypatch.setattr(methods.subprocess, "run", pretend)
+    monkeypatch.setattr(methods, "load_policy", lambda path: path.name)
     shown: list[tuple[int, Any]] = []
 
     def train() -> None:
         Matwm(("recency=false",)).train(MOCK, 4, folder, lambda *arguments: shown.append(arguments))
 
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(RuntimeError, match=r"training failed, see .*output\.txt"):
             train()
     train()
-    assert ["resume=true" in command for command in commands] == [False, True, True]
+    assert ["resume=true" in command for command in commands] == [False, False, True, True]
     for command in commands:
         assert {"env=mock", "total_steps=20", "seed=4", f"run_dir={folder}", "recency=false"} <= set(command)
     assert shown == [(5, "00000005.pt"), (10, "00000010.pt")]
     # Trained, but not evaluated to the end: it is evaluated, and not trained again.
     train()
-    assert len(commands) == 3
+    assert len(commands) == 4
     assert len(shown) == 4
+
+
+def test_a_run_tells_what_it_was_made_with_and_what_it_took(tmp_path: Path, stubs: dict[str, Any]) -> None:
+    @dataclass
+    class Training(Stub):
+        def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: Any) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def run() -> dict[str, Any]:
+        grid.carry_out(Run("first", "stub", 0), tmp_path, tmp_path / "scratch")
+        return json.loads((tmp_path / "runs" / "first-stub-0.json").read_text())
+
+    stubs["stub"] = Training()
+    first, second = run(), run()
+    assert first["made_with"]["torch"] == torch.__version__
+    commit = first["made_with"]["commit"]
+    assert commit is None or re.fullmatch(r"[0-9a-f]{12}\+?", commit)
+    # Of a training that an earlier attempt began, the seconds are not known.
+    assert (first["core_seconds"], second["core_seconds"]) == (0, None)
 
 
 def test_other_settings_train_in_another_folder(tmp_path: Path, stubs: dict[str, Any]) -> None:
@@ -387,7 +408,7 @@ def test_matwm_is_trained_evaluated_and_its_world_model_measured(
     assert "seed" not in run["settings"]
     # What was stored is what the policy of that time does.
     (folder,) = (tmp_path / "scratch").iterdir()
-    policy = grid.load_policy(folder / "policies" / "00000060.pt", layout=make_env(spread.env).layout)
+    policy = load_policy(folder / "policies" / "00000060.pt", layout=make_env(spread.env).layout)
     assert isinstance(policy, WorldModelPolicy)
     torch.manual_seed(9)
     again = grid.evaluate_policy(spread, policy)

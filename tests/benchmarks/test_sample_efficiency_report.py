@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -18,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import sample_efficiency_figures as figures
 import sample_efficiency_report as report
+from methods import METHODS, Reference
 from protocol import ENVIRONMENTS
-from sample_efficiency import METHODS, RESULTS, SEEDS, Reference, Run, stored_runs
+from sample_efficiency import RESULTS, SEEDS, Run, stored_runs
 from sample_efficiency_results import Results, interquartile_mean, measures
 
 RANDOM_EVADER, FLEEING_EVADER, CHASED = measures("simple_tag")
@@ -38,8 +40,15 @@ REFERENCES = {
 def stored(
     environment: str, method: str, seed: int, figures: dict[int, dict[str, float]], **other: Any
 ) -> dict[str, Any]:
-    run = {"environment": environment, "method": method, "seed": seed, "seconds": 100 + seed, "settings": {"a": 1}}
+    run: dict[str, Any] = {"environment": environment, "method": method, "seed": seed, "core_seconds": 100 + seed}
+    run |= {"settings": settings(environment, method)}
     return {**run, "figures": {str(env_steps): metrics for env_steps, metrics in figures.items()}, **other}
+
+
+@cache
+def settings(environment: str, method: str) -> dict[str, Any]:
+    """Those that a run would be made with now."""
+    return json.loads(json.dumps(Run(environment, method, 0).settings()))
 
 
 def returns(environment: str, value: Callable[[float, float], float]) -> dict[str, float]:
@@ -134,10 +143,25 @@ def test_the_best_baseline_is_the_lowest_where_lower_is_better() -> None:
     runs += [tag("iql", seed, value) for seed, value in enumerate([12.0, 13.0, 13.0])]
     runs += [tag("matwm", 0, 0.0), tag("random", 0, 100.0)]
     results = Results(runs)
-    assert results.best_baseline(RANDOM_EVADER, 25_000) == "iql"
-    assert results.best_baseline(CHASED, 25_000) == "ippo"
+    assert results.best_baseline(RANDOM_EVADER, 25_000) == ("iql", RANDOM_EVADER)
+    assert results.best_baseline(CHASED, 25_000) == ("ippo", CHASED)
     assert results.best_baseline(CHASED, 10_000) is None
     assert results.best_baseline(SPREAD, 25_000) is None
+
+
+def test_a_baseline_may_act_in_its_better_way() -> None:
+    greedy = RANDOM_EVADER.ways[1]
+    assert (greedy.metric, greedy.title) == (f"{RANDOM_EVADER.match}/greedy", RANDOM_EVADER.title)
+    sampled, other = {RANDOM_EVADER.metric: 5.0}, {RANDOM_EVADER.metric: 4.0, greedy.metric: 9.0}
+    runs = [stored("simple_tag", "iql", 0, {25_000: sampled}), stored("simple_tag", "ippo", 0, {25_000: other})]
+    assert Results(runs).best_baseline(RANDOM_EVADER, 25_000) == ("ippo", greedy)
+    row = parsed(report.targets_table(Results(runs)))[f"simple_tag: {RANDOM_EVADER.title}"]
+    assert row["best model-free here"] == "9.0 (1 of 3 seeds) IPPO, greedy"
+    table = parsed(report.methods_table(Results(runs), "simple_tag"))
+    column = f"{RANDOM_EVADER.title}, 25K"
+    assert table["IPPO"][column] == "4.0 (1 of 3 seeds); greedy 9.0"
+    assert table["IQL"][column] == "5.0 (1 of 3 seeds); greedy –"
+    assert table["ISAC"][column] == "–"
 
 
 def test_ablations_are_compared_seed_by_seed() -> None:
@@ -237,14 +261,15 @@ def test_targets_tell_what_was_reached_and_by_whom() -> None:
     tag = {title: parsed(table)[f"simple_tag: {title}"] for title in (RANDOM_EVADER.title, CHASED.title)}
     low, high = REFERENCES[RANDOM_EVADER.match]
     ours = [low + score("matwm", 25_000, seed) * (high - low) for seed in SEEDS]
-    theirs = [low + score("isac", 25_000, seed) * (high - low) for seed in SEEDS]
+    # Greedy actions bring everyone 0.25 more.
+    theirs = [low + score("isac", 25_000, seed) * (high - low) + 0.25 for seed in SEEDS]
     assert tag[RANDOM_EVADER.title] == {
         "": f"simple_tag: {RANDOM_EVADER.title}",
         "after": "25K",
         "target": "≥ 20.0",
         "MATWM": f"**{median(ours):.1f} ({min(ours):.1f} to {max(ours):.1f})**",
-        "beside it": f"greedy {median(ours) + 0.25:.1f}",
-        "best model-free here": f"{median(theirs):.1f} ({min(theirs):.1f} to {max(theirs):.1f}) ISAC",
+        "beside it": f"greedy {median(ours) + 0.25:.1f}, standard error 0.5",
+        "best model-free here": f"{median(theirs):.1f} ({min(theirs):.1f} to {max(theirs):.1f}) ISAC, greedy",
         "seen elsewhere": "10.5; 13.0 at 50K, 13.5 at 200K",
         "met": "yes",
     }
@@ -264,11 +289,14 @@ def test_targets_tell_what_was_reached_and_by_whom() -> None:
 
 @pytest.mark.parametrize(("value", "met"), [(24.0, "yes"), (24.01, "no"), (3.0, "yes")])
 def test_a_target_is_met_from_its_side(value: float, met: str) -> None:
-    run = stored("simple_tag", "matwm", 0, {25_000: {CHASED.metric: value, RANDOM_EVADER.metric: value}})
-    table = parsed(report.targets_table(Results([run])))
+    found = {CHASED.metric: value, RANDOM_EVADER.metric: value}
+    runs = [stored("simple_tag", "matwm", seed, {25_000: found}) for seed in SEEDS]
+    table = parsed(report.targets_table(Results(runs)))
     assert table[f"simple_tag: {CHASED.title}"]["met"] == met
     assert table[f"simple_tag: {RANDOM_EVADER.title}"]["met"] == ("yes" if value >= 20 else "no")
     assert table["simple_spread: mean return"]["met"] == "–"
+    table = parsed(report.targets_table(Results(runs[:2])))
+    assert table[f"simple_tag: {CHASED.title}"]["met"] == f"{met} so far"
 
 
 def test_every_method_stands_in_the_tables_of_its_environments() -> None:
@@ -290,7 +318,8 @@ def test_open_loop_errors_stand_beside_trivial_ones() -> None:
 
 
 def test_seconds_are_medians_of_a_method_in_an_environment() -> None:
-    runs = [stored("simple_tag", "iql", seed, {}, seconds=value) for seed, value in enumerate([2_000, 1_000, 1_500])]
+    seconds = [2_000, 1_000, None, 1_500]
+    runs = [stored("simple_tag", "iql", seed, {}, core_seconds=value) for seed, value in enumerate(seconds)]
     table = parsed(report.seconds_table(Results(runs)))
     assert table["IQL"] == {"": "IQL", "simple_tag": "1,500", **dict.fromkeys(list(ENVIRONMENTS)[1:], "–")}
 
@@ -306,13 +335,18 @@ def test_what_is_missing_is_a_dash_whatever_is_missing() -> None:
         assert "world_model.png" not in section
 
 
-def test_seeds_with_other_settings_are_named() -> None:
+def test_runs_of_other_settings_are_named() -> None:
     runs = full_grid()
-    assert "Seeds differ" not in report.long_section(Results(runs), {})
-    changed = next(run for run in runs if (run["method"], run["seed"]) == ("iql", 2))
-    changed["settings"] = {"a": 2}
-    assert report.other_settings(Results(runs)) == ["simple_tag-iql"]
-    assert "**Seeds differ in settings**: simple_tag-iql." in report.long_section(Results(runs), {})
+    assert report.other_settings(Results(runs)) == []
+    text = "Made with other settings than the present ones"
+    assert text not in report.long_section(Results(runs), {}) + report.short_section(Results(runs), {})
+    for run in runs:
+        if (run["environment"], run["method"]) == ("simple_tag", "iql") and run["seed"] != 1:
+            run["settings"] = {**run["settings"], "gamma": 0.5}
+    different = "gamma: 0.5, now 0.95 (simple_tag-iql-0, simple_tag-iql-2)"
+    assert report.other_settings(Results(runs)) == [different]
+    for section in (report.long_section, report.short_section):
+        assert f"**{text}**: {different}." in section(Results(runs), {})
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------
@@ -357,6 +391,17 @@ def test_curves_show_every_measure_and_all_together(tmp_path: Path) -> None:
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > 1_000
         assert picture.text["Description"] == figures.digest(results.runs)
+
+
+def test_environments_are_compared_where_all_have_checkpoints(tmp_path: Path) -> None:
+    runs = full_grid()
+    for run in runs:
+        if run["environment"] == "simple_spread":
+            run["figures"] = {"22500" if step == "15000" else step: f for step, f in run["figures"].items()}
+    shown = panels(figures.draw_curves(Results(runs), tmp_path / "curves.png"))
+    together = lines(shown["4 environments together: interquartile mean, 95% interval"])
+    assert together["MATWM"][0] == [5_000, 10_000, 20_000, 25_000]
+    assert lines(shown["simple_spread: mean return"])["MATWM"][0] == [5_000, 10_000, 20_000, 22_500, 25_000]
 
 
 def test_a_reference_far_off_is_noted_and_does_not_flatten_the_curves(tmp_path: Path) -> None:

@@ -119,6 +119,19 @@ def test_play_gives_whole_episodes() -> None:
     assert rollout["agents", "observation"][0, :, 0, 0].tolist() == [*range(6)] * 3
 
 
+def test_play_samples_actions_as_in_training() -> None:
+    policy = make_policy()
+
+    def actions(seed: int) -> Tensor:
+        env = TransformedEnv(make_env(TAG, num_envs=2, seed=0), policy.make_tensordict_primer())
+        torch.manual_seed(seed)
+        return play(env, policy, episodes=4)["agents", "action"]
+
+    assert torch.equal(actions(1), actions(1))
+    assert actions(1).shape == (2, 50, 4)
+    assert not torch.equal(actions(1), actions(2))
+
+
 def test_open_loop_errors_are_means_over_agents() -> None:
     policy = make_policy()
     env = TransformedEnv(make_env(TAG, num_envs=2, seed=0), policy.make_tensordict_primer())
