@@ -385,7 +385,7 @@ class Sizes:
 
 def model_config(sizes: Sizes) -> WorldModelConfig:
     """The paper's model: all its layers are shared by all agents."""
-    return WorldModelConfig(**{"group_layers": False, **sizes.model})
+    return WorldModelConfig(**sizes.model)
 
 
 def make_learner(num_agents: int, sizes: Sizes, *, device: str = "cpu", **config: Any) -> Learner:

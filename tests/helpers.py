@@ -17,7 +17,15 @@ from matwm_rl.training.learner import Learner, LearnerConfig
 
 COUNTS, GROUPS, SIZE = (4, 4, 3), (0, 0, 1), 5
 """The mock environment's agents: two hunters with 4 actions, one prey with 3, observations padded to 5."""
-SMALL: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "num_dims": 4, "num_classes": 5, "dropout": 0.0}
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_heads": 2,
+    "num_dims": 4,
+    "num_classes": 5,
+    "dropout": 0.0,
+    "group_layers": True,
+    "reward_interpolation": "raw",
+}
 
 LATENTS = ["categorical", "fsq", "gaussian"]
 """Names of all latent codes."""

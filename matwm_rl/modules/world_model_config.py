@@ -81,8 +81,8 @@ class WorldModelConfig:
     reward_input: str = "hidden"
     point_size: int = 0
     reencode: bool = False
-    reward_interpolation: str = "raw"
-    group_layers: bool = True
+    reward_interpolation: str = "symlog"
+    group_layers: bool = False
     linear_skips: bool = False
     coordinate_code: bool = False
     teammate_predictor: bool = True
@@ -117,6 +117,8 @@ class WorldModelConfig:
             "reward_input": "next_observation",
             "point_size": 2,
             "reencode": True,
+            "reward_interpolation": "raw",
+            "group_layers": True,
             "teammate_hidden_size": 64,
         }
         return cls(**(entries | overrides))

@@ -40,6 +40,7 @@ class LearnerConfig:
         clip_epsilon: see :class:`~matwm_rl.objectives.ActorLoss`.
         mean_policy_entropy_coeff: see :class:`~matwm_rl.objectives.ActorLoss`.
         signalling_coeff: see :class:`~matwm_rl.objectives.ActorLoss`.
+        signalling_tolerance: see :class:`~matwm_rl.objectives.ActorLoss`; in the units of the latent.
         world_model_warmup: updates of the world model alone before the first :meth:`Learner.update` (ours), so that
             agents do not begin by learning in a model that knows nothing.
         critic_warmup: updates in which the critics learn and the actors do not yet (ours).
@@ -74,6 +75,7 @@ class LearnerConfig:
     clip_epsilon: float = 0.2
     mean_policy_entropy_coeff: float = 0.0
     signalling_coeff: float = 0.0
+    signalling_tolerance: float = 0.02
     world_model_warmup: int = 0
     critic_warmup: int = 0
     lr_decay_updates: int | None = None
@@ -187,6 +189,7 @@ class Learner:
             clip_epsilon=cfg.clip_epsilon,
             mean_policy_entropy_coeff=cfg.mean_policy_entropy_coeff,
             signalling_coeff=cfg.signalling_coeff,
+            signalling_tolerance=cfg.signalling_tolerance,
         )
         self.critic_loss = CriticLoss(critic)
         device = next(world_model.parameters()).device

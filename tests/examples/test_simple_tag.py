@@ -107,8 +107,7 @@ def test_paper_preset_is_table_c6() -> None:
     cfg = config("preset=paper")
     model, learner = WorldModelConfig(), LearnerConfig()
     for name, value in cfg.world_model.items():
-        if name not in ("group_layers", "reward_interpolation"):  # ours by default
-            assert getattr(model, name) == value, name
+        assert getattr(model, name) == value, name
     for name, value in cfg.learner.items():
         assert value is None or getattr(learner, name) == value, name
     assert (cfg.sequences, cfg.replay.sequence_length, cfg.replay.context_length) == (16, 64, 8)

@@ -522,7 +522,8 @@ def test_from_env_fits_the_environment() -> None:
     env = mock_env()
     model = WorldModel.from_env(env, hidden_size=16, num_heads=2)
     assert model.legal.sum(-1).tolist() == env.layout.action_counts
-    assert model.encoder.input.weight.shape == (2, SIZE, 16)
+    assert model.encoder.input.weight.shape == (1, SIZE, 16)
+    assert WorldModel.from_env(env, group_layers=True).encoder.input.weight.shape == (2, SIZE, 512)
     assert isinstance(model.latent, CategoricalLatent) and model.latent.latent_size == 32 * 32
     with pytest.raises(AttributeError, match="wrap it"):
         WorldModel.from_env(torch.nn.Module())

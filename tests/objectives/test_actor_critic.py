@@ -214,15 +214,17 @@ def test_only_what_is_seen_can_be_told(float64: None, by: str) -> None:
 def test_actions_come_to_tell_what_is_seen() -> None:
     torch.manual_seed(0)
     model = make_model(latent="fsq")
-    actor = randomize(make_actor(model, num_cells=8))
+    actor = randomize(make_actor(model, num_cells=32))
     loss = ActorLoss(actor, num_agents=N, entropy_coeff=0.03, mean_policy_entropy_coeff=0.1, signalling_coeff=1.0)
     td = random_imagined(30, 4, model=model, deaths=False)
     observed = torch.arange(30) % 3
     observations = torch.randn(3, *td[keys.LATENT].shape[-2:])
     td[keys.LATENT] = observations[observed].unsqueeze(1).expand_as(td[keys.LATENT]).clone()
+    for key in (keys.HIDDEN, keys.TEAMMATE_LOGITS):
+        td[key] = td[key][:1, :1].expand_as(td[key]).clone()
     td[keys.ACTION_MASK][:] = True
     td[keys.LAMBDA_RETURN] = td[keys.STATE_VALUE]  # nothing else to learn
-    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=3e-3)
     for _ in range(150):
         optimizer.zero_grad()
         loss(td)["loss_actor"].backward()
@@ -232,8 +234,8 @@ def test_actions_come_to_tell_what_is_seen() -> None:
     seen = torch.stack([probs[observed == value].flatten(0, 1).mean(0) for value in range(3)])
     mean = seen.mean(0)
     information = (seen * (seen / mean).clamp(min=1e-8).log()).sum(-1).mean(0)
-    # Of ln 3 = 1.10 for each; 0.64 where two observations still share an action.
-    assert (information > 0.6).all()
+    # Of ln 3 = 1.10 for each; 0.64 where two observations share an action.
+    assert (information > 1.0).all()
 
 
 def test_the_clipped_gradient_starts_as_the_policy_gradient(float64: None) -> None:

@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from matwm_rl import keys
+from matwm_rl.objectives import WorldModelLossWeights
 from matwm_rl.training.learner import Learner
 from tests.helpers import LATENTS, grads, make_learner, make_model, mock_replay, random_batch, randomize, total
 
@@ -59,6 +60,48 @@ def changed_parts(learner: Learner, before: dict[str, Any]) -> set[str]:
             if isinstance(value, Tensor) and path in leaves(after[part])
         )
     }
+
+
+def test_the_parts_get_their_settings() -> None:
+    weights = WorldModelLossWeights(reconstruction=2.0, reward=3.0)
+    learner = make_learner(
+        horizon=7,
+        gamma=0.9,
+        lmbda=0.8,
+        entropy_coeff=0.02,
+        center_advantage=True,
+        standardize_advantage=True,
+        clip_epsilon=0.3,
+        mean_policy_entropy_coeff=0.4,
+        signalling_coeff=0.6,
+        signalling_tolerance=0.05,
+        free_nats=0.7,
+        loss_weights=weights,
+        world_model_lr=1e-4,
+        actor_critic_lr=2e-4,
+        critic_lr=3e-4,
+    )
+    settings = learner.config
+    of_actor = [
+        "entropy_coeff",
+        "center_advantage",
+        "standardize_advantage",
+        "clip_epsilon",
+        "mean_policy_entropy_coeff",
+        "signalling_coeff",
+        "signalling_tolerance",
+    ]
+    for part, names in (
+        (learner.actor_loss, of_actor),
+        (learner.returns, ["gamma", "lmbda"]),
+        (learner.imagination, ["horizon", "precision"]),
+        (learner.world_model_loss, ["free_nats"]),
+    ):
+        for name in names:
+            assert getattr(part, name) == getattr(settings, name), name
+    assert learner.world_model_loss.weights == weights
+    optimizers = (learner.world_model_optimizer, learner.actor_optimizer, learner.critic_optimizer)
+    assert [float(optimizer.param_groups[0]["lr"]) for optimizer in optimizers] == pytest.approx([1e-4, 2e-4, 3e-4])
 
 
 def test_update_changes_everything_and_reports_finite_numbers() -> None:
