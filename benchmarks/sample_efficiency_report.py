@@ -9,12 +9,14 @@ What has not been run yet stands as a dash.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from methods import METHODS, ROOT
 from protocol import ENVIRONMENTS
@@ -33,9 +35,10 @@ from world_model_quality import HORIZONS, QUANTITIES
 
 from matwm_rl.training.files import write_text
 
-BEGIN, END = "<!-- sample-efficiency:begin -->", "<!-- sample-efficiency:end -->"
 SHORT, LONG = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
-"""Documents with a section between these markers."""
+"""Documents with sections between markers, see :func:`insert`."""
+FIRST_RUN = ROOT / "benchmarks" / "results" / "simple_tag_cpu_seed0.json"
+"""What the README's first command had in the end."""
 MISSING = "–"
 STEPS = (10_000, 25_000)
 """Env steps at which methods are compared."""
@@ -258,6 +261,28 @@ def other_settings(results: Results) -> list[str]:
 NOTHING = "No runs{of} are stored yet: `python benchmarks/sample_efficiency.py` makes them."
 
 
+def first_run_section(results: Results, run: Mapping[str, Any]) -> str:
+    """What the README's first command had in the end, beside the stored runs."""
+    header = ["match", "random agents", "**MATWM**", f"best model-free, {thousands(STEPS[-1])}", "scripted"]
+    rows = [
+        [
+            f"{measure.title}{' (lower is better)' if measure.lower_is_better else ''}",
+            _middle_of(results, measure, "random", 0),
+            f"**{run['evaluation'][measure.match]:.1f}**",
+            _best_baseline(results, measure, STEPS[-1]),
+            _middle_of(results, measure, "scripted", 0),
+        ]
+        for measure in measures("simple_tag")
+    ]
+    text = (
+        "Mean return of the pursuers in mpe2's simple_tag, trained by the first command above: `cpu` preset, seed "
+        f"{run['seed']}, {run['env_steps']:,} env steps and {run['updates']:,} updates in "
+        f"{run['wall_seconds'] / 60:.0f} minutes on one core, one run; {run['evaluation_episodes']} episodes of every "
+        "match, actions sampled. The other columns are of the comparison below."
+    )
+    return f"{text}\n\n{markdown(header, rows)}"
+
+
 def short_section(results: Results, pictures: Mapping[str, str]) -> str:
     """Curves and targets, once there is something of MATWM to show."""
     if not any(run["method"] == "matwm" for run in results.runs):
@@ -335,17 +360,27 @@ def links(pictures: Mapping[str, Path], document: Path) -> dict[str, str]:
     return {name: Path(os.path.relpath(path, document.parent)).as_posix() for name, path in pictures.items()}
 
 
-def insert(text: str, section: str) -> str:
-    """Replace what a document has between the markers.
+def insert(text: str, section: str, name: str = "sample-efficiency") -> str:
+    """Replace what a document has between the lines ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
 
     Raises:
         ValueError: if it does not have each of them once, in their order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in before + after:
-        raise ValueError(f"the document should have a line {BEGIN} and after it a line {END}, once each")
-    return f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended or begin in rest or end in before + after:
+        raise ValueError(f"the document should have a line {begin} and after it a line {end}, once each")
+    return f"{before}{begin}\n\n{section}\n\n{end}{after}"
+
+
+def updated(document: Path, results: Results, pictures: Mapping[str, Path]) -> str:
+    """A document's text with its sections as they should be now."""
+    text, linked = document.read_text(encoding="utf-8"), links(pictures, document)
+    if document == LONG:
+        return insert(text, long_section(results, linked))
+    first_run = json.loads(FIRST_RUN.read_text(encoding="utf-8"))
+    return insert(insert(text, short_section(results, linked)), first_run_section(results, first_run), "first-run")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -358,9 +393,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pictures = draw(results, arguments.results)
     print(long_section(results, links(pictures, LONG)))
     if arguments.write:
-        for document, section in ((SHORT, short_section), (LONG, long_section)):
-            text = document.read_text(encoding="utf-8")
-            write_text(document, insert(text, section(results, links(pictures, document))))
+        for document in (SHORT, LONG):
+            write_text(document, updated(document, results, pictures))
 
 
 if __name__ == "__main__":

@@ -442,12 +442,24 @@ def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
 # -- documents -------------------------------------------------------------------------------------------------------
 
 
+def marker(which: str, name: str = "sample-efficiency") -> str:
+    return f"<!-- {name}:{which} -->"
+
+
+BEGIN, END = marker("begin"), marker("end")
+
+
 def test_the_command_draws_prints_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write(full_grid(), tmp_path / "docs" / "results")
     documents = {"SHORT": tmp_path / "README.md", "LONG": tmp_path / "docs" / "README.md"}
-    text = f"before\n\n{report.BEGIN}\nformer text\n{report.END}\n\nafter\n"
+    first = f"{marker('begin', 'first-run')}former text{marker('end', 'first-run')}"
+    text = f"{first}\n\n{BEGIN}\nformer text\n{END}\n\nafter\n"
+    evaluation = dict.fromkeys((RANDOM_EVADER.match, FLEEING_EVADER.match, CHASED.match), 12.34)
+    first_run = {"seed": 3, "env_steps": 1234, "updates": 5678, "wall_seconds": 601.0, "evaluation_episodes": 70}
+    monkeypatch.setattr(report, "FIRST_RUN", tmp_path / "first_run.json")
+    report.FIRST_RUN.write_text(json.dumps({**first_run, "evaluation": evaluation}))
     for name, path in documents.items():
         path.write_text(text)
         monkeypatch.setattr(report, name, path)
@@ -458,20 +470,31 @@ def test_the_command_draws_prints_and_writes(
 
     report.main(["--results", str(folder), "--write"])
     short, long = (path.read_text() for path in documents.values())
-    assert long == f"before\n\n{report.BEGIN}\n\n{printed.rstrip()}\n\n{report.END}\n\nafter\n"
+    assert long == f"{first}\n\n{BEGIN}\n\n{printed.rstrip()}\n\n{END}\n\nafter\n"
+    assert "seed 3, 1,234 env steps and 5,678 updates in 10 minutes on one core, one run; 70 episodes" in short
+    table = parsed(short[short.index("| match") : short.index(marker("end", "first-run"))].strip())
+    low, high = REFERENCES[CHASED.match]
+    theirs = sorted(low + score("isac", 25_000, seed) * (high - low) for seed in SEEDS)
+    assert table[f"{CHASED.title} (lower is better)"] == {
+        "match": f"{CHASED.title} (lower is better)",
+        "random agents": f"{low}",
+        "**MATWM**": "**12.3**",
+        "best model-free, 25K": f"{theirs[1]:.1f} ({theirs[0]:.1f} to {theirs[2]:.1f}) ISAC, sampled",
+        "scripted": f"{high}",
+    }
     assert "](results/curves.png)" in long
     assert "](results/world_model.png)" in long
     assert "](docs/results/curves.png)" in short
     assert report.targets_table(Results(stored_runs(folder))) in short
     assert "Open loop" not in short
-    assert "former text" not in short + long
+    assert "former text" not in short + long.removeprefix(first)
     # Written again, it is the same.
     assert report.insert(long, printed.rstrip()) == long
 
 
 @pytest.mark.parametrize(
     "text",
-    ["none", f"{report.BEGIN} alone", f"{report.END} {report.BEGIN}", f"{report.BEGIN} {report.END}" * 2],
+    ["none", f"{BEGIN} alone", f"{END} {BEGIN}", f"{BEGIN} {END}" * 2],
 )
 def test_a_document_without_its_markers_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="should have a line <!-- sample-efficiency:begin --> and after it"):
@@ -490,9 +513,8 @@ def test_the_documents_are_what_the_command_would_write() -> None:
     results = Results(runs)
     drawn = {name: path for name in ("curves", "world_model") if (path := RESULTS / f"{name}.png").exists()}
     # python benchmarks/sample_efficiency_report.py --write mends what follows.
-    for document, section in ((report.SHORT, report.short_section), (report.LONG, report.long_section)):
-        text = document.read_text(encoding="utf-8")
-        assert text == report.insert(text, section(results, report.links(drawn, document)))
+    for document in (report.SHORT, report.LONG):
+        assert document.read_text(encoding="utf-8") == report.updated(document, results, drawn)
     for path in drawn.values():
         with Image.open(path) as picture:
             assert picture.text["Description"] == figures.digest(runs)
