@@ -56,7 +56,7 @@ class Measure:
                 "scripts' data": f"{elsewhere}/true",
                 "both": f"{elsewhere}/sampled",
             }
-        return {other.kind: other.metric for other in self.ways if other is not self}
+        return {other.kind: other.metric for other in self.ways[1:]}
 
     @property
     def ways(self) -> list[Measure]:
