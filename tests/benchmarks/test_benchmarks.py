@@ -11,21 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import measure
+import memory
 import pytest
+import scaling
+import throughput
 import torch
+from measure import Case, FlopCounter, MatmulRate, Measurement, Row, Sizes
 from torch import Tensor, nn
 from torch.nn.functional import embedding, embedding_bag, linear, scaled_dot_product_attention
 
 from matwm_rl.modules.stacked import StackedMLP
-
-# Scripts import what they share from their own folder.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import measure
-import memory
-import scaling
-import throughput
-from measure import Case, FlopCounter, MatmulRate, Measurement, Row, Sizes
 
 TINY = Sizes(
     observation_size=6,

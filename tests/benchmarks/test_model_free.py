@@ -8,20 +8,15 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
+import model_free
 import pytest
 import torch
+from model_free import LEARNERS, METHODS, Group, GroupPolicies, Settings
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-
-# Scripts import what they share from their own folder.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import model_free
-from model_free import LEARNERS, METHODS, Group, GroupPolicies, Settings
 
 from matwm_rl.envs import AgentLayout, make_env
 from matwm_rl.training import RandomActions, evaluate

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
+import protocol
 import pytest
 import torch
+from protocol import ENVIRONMENTS, Environment, evaluate_policy
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.utils import ExplorationType, exploration_type
-
-# Scripts import what they share from their own folder.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import protocol
-from protocol import ENVIRONMENTS, Environment, evaluate_policy
 
 from matwm_rl.envs import make_env
 from matwm_rl.training import Matches, RandomActions, Returns

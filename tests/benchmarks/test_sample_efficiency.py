@@ -14,14 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import pytest
-import torch
-
-# Scripts import what they share from their own folder.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import methods
+import pytest
 import sample_efficiency as grid
+import torch
 from methods import Matwm, ModelFree, Reference
 from protocol import Environment
 from sample_efficiency import Run

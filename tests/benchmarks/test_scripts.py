@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from itertools import permutations
-from pathlib import Path
 
 import pytest
+import scripts
 import torch
+from scripts import ListenerScript, SpreadScript, step_towards
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType
-
-# Scripts import what they share from their own folder.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import scripts
-from scripts import ListenerScript, SpreadScript, step_towards
 
 from matwm_rl.envs import make_env
 from matwm_rl.training import evaluate

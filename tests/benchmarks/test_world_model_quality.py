@@ -9,14 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import world_model_quality as quality
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.envs import TransformedEnv
-
-# Scripts import what they share from their own folder.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import world_model_quality as quality
 from world_model_quality import average_precision, contact_precision, play
 
 from matwm_rl.data import to_focal

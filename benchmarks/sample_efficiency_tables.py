@@ -1,0 +1,238 @@
+"""Tables of sample_efficiency_report.py: targets, and methods, ablations and predictions side by side.
+
+No script of its own: the report prints them. What has not been run yet stands as a dash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from methods import METHODS
+from protocol import ENVIRONMENTS
+from sample_efficiency import SEEDS
+from sample_efficiency_figures import TITLES, label
+from sample_efficiency_results import BySeed, Measure, Results, ablations, baselines, contact_precision, measures
+from world_model_quality import HORIZONS, QUANTITIES
+
+MISSING = "–"
+STEPS = (10_000, 25_000)
+"""Env steps at which methods are compared."""
+STAGES = (5_000, 15_000, 25_000)
+"""Env steps after which world models are."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What MATWM should reach.
+
+    Attributes:
+        measure: by what.
+        env_steps: after which.
+        bound: to be reached, from above where lower is better.
+        elsewhere: the best that other methods were seen to reach, outside this comparison.
+    """
+
+    measure: Measure
+    env_steps: int
+    bound: float
+    elsewhere: str
+
+    def met(self, value: float) -> bool:
+        return value <= self.bound if self.measure.lower_is_better else value >= self.bound
+
+
+RANDOM_EVADER, FLEEING_EVADER, CHASED = measures("simple_tag")
+SPREAD, LISTENER = (measures(name)[0] for name in ("simple_spread", "simple_speaker_listener"))
+TARGETS = (
+    Target(RANDOM_EVADER, 25_000, 20.0, "10.5; 13.0 at 50K, 13.5 at 200K"),
+    Target(FLEEING_EVADER, 25_000, 9.0, "5.4; 8.4 at 50K"),
+    Target(CHASED, 25_000, 24.0, "30.0; 28.2 at 50K"),
+    Target(contact_precision("simple_tag"), 10_000, 0.4, "0.70 by an MLP told the next observation"),
+    Target(contact_precision("simple_tag"), 25_000, 0.6, "0.85 by an MLP told the next observation"),
+    Target(SPREAD, 10_000, -18.5, "-19.7"),
+    Target(SPREAD, 25_000, -15.5, "-17.1; -15.2 at 50K"),
+    Target(LISTENER, 10_000, -15.0, "-17.8; -15.9 at 25K"),
+)
+
+
+# -- cells -----------------------------------------------------------------------------------------------------------
+
+
+def cell(values: BySeed, digits: int = 1, *, sign: str = "") -> str:
+    """Median (min to max) over seeds, and how many seeds where they are fewer than asked."""
+    if not values:
+        return MISSING
+    notes = []
+    if len(values) > 1:
+        notes.append(f"{min(values.values()):{sign}z.{digits}f} to {max(values.values()):{sign}z.{digits}f}")
+    if len(values) < len(SEEDS):
+        notes.append(f"{len(values)} of {len(SEEDS)} seeds")
+    return f"{middle(values, digits, sign=sign)} ({'; '.join(notes)})" if notes else middle(values, digits, sign=sign)
+
+
+def middle(values: BySeed, digits: int = 1, *, sign: str = "") -> str:
+    """Median over seeds."""
+    return f"{median(values.values()):{sign}z.{digits}f}" if values else MISSING
+
+
+def thousands(env_steps: int) -> str:
+    return f"{env_steps / 1000:g}K"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |".replace("| --- ", "|---").replace("--- |", "---|") for line in lines)
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def targets_table(results: Results) -> str:
+    """The targets, what MATWM and the best model-free method have, and whether they are met."""
+    header = ["", "after", "target", "MATWM", "beside it", "best model-free here", "seen elsewhere", "met"]
+    rows = []
+    for target in TARGETS:
+        measure, steps = target.measure, target.env_steps
+        ours = results.measured(measure, "matwm", steps)
+        beside = [
+            f"{title} {middle(results.get(measure.environment, 'matwm', steps, metric), measure.digits)}"
+            for title, metric in measure.beside.items()
+        ]
+        if errors := results.get(measure.environment, "matwm", steps, f"{measure.metric}/se"):
+            beside.append(f"standard error {middle(errors, measure.digits)}")
+        rows.append(
+            [
+                f"{measure.environment}: {measure.title}",
+                thousands(steps),
+                f"{'≤' if measure.lower_is_better else '≥'} {target.bound}",
+                f"**{cell(ours, measure.digits)}**" if ours else MISSING,
+                ", ".join(beside) if ours else MISSING,
+                _best_baseline(results, measure, steps),
+                target.elsewhere,
+                _verdict(target, ours),
+            ]
+        )
+    return markdown(header, rows)
+
+
+def _best_baseline(results: Results, measure: Measure, steps: int) -> str:
+    found = results.best_baseline(measure, steps)
+    if found is None:
+        return MISSING
+    method, way = found
+    return f"{cell(results.measured(way, method, steps), way.digits)} {label(method)}, {way.kind}"
+
+
+def _verdict(target: Target, values: BySeed) -> str:
+    if not values:
+        return MISSING
+    verdict = "yes" if target.met(median(values.values())) else "no"
+    return verdict if len(values) >= len(SEEDS) else f"{verdict} so far"
+
+
+def methods_table(results: Results, environment: str) -> str:
+    """Every method by every measure of an environment."""
+    columns = [(measure, steps) for measure in measures(environment) for steps in STEPS]
+    header = ["", *(f"{measure.title}, {thousands(steps)}" for measure, steps in columns)]
+    rows = []
+    for method in METHODS:
+        if environment not in (METHODS[method].only or ENVIRONMENTS):
+            continue
+        # Agents that do not learn play the same episodes with every seed, and act alike in both ways.
+        show = _middle_of if METHODS[method].steps(ENVIRONMENTS[environment]) == 0 else _both_ways
+        rows.append([label(method), *(show(results, measure, method, steps) for measure, steps in columns)])
+    return markdown(header, rows)
+
+
+def _middle_of(results: Results, measure: Measure, method: str, steps: int) -> str:
+    return middle(results.measured(measure, method, steps), measure.digits)
+
+
+def _both_ways(results: Results, measure: Measure, method: str, steps: int) -> str:
+    values, *others = (results.measured(way, method, steps) for way in measure.ways)
+    beside = [f"{way.kind} {middle(other, way.digits)}" for way, other in zip(measure.ways[1:], others, strict=True)]
+    return f"{cell(values, measure.digits)}; {', '.join(beside)}" if values and beside else cell(values, measure.digits)
+
+
+def aggregate_table(results: Results) -> str:
+    """One score of every method over all environments."""
+    environments = results.common_environments(STEPS)
+    rows = []
+    for method in ("matwm", *baselines()):
+        found = [results.aggregate(environments, method, steps) for steps in STEPS]
+        rows.append([label(method), *map(_interval, found)])
+    return markdown(["", *(thousands(steps) for steps in STEPS)], rows)
+
+
+def _interval(found: tuple[float, float | None, float | None] | None) -> str:
+    if found is None:
+        return MISSING
+    point, low, high = found
+    return f"{point:z.2f}" if low is None or high is None else f"{point:z.2f} ({low:z.2f} to {high:z.2f})"
+
+
+def ablations_table(results: Results) -> str:
+    """What MATWM loses without a part."""
+    names = [name for name in ENVIRONMENTS if any(name in (METHODS[m].only or ENVIRONMENTS) for m in ablations())]
+    columns = [measure for name in names for measure in measures(name)]
+    rows = []
+    for method in ablations():
+        row = [label(method).removeprefix("MATWM ")]
+        for measure in columns:
+            steps = METHODS[method].steps(ENVIRONMENTS[measure.environment])
+            row.append(cell(results.less(measure, method, "matwm", steps), measure.digits, sign="+"))
+        rows.append(row)
+    return markdown(["", *(f"{measure.environment}: {measure.title}" for measure in columns)], rows)
+
+
+def open_loop_table(results: Results) -> str:
+    """Errors of the world model's predictions and of the trivial predictors, over training."""
+    header = ["", *(f"{h} ahead, {thousands(steps)}" for steps in STAGES for h in HORIZONS)]
+    rows = []
+    for environment in ENVIRONMENTS:
+        for quantity in QUANTITIES:
+            row = [f"{environment}: {TITLES[quantity]}"]
+            for steps in STAGES:
+                for horizon in HORIZONS:
+                    name = f"open_loop/{quantity}/{horizon}"
+                    pair = [results.get(environment, "matwm", steps, metric) for metric in (name, f"{name}/trivial")]
+                    row.append(" / ".join(_short(values) for values in pair) if all(pair) else MISSING)
+            rows.append(row)
+    return markdown(header, rows)
+
+
+def _short(values: BySeed) -> str:
+    """Median in three digits at most."""
+    value = median(values.values())
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def seconds_table(results: Results) -> str:
+    """Median seconds of a core of the runs that were not interrupted."""
+    rows = []
+    for method in METHODS:
+        row = [label(method)]
+        for environment in ENVIRONMENTS:
+            same = [run for run in results.runs if (run["environment"], run["method"]) == (environment, method)]
+            seconds = [run["core_seconds"] for run in same if run["core_seconds"] is not None]
+            row.append(f"{median(seconds):,.0f}" if seconds else MISSING)
+        rows.append(row)
+    return markdown(["", *ENVIRONMENTS], rows)
+
+
+def first_run_table(results: Results, evaluation: Mapping[str, float]) -> str:
+    """Returns of a run of the example by match, beside those of the stored runs."""
+    header = ["match", "random agents", "**MATWM**", f"best model-free, {thousands(STEPS[-1])}", "scripted"]
+    rows = [
+        [
+            f"{measure.title}{' (lower is better)' if measure.lower_is_better else ''}",
+            _middle_of(results, measure, "random", 0),
+            f"**{evaluation[measure.match]:.1f}**",
+            _best_baseline(results, measure, STEPS[-1]),
+            _middle_of(results, measure, "scripted", 0),
+        ]
+        for measure in measures("simple_tag")
+    ]
+    return markdown(header, rows)
