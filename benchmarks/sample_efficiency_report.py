@@ -57,10 +57,11 @@ NOTHING = "No runs{of} are stored yet: `python benchmarks/sample_efficiency.py` 
 def first_run_section(results: Results, run: Mapping[str, Any]) -> str:
     """What the README's first command had in the end, beside the stored runs."""
     text = (
-        "Mean return of the pursuers in mpe2's simple_tag, trained by the first command above: `cpu` preset, seed "
-        f"{run['seed']}, {run['env_steps']:,} env steps and {run['updates']:,} updates in "
-        f"{run['wall_seconds'] / 60:.0f} minutes on one core, one run; {run['evaluation_episodes']} episodes of every "
-        "match, actions sampled. The other columns are of the comparison below."
+        "Mean return of the pursuers in mpe2's simple_tag, trained by the first command above "
+        f"([summary]({_relative(FIRST_RUN, SHORT)})): `cpu` preset, seed {run['seed']}, {run['env_steps']:,} env steps "
+        f"and {run['updates']:,} updates in {run['wall_seconds'] / 60:.0f} minutes on one core, one run; "
+        f"{run['evaluation_episodes']} episodes of every match, actions sampled. The other columns are of the "
+        "comparison below."
     )
     return f"{text}\n\n{first_run_table(results, run['evaluation'])}"
 
@@ -105,7 +106,7 @@ def long_section(results: Results, pictures: Mapping[str, str]) -> str:
         ablations_table(results),
         "**Open loop**: error of MATWM's world model / of the trivial predictor (last observation, mean reward, action "
         "frequencies) on fresh episodes of its own policy with sampled actions, 1, 5 and 10 steps ahead, over "
-        "training; medians.",
+        "training; medians. `python benchmarks/world_model_quality.py runs/NAME/policy.pt` measures one stored policy.",
         open_loop_table(results),
         _picture(pictures, "world_model", "Open-loop errors of the world model over those of trivial predictors"),
         "**Seconds of a core** that a run took, evaluations included, medians; of runs that were not interrupted.",
@@ -139,7 +140,11 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
 
 def links(pictures: Mapping[str, Path], document: Path) -> dict[str, str]:
     """Pictures as a document refers to them."""
-    return {name: Path(os.path.relpath(path, document.parent)).as_posix() for name, path in pictures.items()}
+    return {name: _relative(path, document) for name, path in pictures.items()}
+
+
+def _relative(path: Path, document: Path) -> str:
+    return Path(os.path.relpath(path, document.parent)).as_posix()
 
 
 def insert(text: str, section: str, name: str = "sample-efficiency") -> str:

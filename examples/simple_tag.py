@@ -40,11 +40,11 @@ from matwm_rl.training import (
     save_policy,
 )
 
-# Mean returns of mpe2's pursuers, for the picture: random, scripted, and the best model-free method's after 25k steps.
+# Mean returns of mpe2's pursuers, for the picture, from benchmarks/results/sample_efficiency.
 REFERENCES = {
-    "adversaries_vs_random_prey": {"random": 4.5, "scripted": 45.8, "model-free, 25k": 10.5},
-    "adversaries_vs_fleeing_prey": {"random": 1.6, "scripted": 14.5, "model-free, 25k": 5.4},
-    "prey_vs_chasing_adversaries": {"random": 45.8, "scripted": 14.5, "model-free, 25k": 30.0},
+    "adversaries_vs_random_prey": {"random": 4.1, "scripted": 48.9, "model-free, 25k": 12.0},
+    "adversaries_vs_fleeing_prey": {"random": 0.5, "scripted": 15.3, "model-free, 25k": 4.6},
+    "prey_vs_chasing_adversaries": {"random": 47.8, "scripted": 14.3, "model-free, 25k": 29.2},
 }
 
 

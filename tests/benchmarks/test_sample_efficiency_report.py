@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+import runpy
 from pathlib import Path
+from statistics import median
 
 import pytest
 import sample_efficiency_figures as figures
 import sample_efficiency_report as report
 import sample_efficiency_tables as tables
-from methods import METHODS, Reference
+from methods import METHODS, ROOT, Reference
 from PIL import Image
 from sample_efficiency import RESULTS, SEEDS, stored_runs
-from sample_efficiency_results import Results
+from sample_efficiency_results import Results, measures
 
 from tests.benchmarks.stored_grid import (
     CHASED,
@@ -106,6 +108,22 @@ def test_the_documents_are_what_the_command_would_write() -> None:
             assert picture.text["Description"] == figures.digest(runs)
     learnt = [run for run in runs if not isinstance(METHODS[run["method"]], Reference)]
     assert ("curves" in drawn) == bool(learnt)
+
+
+def test_the_example_draws_the_stored_references() -> None:
+    results = Results(stored_runs(RESULTS))
+    example = runpy.run_path(str(ROOT / "examples" / "simple_tag.py"))["REFERENCES"]
+    assert set(example) == {measure.match for measure in measures("simple_tag")}
+    for measure in measures("simple_tag"):
+        best = results.best_baseline(measure, 25_000)
+        assert best is not None
+        method, way = best
+        found = {
+            "random": results.measured(measure, "random", 0),
+            "scripted": results.measured(measure, "scripted", 0),
+            "model-free, 25k": results.measured(way, method, 25_000),
+        }
+        assert example[measure.match] == {name: round(median(values.values()), 1) for name, values in found.items()}
 
 
 def test_what_is_missing_is_a_dash_whatever_is_missing() -> None:
