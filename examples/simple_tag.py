@@ -77,12 +77,14 @@ def main(cfg: DictConfig) -> None:
         **cfg.replay,
     )
     first_step = load_checkpoint(run_dir, learner=learner, replay=replay)["env_steps"] if cfg.resume else 0
+    if first_step:
+        env.set_seed(cfg.seed + first_step)  # no checkpoint holds an environment's: not the run's first episodes again
     explorer = RandomEpisodes(policy, probability=cfg.random_episodes)
     collector = Collector(
         TransformedEnv(env, explorer.make_tensordict_primer()),
         explorer,
         frames_per_batch=cfg.frames_per_batch,
-        total_frames=cfg.total_steps - first_step,
+        total_frames=max(0, cfg.total_steps - first_step),
         init_random_frames=max(0, cfg.init_random_steps - first_step),
         auto_register_policy_transforms=False,
     )
@@ -110,9 +112,10 @@ def main(cfg: DictConfig) -> None:
                 matches = evaluate_matches(cfg.env, test_env, policy, episodes=cfg.evaluation.episodes)
                 log.log(matches.metrics(), env_steps)
                 log.note(f"{env_steps} steps: {matches}")
-                save_checkpoint(run_dir, learner=learner, replay=replay, env_steps=env_steps)
                 if cfg.evaluation.keep_policies:
                     save(policies / f"{env_steps:08d}.pt", policy)
+                # Last: what is resumed from it lacks nothing of before.
+                save_checkpoint(run_dir, learner=learner, replay=replay, env_steps=env_steps)
             if cfg.max_minutes and time.monotonic() - started > 60 * cfg.max_minutes:
                 log.note(f"stopped by max_minutes={cfg.max_minutes} after {env_steps} of {cfg.total_steps} steps")
                 break
@@ -121,10 +124,10 @@ def main(cfg: DictConfig) -> None:
         matches = evaluate_matches(cfg.env, test_env, policy, episodes=cfg.evaluation.final_episodes)
         log.log(matches.metrics(), env_steps)
         log.note(f"{env_steps} steps: {matches}")
-        save_checkpoint(run_dir, learner=learner, replay=replay, env_steps=env_steps)
         save(run_dir / "policy.pt", policy)
         if cfg.evaluation.keep_policies:
             save(policies / f"{env_steps:08d}.pt", policy)
+        save_checkpoint(run_dir, learner=learner, replay=replay, env_steps=env_steps)
         log.write_summary(
             {
                 "env": cfg.env,

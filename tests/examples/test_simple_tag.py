@@ -13,6 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from matwm_rl.data import make_replay
 from matwm_rl.envs import make_env
 from matwm_rl.modules import WorldModelConfig
 from matwm_rl.objectives import WorldModelLossWeights
@@ -84,6 +85,16 @@ def test_trains_evaluates_draws_and_resumes(tmp_path: Path) -> None:
     assert steps == sorted(set(steps)) and steps[-1] == 200
     after = load_policy(tmp_path / "policy.pt", layout=layout).state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    replay = make_replay(num_agents=4, sequences_per_agent=2, starts_per_agent=4, sequence_length=16)
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    replay.loads(checkpoint / "replay")
+    observation = replay.sequences.storage[:]["observation"]
+    assert not torch.equal(observation[120], observation[0]), "the episodes that the run began with came again"
+
+    # Nothing is left to do.
+    run(f"run_dir={tmp_path}", "total_steps=190", "resume=true")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["env_steps"], summary["updates"]) == (200, 8)
 
 
 @pytest.mark.parametrize("env", ["vmas/simple_tag", "mpe2/simple_speaker_listener_v4"])
