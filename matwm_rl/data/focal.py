@@ -275,7 +275,6 @@ class FocalSlices(Transform):
                 "environments of all workers together."
             )
         plain = tensordict.reshape(num_envs, length)
-        self.continuity.check(plain)
         if self.whole_episodes and not plain.get(DONE)[:, -1].all():
             raise ValueError(
                 "several processes write to this replay, and one of them a rollout whose last step does not end its "
@@ -285,4 +284,6 @@ class FocalSlices(Transform):
         rows = agent_rows(plain.select(*REPLAY_KEYS).transpose(0, 1))
         if rows.shape[-1] != self.num_agents:
             raise ValueError(f"got actions of {rows.shape[-1]} agents; this buffer was built for {self.num_agents}.")
+        # Last: a rollout that is refused was not stored, and the next goes on where the one before it stopped.
+        self.continuity.check(plain)
         return rows

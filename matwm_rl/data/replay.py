@@ -130,7 +130,8 @@ class Replay:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave: both buffers go on with exactly the batches that were to come.
 
-        Batch sizes and slice lengths stay those this replay was built with. With a ``scratch_dir`` use :meth:`loads`:
+        Batch sizes and slice lengths stay those this replay was built with. Where what is stored next does not follow
+        what was stored last, call :meth:`end_episodes` in between. With a ``scratch_dir`` use :meth:`loads`:
         here TorchRL would put the data of a replay that is still empty into a temporary folder instead.
 
         Raises:
@@ -141,6 +142,7 @@ class Replay:
         self.sequences.writer.load_state_dict(state_dict["writer"])
         self.sequences.sampler.load_state_dict(state_dict["sequences"])
         self.starts.sampler.load_state_dict(state_dict["starts"])
+        self._focal_slices.continuity.forget()
 
     def dumps(self, path: str | Path) -> None:
         """Writes everything below the folder ``path``, as memory-mapped tensors and JSON.
@@ -161,6 +163,8 @@ class Replay:
     def loads(self, path: str | Path) -> None:
         """Restores what :meth:`dumps` wrote: both buffers go on with exactly the batches that were to come.
 
+        Where what is stored next does not follow what was stored last, call :meth:`end_episodes` in between.
+
         Raises:
             ValueError: if it is of a replay with another capacity, number of agents or of environments.
         """
@@ -170,6 +174,7 @@ class Replay:
         self.sequences.writer.loads(path / "writer")
         self.sequences.sampler.loads(path / "sequences")
         self.starts.sampler.loads(path / "starts")
+        self._focal_slices.continuity.forget()
 
     @property
     def _layout(self) -> dict[str, int]:

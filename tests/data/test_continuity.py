@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -89,6 +91,31 @@ def test_environments_reset_in_the_middle_of_an_episode_are_noticed() -> None:
     collector.shutdown()
     done = replay.sequences.storage[:]["next", "done"][:, 0, 0, 0]
     assert done.view(4, 7)[:, [4, 6]].all() and done.sum() == 8
+
+
+def test_a_refused_batch_leaves_no_trace() -> None:
+    replay = build(1)
+    collector = collected(7)
+    first, second = (batch.clone() for _, batch in zip(range(2), collector, strict=False))
+    collector.shutdown()
+    replay.extend(first)
+    entries = {key: value[:, :2] if "agents" in key else value for key, value in second.items(True, True)}
+    with pytest.raises(ValueError, match="of 2 agents"):
+        replay.extend(TensorDict(entries, second.shape))
+    replay.extend(second)
+    assert len(replay) == 14
+
+
+def test_after_loading_anything_may_follow(tmp_path: Path) -> None:
+    whole = build(1)
+    fill(whole, collected(10), batches=1)  # two episodes
+    whole.dumps(tmp_path)
+    for way in ("loads", "load_state_dict"):
+        replay = build(1)
+        fill(replay, collected(7), batches=1)  # the second is not over
+        replay.loads(tmp_path) if way == "loads" else replay.load_state_dict(whole.state_dict())
+        fill(replay, collected(7), batches=1)
+        assert len(replay) == 17
 
 
 def test_an_emptied_replay_begins_anew() -> None:
