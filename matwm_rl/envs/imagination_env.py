@@ -67,8 +67,8 @@ class ImaginationEnv(_LegalRandomActions, ModelBasedEnvBase):
 
     A batch of S dreams. Each begins at a replayed start, with the C real steps before it as its context, and goes on by
     what the world model predicts, as in :class:`~matwm_rl.modules.Imagination`: with the same random state, starts and
-    actor, ``env.rollout(H, actor)`` gives the same steps. No gradient flows through it. Keys and shapes are those of
-    :class:`MultiAgentEnv`, and the state:
+    actor, and with an ``end_threshold``, ``env.rollout(H, actor)`` gives the same steps. No gradient flows through it.
+    Keys and shapes are those of :class:`MultiAgentEnv`, and the state:
 
     ======================================  ======================  ===================================================
     key                                     shape, dtype            content

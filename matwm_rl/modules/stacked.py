@@ -69,7 +69,8 @@ class StackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply agent n's weights to ``x[n]``."""
         if len(self.runs) == 1:
-            return nn.functional.linear(x, self.weight[0].T, self.bias[0])
+            index = self.runs[0][0]
+            return nn.functional.linear(x, self.weight[index].T, self.bias[index])
         if x.shape[0] != self.num_agents:
             raise ValueError(
                 f"expected {self.num_agents} agents in dimension 0, got a tensor of shape {tuple(x.shape)}"

@@ -32,10 +32,10 @@ class WorldModelConfig:
         num_classes: C, classes (levels) per code dimension; ``"gaussian"`` has none and ignores it.
         latent_width: standard deviation of the posterior, in levels for ``"fsq"``, in z's own units for ``"gaussian"``;
             ``None``: the code's own default.
-        encoder_depth: hidden layers of the MLP encoder and decoder.
+        encoder_depth: hidden layers of the MLP encoder and decoder, and of a reward predictor that reads observations.
         fourier_features: frequencies of the sines and cosines of vector observations that the encoder also reads
             (ours); 0 is the paper's.
-        head_depth: hidden layers of the heads.
+        head_depth: hidden layers of the other heads.
         channels: channels of the first convolution, for images.
         reward_input: what the reward predictor reads: ``"hidden"`` (h_t, the paper's), ``"next_latent"`` (z_{t+1}) or
             ``"next_observation"`` (o_{t+1} itself in training, z_{t+1} decoded in imagination; for vectors), with the
@@ -49,7 +49,8 @@ class WorldModelConfig:
         reward_interpolation: see :class:`~matwm_rl.modules.TwoHot`.
         group_layers: own first encoder layer and own last layers per group of unlike agents (ours); off = the paper's.
         linear_skips: linear maps beside the MLPs of vector encoder, decoder and dynamics predictor (ours), so that what
-            is nearly linear, such as positions that move on, need not be learnt by them; off = the paper's.
+            is nearly linear, such as positions that move on, need not be learnt by them; the sequence model then ends
+            without a layer norm, which is not linear. Off = the paper's.
         coordinate_code: start these linear maps so that every coordinate has code dimensions of its own (ours), as many
             as there are for each. Then nothing has to be learnt to reconstruct, and what is uncertain of one coordinate
             does not blur the others when the dimensions of z_{t+1} are drawn independently.

@@ -73,7 +73,7 @@ class ActorLoss(KeyedLoss):
     Raises:
         TypeError: if the actor has no ``get_dist``.
         KeyError: if an entry of the batch is missing.
-        ValueError: if one has another shape, or log-probabilities have.
+        ValueError: if a setting is out of its range, or an entry or log-probabilities have another shape.
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -120,6 +120,9 @@ class ActorLoss(KeyedLoss):
                 f"ActorLoss needs an actor with `get_dist`, such as TorchRL's ProbabilisticActor, got a "
                 f"{type(actor_network).__name__}"
             )
+        for name, value in (("clip_epsilon", clip_epsilon), ("signalling_tolerance", signalling_tolerance)):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
         super().__init__()
         self.num_agents = num_agents
         self.convert_to_functional(actor_network, "actor_network", create_target_params=False)

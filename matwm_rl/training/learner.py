@@ -176,6 +176,7 @@ class Learner:
         config: LearnerConfig | None = None,
     ) -> None:
         self.config = cfg = config or LearnerConfig()
+        _check(cfg)
         self.world_model, self.actor, self.critic = world_model, actor, critic
         self.world_model_loss = WorldModelLoss(world_model, weights=cfg.loss_weights, free_nats=cfg.free_nats)
         self.imagination = Imagination(world_model, actor, horizon=cfg.horizon, precision=cfg.precision)
@@ -193,8 +194,6 @@ class Learner:
         )
         self.critic_loss = CriticLoss(critic)
         device = next(world_model.parameters()).device
-        if cfg.agent_epochs < 1:
-            raise ValueError(f"agent_epochs must be at least 1, got {cfg.agent_epochs}")
         if cfg.cuda_graphs and device.type != "cuda":
             raise ValueError(f"cuda_graphs needs the world model on a CUDA device, it is on {device}")
         if cfg.cuda_graphs and (cfg.critic_warmup or cfg.lr_decay_updates):
@@ -250,7 +249,9 @@ class Learner:
             replay: sampled for both.
 
         Returns:
-            detached scalars for the log: all losses, ``kl``, ``entropy``, ``value``, gradient norms.
+            detached scalars for the log: all losses, ``kl``, ``entropy``, ``value``, ``return_scale``,
+            ``imagined_reward``, the world model's gradient norm. What the actors' loss gives is missing while
+            ``critic_warmup`` lasts.
         """
         self._decay_learning_rates()
         for _ in range(0 if self.updates else self.config.world_model_warmup):
@@ -338,7 +339,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`, into the same objects."""
+        """Restore :meth:`state_dict`, into the same objects; the world model then is in ``eval`` mode, as ever."""
         for name in (
             "world_model",
             "actor",
@@ -352,6 +353,20 @@ class Learner:
         target = self.critic_loss.target_critic_network_params
         target.data.update_(TensorDict(state["target_critic"]).unflatten_keys("."))
         self.updates = int(state["updates"])
+        self.world_model.eval()
+
+
+def _check(cfg: LearnerConfig) -> None:
+    """That numbers which no part checks for itself are in their range."""
+    positive = ["world_model_lr", "world_model_clip", "actor_critic_lr", "critic_lr", "actor_critic_clip"]
+    positive += ["agent_epochs", "lr_decay_updates"]
+    for name in positive:
+        value = getattr(cfg, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    for name in ("world_model_warmup", "critic_warmup", "free_nats"):
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(cfg, name)}")
 
 
 def _is_stack(parameters: Sequence[Tensor]) -> bool:

@@ -10,7 +10,7 @@ from torch.nn.functional import layer_norm, one_hot, silu
 from matwm_rl.modules import StackedLinear, StackedMLP, StackedNormSiLU
 from tests.helpers import grads, randomize
 
-INDICES = [[0, 1, 2], [0, 0, 1], [0, 0, 0], [0, 1, 0], [0]]
+INDICES = [[0, 1, 2], [0, 0, 1], [0, 0, 0], [0, 1, 0], [0], [1, 1]]
 
 
 @pytest.mark.parametrize("stack_index", INDICES)
@@ -22,7 +22,7 @@ def test_stacked_linear_is_one_linear_layer_per_agent(stack_index: list[int], ba
     assert out.shape == (len(stack_index), *batch, 5)
     for n, index in enumerate(stack_index):
         torch.testing.assert_close(out[n], x[n] @ layer.weight[index] + layer.bias[index])
-    assert layer.weight.shape[0] == len(set(stack_index))
+    assert layer.weight.shape[0] == max(stack_index) + 1
 
 
 def test_stacked_linear_reads_strided_input() -> None:
@@ -85,7 +85,7 @@ def test_stacked_mlp_of_a_multi_hot_part_and_the_rest(float64: None, stack_index
 @pytest.mark.parametrize("stack_index", INDICES)
 def test_stacked_norm_is_one_layer_norm_per_agent_and_its_gradient(float64: None, stack_index: list[int]) -> None:
     layer = randomize(StackedNormSiLU(4, stack_index=stack_index))
-    assert layer.weight.shape == layer.bias.shape == (len(set(stack_index)), 4)
+    assert layer.weight.shape == layer.bias.shape == (max(stack_index) + 1, 4)
     x = torch.randn(len(stack_index), 2, 5, 4, requires_grad=True)
     out = layer(x)
     slices = [layer_norm(x[n], (4,), layer.weight[index], layer.bias[index]) for n, index in enumerate(stack_index)]
@@ -109,7 +109,7 @@ def test_agents_share_the_networks_that_the_index_says_and_no_others(stack_index
     x = torch.randn(len(stack_index), 5, 3)
     for n, own in enumerate(stack_index):
         for grad in grads(net(x)[n].square().sum(), net.parameters()):
-            assert grad.shape[0] == len(set(stack_index))
+            assert grad.shape[0] == max(stack_index) + 1
             assert grad[own].any()
             assert not grad[:own].any() and not grad[own + 1 :].any()
     same = net(x[:1].expand_as(x))

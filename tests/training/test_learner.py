@@ -305,9 +305,32 @@ def test_learning_rates_fall_with_the_root_of_the_updates() -> None:
     assert twin.world_model_optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / math.sqrt(1.0 + 3 / 2))
 
 
-def test_refused_settings_of_the_agents_updates() -> None:
-    with pytest.raises(ValueError, match="agent_epochs must be at least 1, got 0"):
-        make_learner(agent_epochs=0)
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"agent_epochs": 0}, "agent_epochs must be positive, got 0"),
+        ({"lr_decay_updates": 0}, "lr_decay_updates must be positive, got 0"),
+        ({"critic_lr": -1.0}, "critic_lr must be positive, got -1.0"),
+        ({"actor_critic_clip": 0.0}, "actor_critic_clip must be positive, got 0.0"),
+        ({"critic_warmup": -1}, "critic_warmup must not be negative, got -1"),
+        ({"world_model_warmup": -1}, "world_model_warmup must not be negative, got -1"),
+        ({"free_nats": -0.5}, "free_nats must not be negative, got -0.5"),
+        ({"clip_epsilon": -0.2}, "clip_epsilon must not be negative, got -0.2"),
+        ({"signalling_tolerance": -0.1}, "signalling_tolerance must not be negative, got -0.1"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_learner(**setting)
+
+
+def test_a_restored_learner_acts_as_the_one_that_was_saved() -> None:
+    learner, restored = make_learner(**OPTIONS), make_learner(**OPTIONS)
+    learner.update(mock_replay())
+    restored.load_state_dict(copy.deepcopy(learner.state_dict()))
+    assert not learner.world_model.training
+    assert not restored.world_model.training
 
 
 def make_pair(latent: str) -> tuple[Learner, Learner]:
