@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -171,7 +172,7 @@ def make_critic(
         num_cells: width of the hidden layers.
         depth: number of hidden layers.
         share_by_group: see :func:`make_actor`.
-        two_hot: code of the value; 255 bins by default.
+        two_hot: code of the value; by default that of the world model's rewards.
 
     Keys read: ``("agents", "latent" | "hidden" | "teammate_logits")``, of a multi-hot code
     ``("agents", "latent_ones")`` in place of the latent; written: ``("agents", "state_value_logits")``
@@ -183,7 +184,7 @@ def make_critic(
         >>> make_critic(world_model, num_cells=16).out_keys
         [('agents', 'state_value_logits'), ('agents', 'state_value')]
     """
-    two_hot = two_hot or TwoHot()
+    two_hot = two_hot or deepcopy(world_model.two_hot)
     return TensorDictSequential(
         _state_network(
             world_model,

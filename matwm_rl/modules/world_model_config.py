@@ -46,7 +46,8 @@ class WorldModelConfig:
         reencode: imagined latents of vector observations are decoded and encoded again (ours), so that they stay codes
             of observations. The dimensions of a sample are drawn independently; a policy finds combinations that no
             observation has, and for which the reward predictor dreams up rewards.
-        reward_interpolation: see :class:`~matwm_rl.modules.TwoHot`.
+        reward_interpolation: of rewards, and of the values of :func:`~matwm_rl.modules.make_critic`; see
+            :class:`~matwm_rl.modules.TwoHot`.
         group_layers: own first encoder layer and own last layers per group of unlike agents (ours); off = the paper's.
         linear_skips: linear maps beside the MLPs of vector encoder, decoder and dynamics predictor (ours), so that what
             is nearly linear, such as positions that move on, need not be learnt by them; the sequence model then ends

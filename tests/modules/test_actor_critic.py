@@ -170,6 +170,14 @@ def test_critic_decodes_its_logits(interpolation: str) -> None:
     torch.testing.assert_close(out[keys.STATE_VALUE], two_hot.decode(out[keys.STATE_VALUE_LOGITS]).unsqueeze(-1))
 
 
+@pytest.mark.parametrize("interpolation", ["raw", "symlog"])
+def test_values_are_coded_as_the_world_models_rewards(interpolation: str) -> None:
+    model = make_model(reward_interpolation=interpolation)
+    out = randomize(make_critic(model, num_cells=8))(random_imagined(model=model))
+    expected = TwoHot(interpolation=interpolation).decode(out[keys.STATE_VALUE_LOGITS])
+    torch.testing.assert_close(out[keys.STATE_VALUE].squeeze(-1), expected)
+
+
 def test_untrained_policy_is_uniform_and_value_zero() -> None:
     model = make_model()
     td = random_imagined(model=model)
