@@ -101,7 +101,9 @@ class TeammatePredictorBase(nn.Module):
 
     A predictor that reads the present latent alone is a subclass with one method, :meth:`logits`. One that remembers
     overrides :meth:`forward`, :meth:`prefill` and :meth:`step` as well; what it remembers is of its own choice, and
-    travels with the rollout as an explicit cache. Put it in the place of the model's own,
+    travels with the rollout as an explicit cache. In :class:`~matwm_rl.envs.ImaginationEnv`, where dreams begin anew
+    beside others, that cache needs the methods ``graft(rows, fresh)`` and ``make_room(keep)`` of
+    :class:`~matwm_rl.modules.KVCache`. Put the predictor in the place of the model's own,
     ``world_model.teammates = predictor``, before actors, critics and optimizers are made.
 
     Args:

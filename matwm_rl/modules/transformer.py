@@ -78,6 +78,11 @@ class KVCache:
             self.value[:, written, index] = fresh.value[:, new]
             self.bias[written, index] = fresh.bias[new]
 
+    def make_room(self, keep: int) -> None:
+        """Where no position is left, forget all but the last ``keep``; in place."""
+        if self.length == self.bias.shape[0]:
+            self.forget(self.length - keep)
+
     def forget(self, count: int) -> None:
         """Drop the oldest ``count`` positions of all sequences, which makes room for as many; in place."""
         old, kept = slice(count, self.length), slice(self.length - count)

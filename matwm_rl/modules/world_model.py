@@ -22,7 +22,7 @@ from matwm_rl.modules.heads import TeammatePredictorBase
 from matwm_rl.modules.latent import Latent, LatentCode
 from matwm_rl.modules.transformer import KVCache, Transformer
 from matwm_rl.modules.two_hot import TwoHot
-from matwm_rl.modules.world_model_config import WorldModelConfig, build_parts
+from matwm_rl.modules.world_model_config import REWARD_INPUTS, WorldModelConfig, build_parts
 
 TO_FOCAL = "rollouts get their per-agent entries from matwm_rl.data.to_focal"
 """What to do where an entry is missing that an environment does not give."""
@@ -104,6 +104,9 @@ class Context:
         teammates: what the teammate predictor remembers, for :class:`TeammatePredictor` a cache too; ``None`` where it
             remembers nothing, or there is none.
 
+    Raises:
+        TypeError: by :meth:`graft` and :meth:`make_room`, if what the teammate predictor remembers has none of its own.
+
     Examples:
         >>> from matwm_rl.data import to_focal
         >>> from matwm_rl.envs import make_env
@@ -120,9 +123,15 @@ class Context:
     teammates: Any
 
     @property
-    def caches(self) -> list[KVCache]:
-        """The caches that there are."""
-        return [self.sequence] if self.teammates is None else [self.sequence, self.teammates]
+    def _memories(self) -> list[Any]:
+        if self.teammates is None:
+            return [self.sequence]
+        if lacking := [name for name in ("graft", "make_room") if not hasattr(self.teammates, name)]:
+            raise TypeError(
+                f"what the teammate predictor remembers, a {type(self.teammates).__name__}, has no {lacking}: where "
+                "dreams begin anew beside others (ImaginationEnv) it needs both, as matwm_rl.modules.KVCache has them"
+            )
+        return [self.sequence, self.teammates]
 
     def graft(self, rows: Tensor, fresh: Context) -> None:
         """Give some rows another history, in place; the others keep theirs.
@@ -131,14 +140,15 @@ class Context:
             rows: bool ``[S]``.
             fresh: histories of these rows alone, in their order.
         """
-        for cache, new in zip(self.caches, fresh.caches, strict=True):
-            cache.graft(rows.repeat(cache.bias.shape[1] // len(rows)), new)
+        # Agents lie one behind another in a memory, [N * S].
+        rows = rows.repeat(self.sequence.bias.shape[1] // len(rows))
+        for memory, new in zip(self._memories, fresh._memories, strict=True):
+            memory.graft(rows, new)
 
     def make_room(self, keep: int) -> None:
-        """Where a cache is full, forget all but the last ``keep`` positions, in place."""
-        if any(cache.length == cache.bias.shape[0] for cache in self.caches):
-            for cache in self.caches:
-                cache.forget(cache.length - keep)
+        """Where a memory is full, forget all but the last ``keep`` positions, in place."""
+        for memory in self._memories:
+            memory.make_room(keep)
 
 
 class WorldModel(TensorDictModuleBase):
@@ -167,7 +177,8 @@ class WorldModel(TensorDictModuleBase):
         observation_shape: ``[D]`` or ``[channels, S, S]``, after padding.
 
     Raises:
-        ValueError: if sizes of the parts do not agree.
+        ValueError: if ``group_index`` or ``reward_input`` do not fit; later, if a head has not as many outputs as the
+            codes of latent and reward ask for.
         TypeError: if the teammate predictor, here or later, is not a :class:`TeammatePredictorBase`.
 
     Attributes:
@@ -234,6 +245,8 @@ class WorldModel(TensorDictModuleBase):
         self.register_buffer("legal", legal, persistent=False)
         self.num_agents, self.num_actions = legal.shape
         self.group_index = [0] * self.num_agents if group_index is None else list(group_index)
+        if reward_input not in REWARD_INPUTS:
+            raise ValueError(f"reward_input must be one of {REWARD_INPUTS}, got {reward_input!r}")
         if len(self.group_index) != self.num_agents:
             raise ValueError(f"group_index must name a group for each of {self.num_agents} agents, got {group_index}")
         self.in_keys: list[NestedKey] = [
@@ -398,7 +411,7 @@ class WorldModel(TensorDictModuleBase):
         """
         tokens = self.action_mixer(state.latent, action)
         hidden = self.transformer.step(tokens.flatten(0, 1), context.sequence).view(tokens.shape)
-        latent = self.latent.sample_prior(self.dynamics(hidden), state.latent)
+        latent = self.latent.sample_prior(self._output("dynamics", hidden), state.latent)
         if self.reencode:
             latent = self.encode(self.decode(latent))
         if self.teammates is None:
@@ -421,8 +434,14 @@ class WorldModel(TensorDictModuleBase):
                 read = reached.latent.value
             case _:
                 read = self.decode(reached.latent)
-        reward = self.two_hot.decode(self.reward(read))
-        return reward, self.continuation(reached.hidden).squeeze(-1).sigmoid()
+        reward = self.two_hot.decode(self._output("reward", read))
+        return reward, self._output("continuation", reached.hidden).squeeze(-1).sigmoid()
+
+    def _output(self, part: str, read: Tensor) -> Tensor:
+        """What a head makes of ``[N, *batch, F]``, if it has as many outputs as are read."""
+        sizes = {"dynamics": self.latent.dynamics_size, "reward": self.two_hot.num_bins, "continuation": 1}
+        out: Tensor = getattr(self, part)(read)
+        return check_shape(out, f"the world model's {part} head must give outputs", (*read.shape[:-1], sizes[part]))
 
     def _no_teammates(self, latent: Latent) -> Tensor:
         return latent.value.new_zeros(*latent.value.shape[:-1], 0, self.num_actions)
@@ -467,9 +486,9 @@ class WorldModel(TensorDictModuleBase):
             keys.TEAMMATE_LOGITS: teammates,
             keys.RECONSTRUCTION: self.decode(latent),
             keys.POSTERIOR: self.latent.posterior(next_features),
-            keys.PRIOR: self.latent.prior(self.dynamics(hidden), latent),
-            keys.REWARD_LOGITS: self.reward(read),
-            keys.CONTINUATION_LOGITS: self.continuation(hidden),
+            keys.PRIOR: self.latent.prior(self._output("dynamics", hidden), latent),
+            keys.REWARD_LOGITS: self._output("reward", read),
+            keys.CONTINUATION_LOGITS: self._output("continuation", hidden),
         }
         if self.action_mask is not None:
             outputs[keys.MASK_LOGITS] = self.action_mask(latent.value)

@@ -16,6 +16,8 @@ from matwm_rl.modules.latent import make_latent
 from matwm_rl.modules.transformer import Transformer
 from matwm_rl.modules.two_hot import TwoHot
 
+REWARD_INPUTS = ("hidden", "next_latent", "next_observation")
+
 
 @dataclass(kw_only=True)
 class WorldModelConfig:
@@ -146,10 +148,8 @@ def build_parts(
         ValueError: if sizes and switches do not fit each other, or the observations.
     """
     image = len(observation_shape) == 3
-    if cfg.reward_input not in ("hidden", "next_latent", "next_observation"):
-        raise ValueError(
-            f"reward_input must be 'hidden', 'next_latent' or 'next_observation', got {cfg.reward_input!r}"
-        )
+    if cfg.reward_input not in REWARD_INPUTS:
+        raise ValueError(f"reward_input must be one of {REWARD_INPUTS}, got {cfg.reward_input!r}")
     if image and cfg.reward_input == "next_observation":
         raise ValueError("reward_input 'next_observation' is for vectors; for images take 'hidden' or 'next_latent'")
     if cfg.point_size and cfg.reward_input != "next_observation":

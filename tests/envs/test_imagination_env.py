@@ -13,7 +13,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from matwm_rl import keys
 from matwm_rl.envs import ImaginationEnv, make_env
 from matwm_rl.functional import agents_first, agents_last
-from matwm_rl.modules import Imagination, Latent, State, WorldModel, make_actor
+from matwm_rl.modules import Imagination, Latent, State, TeammatePredictorBase, WorldModel, make_actor
 from tests.helpers import COUNTS, EXACT, LATENTS, STATE_KEYS, make_model, mock_replay, random_batch, randomize
 
 N, S, C, H = len(COUNTS), 6, 3, 4
@@ -263,10 +263,45 @@ def test_other_rows_are_not_disturbed(latent: str, teammate_predictor: bool) -> 
         data, other = quiet.step_mdp(data), disturbed.step_mdp(other)
 
 
+class Total:
+    """What :class:`Adding` remembers: the sum of all latents."""
+
+    def __init__(self, total: Tensor) -> None:
+        self.total = total
+
+    def graft(self, rows: Tensor, fresh: Total) -> None:
+        self.total[rows] = fresh.total
+
+    def make_room(self, keep: int) -> None:
+        """A sum needs none."""
+
+
+class Adding(TeammatePredictorBase):
+    """A predictor with a memory of its own kind."""
+
+    def __init__(self, latent_size: int) -> None:
+        super().__init__(COUNTS)
+        self.linear = torch.nn.Linear(latent_size, self.num_outputs)
+
+    def prefill(self, latent: Latent, mask: Tensor, room: int) -> tuple[Tensor, Total]:
+        total = (latent.value.detach().flatten(0, 1) * mask[:, -1].unsqueeze(-1)).sum(1)
+        return self._told(total, latent.value.shape[1]), Total(total)
+
+    def step(self, latent: Latent, cache: Total) -> Tensor:
+        cache.total = cache.total + latent.value.detach().flatten(0, 1)
+        return self._told(cache.total, latent.value.shape[1])
+
+    def _told(self, total: Tensor, rows: int) -> Tensor:
+        return self._split(self.linear(total).view(N, rows, -1))
+
+
+@pytest.mark.parametrize("memory", ["the predictor's cache", "one of another kind"])
 @pytest.mark.parametrize("latent", EXACT)
-def test_reset_rows_dream_what_fresh_dreams_would(latent: str) -> None:
+def test_reset_rows_dream_what_fresh_dreams_would(latent: str, memory: str) -> None:
     """With the same starts and random numbers: nothing of what they dreamt before flows into them."""
     model = make_model(latent=latent).eval()
+    if memory == "one of another kind":
+        model.teammates = randomize(Adding(model.latent.latent_size))
     first, second = starts(deaths=False), starts(deaths=False)
     queue = [first, first, second]
     env = ImaginationEnv(model, lambda: queue.pop(0), max_steps=8, end_threshold=0.0)
@@ -486,6 +521,19 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"\[4, 4\] actions, the layout of agents with \[4, 4, 3\]"):
         model = make_model(action_counts=(4, 4), group_index=(0, 0))
         make_dreams(model, random_batch(S, C + 1, action_counts=(4, 4)), layout=make_env("mock").layout)
+
+
+def test_a_memory_that_cannot_begin_anew_is_named() -> None:
+    class Listing(Adding):
+        def prefill(self, latent: Latent, mask: Tensor, room: int) -> tuple[Tensor, Any]:
+            logits, total = super().prefill(latent, mask, room)
+            return logits, [total]
+
+    model = make_model()
+    model.teammates = Listing(model.latent.latent_size)
+    env = make_dreams(model)
+    with pytest.raises(TypeError, match=r"remembers, a list, has no \['graft', 'make_room'\]"):
+        env.step(env.rand_action(env.reset()))
 
 
 def test_use_out_of_order_is_named() -> None:

@@ -593,3 +593,25 @@ def test_missing_entry_is_named(key: tuple[str, ...]) -> None:
 def test_wrong_number_of_agents_is_named() -> None:
     with pytest.raises(ValueError, match=r"'observation'\) of shape \[3, 7, 3, 5\], found \[3, 7, 2, 5\]"):
         make_model()(random_batch(action_counts=(4, 4)))
+
+
+@pytest.mark.parametrize(("part", "outputs"), [("dynamics", "20"), ("reward", "255"), ("continuation", "1")])
+def test_a_head_with_another_number_of_outputs_is_named(part: str, outputs: str) -> None:
+    model = make_model()
+    setattr(model, part, torch.nn.Linear(model.transformer.features, 3))
+    message = rf"world model's {part} head must give outputs of shape \[.*, {outputs}\], found \[.*, 3\]"
+    with pytest.raises(ValueError, match=message):
+        model(random_batch())
+    with pytest.raises(ValueError, match=message):
+        state, context = model.start_from(random_batch(), horizon=1)
+        model.outcome(model.step(state, torch.zeros(N, len(state.hidden[0]), dtype=torch.long), context))
+
+
+def test_parts_that_do_not_fit_are_named() -> None:
+    parts = dict(encoder=None, latent=make_model().latent, decoder=None, action_mixer=None, transformer=None)
+    parts |= dict(dynamics=None, reward=None, continuation=None, two_hot=None, observation_shape=(SIZE,))
+    legal = torch.ones(3, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"reward_input must be one of \('hidden', .*, got 'next_latnt'"):
+        WorldModel(**parts, legal=legal, reward_input="next_latnt")
+    with pytest.raises(ValueError, match=r"group for each of 3 agents, got \[0, 1\]"):
+        WorldModel(**parts, legal=legal, group_index=[0, 1])
