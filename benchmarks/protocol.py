@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scripts import ListenerScript, SpreadScript
@@ -48,6 +49,12 @@ class Environment:
     def checkpoints(self) -> list[int]:
         """Env steps at which a method is evaluated."""
         return list(range(self.every, self.total_steps + 1, self.every))
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What a figure depends on besides the method."""
+        names = ("env", "every", "episodes", "num_envs")
+        return {name: getattr(self, name) for name in names} | {"evaluation_seed": EVALUATION_SEED}
 
 
 ENVIRONMENTS = {

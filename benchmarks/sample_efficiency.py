@@ -66,7 +66,10 @@ class Run:
         return results / "runs" / f"{self}.json"
 
     def settings(self) -> dict[str, Any]:
-        return METHODS[self.method].settings(ENVIRONMENTS[self.environment])
+        """The method's, and what the environment is played and judged by."""
+        environment, method = ENVIRONMENTS[self.environment], METHODS[self.method]
+        protocol = environment.protocol | {"total_steps": method.steps(environment)}
+        return method.settings(environment) | {"protocol": protocol | {"world_model_episodes": QUALITY_EPISODES}}
 
     def other_settings(self, stored: Mapping[str, Any]) -> list[str]:
         """Which settings of a finished run would be others now."""

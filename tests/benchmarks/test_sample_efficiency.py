@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -129,6 +129,7 @@ def test_what_is_finished_is_written_and_not_run_again(
     assert start(tmp_path, "--seeds", "0", "1") == all_runs
     assert sorted(path.stem for path in (tmp_path / "runs").iterdir()) == sorted(all_runs)
     stored = json.loads((tmp_path / "runs" / "second-stub-1.json").read_text())
+    assert stored["settings"].pop("protocol")["env"] == "mock"
     assert {name: stored[name] for name in ("environment", "method", "seed", "settings")} == {
         "environment": "second",
         "method": "stub",
@@ -213,6 +214,8 @@ from protocol import Environment
 
 class Stub:
     only = None
+    def steps(self, environment):
+        return environment.total_steps
     def settings(self, environment):
         return {{}}
     def train(self, environment, seed, folder, on_checkpoint):
@@ -276,6 +279,15 @@ def test_settings_survive_being_stored(method: str) -> None:
 
 
 # -- methods ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["matwm", "iql", "random"])
+def test_runs_judged_by_another_protocol_are_told(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run("simple_tag", method, 0)
+    stored = json.loads(json.dumps(run.settings()))
+    shorter = replace(grid.ENVIRONMENTS["simple_tag"], episodes=10)
+    monkeypatch.setitem(grid.ENVIRONMENTS, "simple_tag", shorter)
+    assert run.other_settings(stored) == ["protocol.episodes: 100, now 10"]
 
 
 def test_ablations_are_matwm_with_one_switch_off() -> None:
