@@ -61,11 +61,7 @@ class Matwm:
         ]
 
     def settings(self, environment: Environment) -> dict[str, Any]:
-        with initialize_config_dir(str(ROOT / "examples" / "conf"), version_base=None):
-            config = compose("config", overrides=["run_dir=unnamed", *self.arguments(environment)])
-        settings = OmegaConf.to_container(config, resolve=True)
-        assert isinstance(settings, dict)
-        return {name: value for name, value in settings.items() if name not in ("run_dir", "seed", "resume")}
+        return configuration(*self.arguments(environment))
 
     def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
         command = [sys.executable, str(ROOT / "examples" / "simple_tag.py"), *self.arguments(environment)]
@@ -80,6 +76,15 @@ class Matwm:
                 raise RuntimeError(f"training failed, see {folder / 'output.txt'}")
         for path in sorted((folder / "policies").glob("*.pt")):
             on_checkpoint(int(path.stem), load_policy(path))
+
+
+def configuration(*overrides: str) -> dict[str, Any]:
+    """What the example is run with, but for what tells one run from another."""
+    with initialize_config_dir(str(ROOT / "examples" / "conf"), version_base=None):
+        config = compose("config", overrides=["run_dir=unnamed", *overrides])
+    settings = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(settings, dict)
+    return {name: value for name, value in settings.items() if name not in ("run_dir", "seed", "resume")}
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,7 @@ class Run:
 
     def other_settings(self, stored: Mapping[str, Any]) -> list[str]:
         """Which settings of a finished run would be others now."""
-        then, now = _flat(stored), _flat(json.loads(json.dumps(self.settings())))
-        names = sorted({*then, *now})
-        return [f"{name}: {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
+        return differences(stored, self.settings())
 
 
 def carry_out(run: Run, results: Path, scratch: Path) -> float:
@@ -195,6 +193,13 @@ def chosen_runs(methods: Sequence[str] | None, environments: Sequence[str], seed
         for environment in environments
         if methods or environment in (METHODS[method].only or ENVIRONMENTS)
     ]
+
+
+def differences(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Which stored settings are others now, and what they are: ``name: then, now``."""
+    then, now = _flat(stored), _flat(json.loads(json.dumps(settings)))
+    names = sorted({*then, *now})
+    return [f"{name}: {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,9 +14,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from methods import ROOT
+from methods import ROOT, configuration
 from protocol import ENVIRONMENTS
-from sample_efficiency import RESULTS, SEEDS, Run, stored_runs
+from sample_efficiency import RESULTS, SEEDS, Run, differences, stored_runs
 from sample_efficiency_figures import draw_curves, draw_world_model
 from sample_efficiency_results import Results, measures
 from sample_efficiency_tables import (
@@ -63,7 +63,9 @@ def first_run_section(results: Results, run: Mapping[str, Any]) -> str:
         f"{run['evaluation_episodes']} episodes of every match, actions sampled. The other columns are of the "
         "comparison below."
     )
-    return f"{text}\n\n{first_run_table(results, run['evaluation'])}"
+    settings = {name: value for name, value in run["config"].items() if name not in ("run_dir", "seed", "resume")}
+    different = _different_text(differences(settings, configuration()))
+    return "\n\n".join(filter(None, (text, first_run_table(results, run["evaluation"]), different)))
 
 
 def short_section(results: Results, pictures: Mapping[str, str]) -> str:
@@ -80,7 +82,10 @@ def _curves_and_targets(results: Results, pictures: Mapping[str, str]) -> str:
 
 
 def _other_settings_text(results: Results) -> str:
-    different = other_settings(results)
+    return _different_text(other_settings(results))
+
+
+def _different_text(different: Sequence[str]) -> str:
     return f"**Made with other settings than the present ones**: {'; '.join(different)}." if different else ""
 
 

@@ -134,10 +134,12 @@ def main(cfg: DictConfig) -> None:
                 "seed": cfg.seed,
                 "env_steps": env_steps,
                 "updates": learner.updates,
+                "resumed_from": first_step or None,
                 "wall_seconds": time.monotonic() - started,
                 "evaluation": matches.summary(),
                 "evaluation_per_agent": matches.per_agent(),
                 "evaluation_episodes": matches.episodes,
+                "config": OmegaConf.to_container(cfg, resolve=True),
             }
         )
         draw_pictures(cfg, run_dir, policy, log)

@@ -12,7 +12,7 @@ import pytest
 import sample_efficiency_figures as figures
 import sample_efficiency_report as report
 import sample_efficiency_tables as tables
-from methods import METHODS, ROOT, Reference
+from methods import METHODS, ROOT, Reference, configuration
 from PIL import Image
 from sample_efficiency import RESULTS, SEEDS, stored_runs
 from sample_efficiency_results import Results, measures
@@ -46,8 +46,9 @@ def test_the_command_draws_prints_and_writes(
     text = f"{first}\n\n{BEGIN}\nformer text\n{END}\n\nafter\n"
     evaluation = dict.fromkeys((RANDOM_EVADER.match, FLEEING_EVADER.match, CHASED.match), 12.34)
     first_run = {"seed": 3, "env_steps": 1234, "updates": 5678, "wall_seconds": 601.0, "evaluation_episodes": 70}
+    first_run |= {"evaluation": evaluation, "config": {**configuration(), "run_dir": "runs/today", "seed": 3}}
     monkeypatch.setattr(report, "FIRST_RUN", tmp_path / "first_run.json")
-    report.FIRST_RUN.write_text(json.dumps({**first_run, "evaluation": evaluation}))
+    report.FIRST_RUN.write_text(json.dumps(first_run))
     for name, path in documents.items():
         path.write_text(text)
         monkeypatch.setattr(report, name, path)
@@ -70,6 +71,9 @@ def test_the_command_draws_prints_and_writes(
         "best model-free, 25K": f"{theirs[1]:.1f} ({theirs[0]:.1f} to {theirs[2]:.1f}) ISAC, sampled",
         "scripted": f"{high}",
     }
+    first_run["config"]["num_envs"] = 7
+    text = report.first_run_section(Results(stored_runs(folder)), first_run)
+    assert text.endswith("\n\n**Made with other settings than the present ones**: num_envs: 7, now 4.")
     assert "](results/curves.png)" in long
     assert "](results/world_model.png)" in long
     assert "](docs/results/curves.png)" in short

@@ -66,6 +66,8 @@ def test_trains_evaluates_draws_and_resumes(tmp_path: Path) -> None:
     assert summary["env_steps"] == 120
     assert summary["updates"] == 4
     assert summary["wall_seconds"] > 0
+    assert summary["resumed_from"] is None
+    assert (summary["config"]["world_model"]["hidden_size"], summary["config"]["learner"]["gamma"]) == (32, 0.95)
     assert set(summary["evaluation"]) == TAG
     for picture in ("learning_curves.png", "episodes.gif", "imagination.png"):
         assert (tmp_path / picture).stat().st_size > 1000
@@ -80,7 +82,7 @@ def test_trains_evaluates_draws_and_resumes(tmp_path: Path) -> None:
     run(f"run_dir={tmp_path}", "total_steps=200", "resume=true", "evaluation.keep_policies=true")
     assert kept_policies(tmp_path) == [60, 120, 180, 200]
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["env_steps"], summary["updates"]) == (200, 8)
+    assert (summary["resumed_from"], summary["env_steps"], summary["updates"]) == (120, 200, 8)
     steps = [step for step, _ in read_metrics(tmp_path)["loss_reward"]]
     assert steps == sorted(set(steps)) and steps[-1] == 200
     after = load_policy(tmp_path / "policy.pt", layout=layout).state_dict()
