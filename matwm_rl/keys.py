@@ -66,6 +66,7 @@ MASK_LOGITS: NestedKey = (AGENTS, "mask_logits")
 POSTERIOR: NestedKey = ("next", AGENTS, "posterior")
 PRIOR: NestedKey = ("next", AGENTS, "prior")
 REWARD_LOGITS: NestedKey = ("next", AGENTS, "reward_logits")
+END_REWARD_LOGITS: NestedKey = ("next", AGENTS, "end_reward_logits")
 CONTINUATION_LOGITS: NestedKey = ("next", AGENTS, "continuation_logits")
 
 LOGITS: NestedKey = (AGENTS, "logits")

@@ -167,6 +167,9 @@ class WorldModel(TensorDictModuleBase):
         dynamics: ``[N, *batch, F]`` to ``latent.dynamics_size`` outputs that describe z_{t+1}.
         reward: head with ``two_hot.num_bins`` outputs.
         continuation: head with one output, the logit of c_t.
+        end_reward: head from h_t for the rewards of steps that were an agent's last (c_t = 0), with as many outputs as
+            ``reward``; needed where that one reads the successor, which who dies does not have. ``None``: ``reward`` is
+            for all steps.
         two_hot: code of the reward.
         action_mask: head from z_t to A logits of m_t; ``None`` where there is no mask to learn.
         teammates: the teammate predictor, of any :class:`TeammatePredictorBase`, or ``None`` (ablation).
@@ -197,7 +200,8 @@ class WorldModel(TensorDictModuleBase):
     ``("agents", "reconstruction")``; ``("agents", "mask_logits")`` if masks are learnt;
     ``("next", "agents", "posterior" | "prior")``, parameters of z_{t+1}'s distributions: ``[*B, T, N, K, C]``
     log-probabilities, or ``[*B, T, N, K, 2]`` means and log standard deviations of a Gaussian code;
-    ``("next", "agents", "reward_logits")``, ``("next", "agents", "continuation_logits")``.
+    ``("next", "agents", "reward_logits")``, ``("next", "agents", "continuation_logits")``; and with ``end_reward``
+    ``("next", "agents", "end_reward_logits")``.
 
     Examples:
         >>> from matwm_rl.data import to_focal
@@ -227,6 +231,7 @@ class WorldModel(TensorDictModuleBase):
         group_index: Sequence[int] | None = None,
         action_mask: nn.Module | None = None,
         teammates: TeammatePredictorBase | None = None,
+        end_reward: nn.Module | None = None,
         reward_input: str = "hidden",
         reencode: bool = False,
         observation_shape: Sequence[int],
@@ -235,7 +240,7 @@ class WorldModel(TensorDictModuleBase):
         self.encoder, self.latent, self.decoder = encoder, latent, decoder
         self.action_mixer, self.transformer = action_mixer, transformer
         self.dynamics, self.reward, self.continuation = dynamics, reward, continuation
-        self.action_mask, self.teammates = action_mask, teammates
+        self.action_mask, self.teammates, self.end_reward = action_mask, teammates, end_reward
         self.two_hot = two_hot
         self.reward_input = reward_input
         self.reencode = reencode
@@ -265,6 +270,7 @@ class WorldModel(TensorDictModuleBase):
             keys.PRIOR,
             keys.REWARD_LOGITS,
             keys.CONTINUATION_LOGITS,
+            *([keys.END_REWARD_LOGITS] if end_reward is not None else []),
         ]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -425,7 +431,8 @@ class WorldModel(TensorDictModuleBase):
             reached: s_{t+1}, ``[N, *batch]``; of many steps at once, if wanted.
 
         Returns:
-            rewards r_t, and probabilities that the episode goes on, ``[N, *batch]`` each.
+            rewards r_t, and probabilities that the episode goes on, ``[N, *batch]`` each. Where the last step's reward
+            has a head of its own, r_t is the expectation over both.
         """
         match self.reward_input:
             case "hidden":
@@ -435,13 +442,17 @@ class WorldModel(TensorDictModuleBase):
             case _:
                 read = self.decode(reached.latent)
         reward = self.two_hot.decode(self._output("reward", read))
-        return reward, self._output("continuation", reached.hidden).squeeze(-1).sigmoid()
+        continuation = self._output("continuation", reached.hidden).squeeze(-1).sigmoid()
+        if self.end_reward is not None:
+            reward = self.two_hot.decode(self._output("end_reward", reached.hidden)).lerp(reward, continuation)
+        return reward, continuation
 
     def _output(self, part: str, read: Tensor) -> Tensor:
         """What a head makes of ``[N, *batch, F]``, if it has as many outputs as are read."""
-        sizes = {"dynamics": self.latent.dynamics_size, "reward": self.two_hot.num_bins, "continuation": 1}
+        sizes = {"dynamics": self.latent.dynamics_size, "continuation": 1}
         out: Tensor = getattr(self, part)(read)
-        return check_shape(out, f"the world model's {part} head must give outputs", (*read.shape[:-1], sizes[part]))
+        size = sizes.get(part, self.two_hot.num_bins)
+        return check_shape(out, f"the world model's {part} head must give outputs", (*read.shape[:-1], size))
 
     def _no_teammates(self, latent: Latent) -> Tensor:
         return latent.value.new_zeros(*latent.value.shape[:-1], 0, self.num_actions)
@@ -492,6 +503,8 @@ class WorldModel(TensorDictModuleBase):
         }
         if self.action_mask is not None:
             outputs[keys.MASK_LOGITS] = self.action_mask(latent.value)
+        if self.end_reward is not None:
+            outputs[keys.END_REWARD_LOGITS] = self._output("end_reward", hidden)
         for key, value in outputs.items():
             value = value.view(value.shape[0], *shape, *value.shape[3:])
             tensordict.set(key, agents_last(value, value.ndim - 1 - len(shape)))

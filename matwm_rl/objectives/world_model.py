@@ -50,7 +50,8 @@ class WorldModelLoss(KeyedLoss):
 
     ``L = L_rec + L_rew + L_con + L_team + b1 (L_mask + L_dyn) + b2 L_rep``, each a mean over sequences, steps and
     living agents. Nothing is asked for across an episode's end; a truncated episode goes on (c = 1); the death of the
-    focal agent ends its own future (c = 0).
+    focal agent ends its own future (c = 0). Where the model has logits of its own for the reward of an agent's last
+    step, these are asked for where c = 0, and the others where c = 1.
 
     Args:
         world_model: any module with the keys of :class:`~matwm_rl.modules.WorldModel`. Where it has no
@@ -94,6 +95,7 @@ class WorldModelLoss(KeyedLoss):
         terminated: NestedKey = keys.AGENT_TERMINATED
         reconstruction: NestedKey = keys.RECONSTRUCTION
         reward_logits: NestedKey = keys.REWARD_LOGITS
+        end_reward_logits: NestedKey = keys.END_REWARD_LOGITS
         continuation_logits: NestedKey = keys.CONTINUATION_LOGITS
         mask_logits: NestedKey = keys.MASK_LOGITS
         teammate_logits: NestedKey = keys.TEAMMATE_LOGITS
@@ -145,10 +147,16 @@ class WorldModelLoss(KeyedLoss):
         living = read_optional(tensordict, k.alive, self, shape)
         survives = read_optional(tensordict, k.next_alive, self, shape)
         alive = self._counted(tensordict, k.alive, reward.squeeze(-1))
+        ended = read_entry(tensordict, k.terminated, self, (*shape, 1)).squeeze(-1)
+        if living is not None and survives is not None:
+            ended = ended | (living & ~survives)
+        if k.end_reward_logits in self.world_model.out_keys:
+            last = read_output(model, k.end_reward_logits, self.world_model, reward_logits.shape)
+            reward_logits = torch.where(ended.unsqueeze(-1), last, reward_logits)
         losses = {
             "reconstruction": masked_mean(self._reconstruction(model), alive),
             "reward": masked_mean(self.two_hot.loss(reward_logits, reward), alive),
-            "continuation": masked_mean(self._continuation(model, living, survives), alive),
+            "continuation": masked_mean(self._continuation(model, ended), alive),
             "teammate": masked_mean(self._teammate(model, shape), alive),
         }
         if self._predicts_mask:
@@ -179,13 +187,11 @@ class WorldModelLoss(KeyedLoss):
         target = target.float() / 255 if target.dtype == torch.uint8 else target
         return (predicted - target).square().flatten(model[self.tensor_keys.reward].ndim - 1).sum(-1)
 
-    def _continuation(self, model: TensorDictBase, alive: Tensor | None, survives: Tensor | None) -> Tensor:
+    def _continuation(self, model: TensorDictBase, ended: Tensor) -> Tensor:
         """Binary cross-entropy ``[*B, T, N]`` of c_t."""
-        k = self.tensor_keys
-        ended = read_entry(model, k.terminated, self).squeeze(-1)
-        logits = read_output(model, k.continuation_logits, self.world_model, (*ended.shape, 1)).squeeze(-1)
-        if alive is not None and survives is not None:
-            ended = ended | (alive & ~survives)
+        logits = read_output(model, self.tensor_keys.continuation_logits, self.world_model, (*ended.shape, 1)).squeeze(
+            -1
+        )
         return binary_cross_entropy_with_logits(logits, (~ended).to(logits), reduction="none")
 
     def _teammate(self, model: TensorDictBase, shape: Sequence[int]) -> Tensor:

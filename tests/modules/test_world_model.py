@@ -172,11 +172,12 @@ def test_in_imagination_the_next_observation_is_the_decoded_latent(float64: None
     reward, continuation = model.outcome(reached)
     for n in range(N):
         observation = for_agent(model.decoder, n, reached.latent.value[n])
-        logits = for_agent(model.reward, n, observation)
-        torch.testing.assert_close(reward[n], model.two_hot.decode(logits))
+        goes_on = model.two_hot.decode(for_agent(model.reward, n, observation))
+        ends = model.two_hot.decode(for_agent(model.end_reward, n, reached.hidden[n]))
+        probability = for_agent(model.continuation, n, reached.hidden[n]).squeeze(-1).sigmoid()
+        torch.testing.assert_close(reward[n], probability * goes_on + (1 - probability) * ends)
+        torch.testing.assert_close(continuation[n], probability)
     assert (reward.std(1) > 0).all()
-    again = model.outcome(State(reached.latent, torch.randn_like(reached.hidden), reached.teammate_logits))
-    assert torch.equal(again[0], reward) and not torch.equal(again[1], continuation)
 
 
 @torch.no_grad()
@@ -478,6 +479,7 @@ def test_imagined_latents_are_encoded_again_if_wanted(
     reached = model.step(state, action, context)
     expected = (again if reencode else drawn).value
     assert torch.equal(reached.latent.value, expected)
+    model.end_reward = None
     torch.testing.assert_close(model.outcome(reached)[0], model.two_hot.decode(model.reward(expected)))
 
 

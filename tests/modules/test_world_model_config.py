@@ -144,7 +144,7 @@ def _surprise(head: ObservationHead) -> Tensor:
 
 
 def test_an_unknown_reward_input_is_named() -> None:
-    with pytest.raises(ValueError, match="'next_latent' or 'next_observation', got 'observation'"):
+    with pytest.raises(ValueError, match=r"'next_latent', 'next_observation'\), got 'observation'"):
         build(reward_input="observation")
 
 

@@ -74,10 +74,11 @@ def slow_losses(model: WorldModel, batch: TensorDict, free_nats: float = 1.0) ->
         sums["reconstruction"] += sum((x - y) ** 2 for x, y in zip(observed, rebuilt, strict=True))
 
         target = slow_encode(float(at(keys.REWARD)), 255, model.two_hot.interpolation)
-        log_probs = log_softmax(at(keys.REWARD_LOGITS).tolist())
+        ends = bool(at(keys.AGENT_TERMINATED)) or not bool(at(keys.NEXT_ALIVE))
+        apart = ends and model.reward_input != "hidden"
+        log_probs = log_softmax(at(keys.END_REWARD_LOGITS if apart else keys.REWARD_LOGITS).tolist())
         sums["reward"] -= sum(p * q for p, q in zip(target, log_probs, strict=True))
 
-        ends = bool(at(keys.AGENT_TERMINATED)) or not bool(at(keys.NEXT_ALIVE))
         sums["continuation"] += cross_entropy(float(at(keys.CONTINUATION_LOGITS)), not ends)
 
         for place, j in enumerate(others(n, N)):
@@ -100,14 +101,17 @@ def slow_losses(model: WorldModel, batch: TensorDict, free_nats: float = 1.0) ->
     return {name: value / steps[name] for name, value in sums.items()}
 
 
-@pytest.mark.parametrize("interpolation", ["raw", "symlog"])
+@pytest.mark.parametrize(("interpolation", "reward_input"), [("raw", "hidden"), ("symlog", "next_observation")])
 @pytest.mark.parametrize(
     ("latent", "free_nats"),
     # Of the Gaussian code's KL, which is larger, some elements lie on either side of 40.
     [("categorical", 0.0), ("categorical", 1.0), ("categorical", 2.0), ("gaussian", 0.0), ("gaussian", 40.0)],
 )
-def test_every_term_is_that_of_slow_loops(float64: None, interpolation: str, latent: str, free_nats: float) -> None:
-    model, batch = make_model(reward_interpolation=interpolation, latent=latent), random_batch(3, 6)
+def test_every_term_is_that_of_slow_loops(
+    float64: None, interpolation: str, reward_input: str, latent: str, free_nats: float
+) -> None:
+    switches = {"reward_interpolation": interpolation, "reward_input": reward_input, "latent": latent}
+    model, batch = make_model(**switches), random_batch(3, 6)
     weights = WorldModelLossWeights()
     losses = losses_of(model, batch, free_nats=free_nats)
     expected = slow_losses(model, batch, free_nats)
@@ -229,8 +233,14 @@ def test_each_term_trains_its_parts(latent: str) -> None:
 
 def test_the_reward_of_the_next_observation_trains_its_head_alone() -> None:
     switches = {"latent": "fsq", "num_dims": 12, "linear_skips": True, "coordinate_code": True}
-    model = make_model(reward_input="next_observation", **switches)
-    loss = losses_of(model, random_batch())["loss_reward"]
+    model, batch = make_model(reward_input="next_observation", **switches), random_batch()
+    ended = batch[keys.AGENT_TERMINATED].squeeze(-1) | (batch[keys.ALIVE] & ~batch[keys.NEXT_ALIVE])
+    assert ended.any()
+    loss = losses_of(model, batch)["loss_reward"]
+    assert all(grad.any() for grad in grads(loss, [*model.reward.parameters(), *model.end_reward.parameters()]))
+    # Its own, of steps that were not an agent's last; those have a head that reads h_t.
+    batch[keys.ALIVE] &= ~ended
+    loss = losses_of(model, batch)["loss_reward"]
     trained = {name for name, child in model.named_children() if grad_norm(loss, child) > 0}
     assert trained == {"reward"}
     assert all(grad.any() for grad in grads(loss, model.reward.parameters()))
