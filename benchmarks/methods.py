@@ -5,6 +5,7 @@ No script of its own. To add a method, add an entry to :data:`METHODS`.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,6 +69,8 @@ class Matwm:
         command += [f"seed={seed}", f"run_dir={folder}"]
         if has_checkpoint(folder):
             command += ["resume=true"]
+        elif folder.exists() and not has_training(folder):
+            shutil.rmtree(folder)  # of an attempt that came to nothing: a new run refuses the metrics of another
         if not (folder / "summary.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "output.txt").open("a") as output:
@@ -85,6 +88,11 @@ def configuration(*overrides: str) -> dict[str, Any]:
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
     return {name: value for name, value in settings.items() if name not in ("run_dir", "seed", "resume")}
+
+
+def has_training(folder: Path) -> bool:
+    """Whether MATWM was trained in a folder, or can go on there from a checkpoint."""
+    return (folder / "summary.json").exists() or has_checkpoint(folder)
 
 
 @dataclass(frozen=True)

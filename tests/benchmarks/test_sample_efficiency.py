@@ -24,9 +24,10 @@ from sample_efficiency import Run
 
 from matwm_rl.envs import make_env
 from matwm_rl.modules import WorldModelPolicy
-from matwm_rl.training import RandomActions, load_policy
+from matwm_rl.training import RandomActions, RunLog, load_policy
 
 MOCK = Environment("mock", total_steps=20, every=10, episodes=2, num_envs=2)
+SPREAD = Environment("mpe2/simple_spread_v3", total_steps=60, every=60, episodes=2, num_envs=2)
 TINY = (
     "init_random_steps=40",
     "num_envs=1",
@@ -364,6 +365,15 @@ def test_matwm_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pyt
     assert len(shown) == 4
 
 
+def test_matwm_starts_anew_where_nothing_can_be_gone_on_with(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with RunLog(folder, total_steps=60, progress=False):
+        pass  # killed before its first checkpoint
+    shown: list[int] = []
+    Matwm(TINY).train(SPREAD, 0, folder, lambda env_steps, policy: shown.append(env_steps))
+    assert shown == [60]
+
+
 def test_a_run_tells_what_it_was_made_with_and_what_it_took(tmp_path: Path, stubs: dict[str, Any]) -> None:
     @dataclass
     class Training(Stub):
@@ -402,8 +412,7 @@ def test_other_settings_train_in_another_folder(tmp_path: Path, stubs: dict[str,
 def test_matwm_is_trained_evaluated_and_its_world_model_measured(
     tmp_path: Path, stubs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spread = Environment("mpe2/simple_spread_v3", total_steps=60, every=60, episodes=2, num_envs=2)
-    monkeypatch.setattr(grid, "ENVIRONMENTS", {"spread": spread})
+    monkeypatch.setattr(grid, "ENVIRONMENTS", {"spread": SPREAD})
     monkeypatch.setattr(grid, "QUALITY_EPISODES", 10)
     stubs["matwm"] = Matwm(TINY)
     grid.carry_out(Run("spread", "matwm", 1), tmp_path, tmp_path / "scratch")
@@ -416,8 +425,8 @@ def test_matwm_is_trained_evaluated_and_its_world_model_measured(
     assert "seed" not in run["settings"]
     # What was stored is what the policy of that time does.
     (folder,) = (tmp_path / "scratch").iterdir()
-    policy = load_policy(folder / "policies" / "00000060.pt", layout=make_env(spread.env).layout)
+    policy = load_policy(folder / "policies" / "00000060.pt", layout=make_env(SPREAD.env).layout)
     assert isinstance(policy, WorldModelPolicy)
     torch.manual_seed(9)
-    again = grid.evaluate_policy(spread, policy)
+    again = grid.evaluate_policy(SPREAD, policy)
     assert run["figures"]["60"]["return/sampled"] == pytest.approx(again["return/sampled"], rel=1e-4)
