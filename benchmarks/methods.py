@@ -46,6 +46,10 @@ class Matwm:
     def steps(self, environment: Environment) -> int:
         return self.total_steps or environment.total_steps
 
+    def checkpoints(self, environment: Environment) -> list[int]:
+        """Env steps after which it is evaluated, as for all methods."""
+        return [env_steps for env_steps in environment.checkpoints if env_steps <= self.steps(environment)]
+
     def arguments(self, environment: Environment) -> list[str]:
         return [
             f"env={environment.env}",
@@ -105,6 +109,9 @@ class ModelFree:
     def steps(self, environment: Environment) -> int:
         return environment.total_steps
 
+    def checkpoints(self, environment: Environment) -> list[int]:
+        return environment.checkpoints
+
     def settings(self, environment: Environment) -> dict[str, Any]:
         return asdict(model_free.METHODS[self.name])
 
@@ -128,6 +135,9 @@ class Reference:
 
     def steps(self, environment: Environment) -> int:
         return 0
+
+    def checkpoints(self, environment: Environment) -> list[int]:
+        return [] if self.scripted and environment.script is None else [0]
 
     def settings(self, environment: Environment) -> dict[str, Any]:
         return {"scripted": self.scripted}

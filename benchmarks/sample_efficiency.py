@@ -77,7 +77,11 @@ class Run:
 
 
 def carry_out(run: Run, results: Path, scratch: Path) -> float:
-    """Train, evaluate at every checkpoint, write the run's file; returns the seconds of a core that it took."""
+    """Train, evaluate at every checkpoint, write the run's file; returns the seconds of a core that it took.
+
+    Raises:
+        RuntimeError: if the run ended without the figures of a checkpoint; then no file is written.
+    """
     made_with = {"commit": _commit(), "torch": torch.__version__}
     prepare_process(num_threads=1, matmul_precision="highest")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the training script
@@ -97,6 +101,11 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
         figures[str(env_steps)] = {name: float(f"{value:.5g}") for name, value in metrics.items()}
 
     method.train(environment, run.seed, folder, on_checkpoint)
+    if missing := [step for step in method.checkpoints(environment) if str(step) not in figures]:
+        raise RuntimeError(
+            f"expected figures of {run} after {missing} env steps too, got those after {[*map(int, figures)]}; "
+            f"to train it anew, delete {folder}"
+        )
     seconds = _core_seconds() - began
     # What an interrupted attempt took is not known.
     stored = {**asdict(run), "core_seconds": None if resumed else round(seconds), "made_with": made_with}

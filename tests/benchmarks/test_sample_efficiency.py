@@ -54,8 +54,8 @@ class Stub:
     fails: int | None = None
     only: tuple[str, ...] | None = None
 
-    def steps(self, environment: Environment) -> int:
-        return environment.total_steps
+    def checkpoints(self, environment: Environment) -> list[int]:
+        return environment.checkpoints
 
     def settings(self, environment: Environment) -> dict[str, Any]:
         return {"setting": self.setting, "nested": {"sizes": (1, 2)}}
@@ -190,6 +190,30 @@ def test_a_failing_run_loses_no_other(
     assert len(table(tmp_path)) == 6 * 2 * 4
 
 
+def test_a_run_without_all_its_checkpoints_is_not_stored(
+    tmp_path: Path, stubs: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Short(Stub):
+        def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: Callable[..., None]) -> None:
+            on_checkpoint(10, RandomActions())
+
+    stubs["stub"] = Short()
+    with pytest.raises(SystemExit, match="2 of 3 runs failed"):
+        start(tmp_path, "--seeds", "0")
+    assert "expected figures of first-stub-0 after [20] env steps too, got those after [10]" in capsys.readouterr().out
+    assert [path.stem for path in (tmp_path / "runs").iterdir()] == ["first-part-0"]
+
+
+@pytest.mark.parametrize("name", grid.ENVIRONMENTS)
+def test_methods_are_evaluated_where_the_tables_look(name: str) -> None:
+    environment = grid.ENVIRONMENTS[name]
+    expected = {method: spec.checkpoints(environment) for method, spec in grid.METHODS.items()}
+    assert expected["matwm"] == expected["isac"] == [5_000, 10_000, 15_000, 20_000, 25_000]
+    assert expected["matwm_no_recency"] == [5_000, 10_000]
+    assert expected["random"] == expected["scripted"] == [0]
+    assert grid.METHODS["scripted"].checkpoints(MOCK) == []
+
+
 def test_listing_runs_nothing(tmp_path: Path, stubs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert start(tmp_path, "--list", "--seeds", "3") == []
     assert list(tmp_path.iterdir()) == []
@@ -217,6 +241,8 @@ class Stub:
     only = None
     def steps(self, environment):
         return environment.total_steps
+    def checkpoints(self, environment):
+        return [5]
     def settings(self, environment):
         return {{}}
     def train(self, environment, seed, folder, on_checkpoint):
@@ -379,6 +405,7 @@ def test_a_run_tells_what_it_was_made_with_and_what_it_took(tmp_path: Path, stub
     class Training(Stub):
         def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: Any) -> None:
             folder.mkdir(parents=True, exist_ok=True)
+            super().train(environment, seed, folder, on_checkpoint)
 
     def run() -> dict[str, Any]:
         grid.carry_out(Run("first", "stub", 0), tmp_path, tmp_path / "scratch")
@@ -400,6 +427,7 @@ def test_other_settings_train_in_another_folder(tmp_path: Path, stubs: dict[str,
     class Noting(Stub):
         def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: Any) -> None:
             folders.append(folder.name)
+            super().train(environment, seed, folder, on_checkpoint)
 
     for setting in (0.5, 0.7, 0.5):
         stubs["stub"] = Noting(setting)
