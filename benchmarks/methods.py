@@ -78,9 +78,10 @@ class Matwm:
         if not (folder / "summary.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "output.txt").open("a") as output:
-                done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+                # Files stay open that may be inherited: the run's lock, so that the training holds it too.
+                done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, close_fds=False)
             if done.returncode:
-                raise RuntimeError(f"training failed, see {folder / 'output.txt'}")
+                raise RuntimeError(f"training failed, return code {done.returncode}, see {folder / 'output.txt'}")
         for path in sorted((folder / "policies").glob("*.pt")):
             on_checkpoint(int(path.stem), load_policy(path))
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import io
 import json
 import os
@@ -23,6 +24,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from multiprocessing import get_context
@@ -31,7 +33,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from methods import METHODS, ROOT
+from methods import METHODS, ROOT, has_training
 from protocol import ENVIRONMENTS, evaluate_policy
 from tensordict.nn import TensorDictModuleBase
 from tqdm import tqdm
@@ -80,9 +82,9 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
     """Train, evaluate at every checkpoint, write the run's file; returns the seconds of a core that it took.
 
     Raises:
-        RuntimeError: if the run ended without the figures of a checkpoint; then no file is written.
+        RuntimeError: if the run ended without the figures of a checkpoint; then no file is written. Or if another
+            process carries it out.
     """
-    made_with = {"commit": _commit(), "torch": torch.__version__}
     prepare_process(num_threads=1, matmul_precision="highest")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the training script
     environment, method = ENVIRONMENTS[run.environment], METHODS[run.method]
@@ -92,7 +94,6 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
     settings = run.settings()
     # Named by its settings too, so that no other setting's training is gone on with.
     folder = scratch / f"{run}-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
-    resumed = folder.exists()
 
     def on_checkpoint(env_steps: int, policy: TensorDictModuleBase) -> None:
         metrics = evaluate_policy(environment, policy)
@@ -100,7 +101,9 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
             metrics |= world_model_quality(policy, environment.env, episodes=QUALITY_EPISODES, seed=run.seed + 1_000)
         figures[str(env_steps)] = {name: float(f"{value:.5g}") for name, value in metrics.items()}
 
-    method.train(environment, run.seed, folder, on_checkpoint)
+    with held(folder):
+        resumed, made_with = has_training(folder), _made_with(folder)
+        method.train(environment, run.seed, folder, on_checkpoint)
     if missing := [step for step in method.checkpoints(environment) if str(step) not in figures]:
         raise RuntimeError(
             f"expected figures of {run} after {missing} env steps too, got those after {[*map(int, figures)]}; "
@@ -114,6 +117,37 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(stored, indent=1) + "\n")
     return seconds
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep all others from training in a folder.
+
+    Raises:
+        RuntimeError: if another process holds it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, which a method may clear.
+    with _beside(folder, "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process trains in {folder}: wait until it has ended, or end it") from None
+        # By the training script too, should it outlive this process.
+        os.set_inheritable(lock.fileno(), True)
+        yield
+
+
+def _made_with(folder: Path) -> dict[str, str | None] | None:
+    """What the training in a folder began with, now if there is none yet; ``None``: that was not written down."""
+    path = _beside(folder, "made_with.json")
+    if not has_training(folder):
+        write_text(path, json.dumps({"commit": _commit(), "torch": torch.__version__}) + "\n")
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _beside(folder: Path, name: str) -> Path:
+    return folder.with_name(f"{folder.name}.{name}")
 
 
 def _commit() -> str | None:

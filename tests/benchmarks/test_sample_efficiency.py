@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -378,7 +382,7 @@ def test_matwm_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pyt
         Matwm(("recency=false",)).train(MOCK, 4, folder, lambda *arguments: shown.append(arguments))
 
     for _ in range(3):
-        with pytest.raises(RuntimeError, match=r"training failed, see .*output\.txt"):
+        with pytest.raises(RuntimeError, match=r"training failed, return code 1, see .*output\.txt"):
             train()
     train()
     assert ["resume=true" in command for command in commands] == [False, False, True, True]
@@ -400,24 +404,97 @@ def test_matwm_starts_anew_where_nothing_can_be_gone_on_with(tmp_path: Path) -> 
     assert shown == [60]
 
 
-def test_a_run_tells_what_it_was_made_with_and_what_it_took(tmp_path: Path, stubs: dict[str, Any]) -> None:
+def test_a_run_tells_what_it_was_made_with_and_what_it_took(
+    tmp_path: Path, stubs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     @dataclass
     class Training(Stub):
+        """Is trained, and killed before its evaluation if it fails."""
+
         def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: Any) -> None:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
+            (folder / "summary.json").touch()
             super().train(environment, seed, folder, on_checkpoint)
 
     def run() -> dict[str, Any]:
         grid.carry_out(Run("first", "stub", 0), tmp_path, tmp_path / "scratch")
         return json.loads((tmp_path / "runs" / "first-stub-0.json").read_text())
 
-    stubs["stub"] = Training()
-    first, second = run(), run()
-    assert first["made_with"]["torch"] == torch.__version__
-    commit = first["made_with"]["commit"]
+    commit = grid._commit()
     assert commit is None or re.fullmatch(r"[0-9a-f]{12}\+?", commit)
+    stubs["stub"] = Training(fails=0)
+    monkeypatch.setattr(grid, "_commit", lambda: "earlier")
+    with pytest.raises(RuntimeError, match="the stub fails"):
+        run()
+    stubs["stub"] = Training()
+    monkeypatch.setattr(grid, "_commit", lambda: "later")
+    reused = run()
+    assert reused["made_with"] == {"commit": "earlier", "torch": torch.__version__}
     # Of a training that an earlier attempt began, the seconds are not known.
-    assert (first["core_seconds"], second["core_seconds"]) == (0, None)
+    assert reused["core_seconds"] is None
+    (folder,) = (path for path in (tmp_path / "scratch").iterdir() if path.is_dir())
+    shutil.rmtree(folder)
+    anew = run()
+    assert (anew["made_with"]["commit"], anew["core_seconds"]) == ("later", 0)
+    # A training that somebody else has put there.
+    folder.with_name(f"{folder.name}.made_with.json").unlink()
+    assert run()["made_with"] is None
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path, stubs: dict[str, Any]) -> None:
+    folders = []
+
+    class Noting(Stub):
+        def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: Any) -> None:
+            folders.append(folder)
+            super().train(environment, seed, folder, on_checkpoint)
+
+    def run(seed: int) -> None:
+        grid.carry_out(Run("first", "stub", seed), tmp_path, tmp_path / "scratch")
+
+    stubs["stub"] = Noting()
+    run(0)
+    with grid.held(folders[0]):
+        with pytest.raises(RuntimeError, match=f"another process trains in {folders[0]}: wait"):
+            run(0)
+        run(1)
+    run(0)
+    assert [folder.name[:12] for folder in folders] == ["first-stub-0", "first-stub-1", "first-stub-0"]
+
+
+def test_a_training_that_outlives_its_run_keeps_others_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, script = tmp_path / "run", tmp_path / "examples" / "simple_tag.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import subprocess, sys\n"
+        "going_on = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], close_fds=False)\n"
+        "sys.exit(f'pid {going_on.pid}')\n"
+    )
+    monkeypatch.setattr(methods, "ROOT", tmp_path)
+    with grid.held(folder), pytest.raises(RuntimeError, match="training failed"):
+        Matwm().train(MOCK, 0, folder, lambda *_: None)
+    pid = int((folder / "output.txt").read_text().split()[-1])
+    try:
+        with pytest.raises(RuntimeError, match="another process trains in"), grid.held(folder):
+            pass
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: free(folder))
+
+
+def free(folder: Path) -> bool:
+    try:
+        with grid.held(folder):
+            return True
+    except RuntimeError:
+        return False
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
 
 
 def test_other_settings_train_in_another_folder(tmp_path: Path, stubs: dict[str, Any]) -> None:
@@ -452,7 +529,7 @@ def test_matwm_is_trained_evaluated_and_its_world_model_measured(
     assert run["settings"]["world_model"]["num_dims"] == 8
     assert "seed" not in run["settings"]
     # What was stored is what the policy of that time does.
-    (folder,) = (tmp_path / "scratch").iterdir()
+    (folder,) = (path for path in (tmp_path / "scratch").iterdir() if path.is_dir())
     policy = load_policy(folder / "policies" / "00000060.pt", layout=make_env(SPREAD.env).layout)
     assert isinstance(policy, WorldModelPolicy)
     torch.manual_seed(9)
