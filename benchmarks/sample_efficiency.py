@@ -5,10 +5,10 @@
     python benchmarks/sample_efficiency.py --list                          # what is finished
     python benchmarks/sample_efficiency_report.py                          # curves and tables of what is finished
 
-Every run, (environment, method, seed), is one core's work. When it ends, its figures and its configuration are written
-to ``runs/ENVIRONMENT-METHOD-SEED.json`` in the results folder, and it is not run again; ``results.csv`` (environment,
-method, seed, env_steps, metric, value) and ``summary.json`` there are made anew from all runs. A run of MATWM that was
-interrupted goes on from its last checkpoint.
+Every run, (environment, method, seed), is one core's work, in a process of its own. When it ends, its figures and its
+configuration are written to ``runs/ENVIRONMENT-METHOD-SEED.json`` in the results folder, and it is not run again;
+``results.csv`` (environment, method, seed, env_steps, metric, value) and ``summary.json`` there are made anew from all
+runs. A run of MATWM that was interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ import fcntl
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryFile
+from threading import Event
 from typing import Any
 
 import torch
@@ -48,6 +49,10 @@ COLUMNS = ("environment", "method", "seed", "env_steps", "metric", "value")
 SEEDS = (0, 1, 2)
 """Of every method in every environment, unless told otherwise."""
 QUALITY_EPISODES = 100
+SCRIPT = Path(__file__).resolve()
+"""What carries out a run in a process of its own."""
+LAST_LINES = 40
+"""Of what a failed run wrote, to be shown."""
 
 
 # -- one run ---------------------------------------------------------------------------------------------------------
@@ -168,6 +173,64 @@ def _core_seconds() -> float:
     return sum(os.times()[:4])
 
 
+# -- one process for each run ----------------------------------------------------------------------------------------
+
+
+def carry_out_apart(run: Run, results: Path, scratch: Path, stop: Event) -> str:
+    """:func:`carry_out` in a process group of its own, of which nothing is left in the end.
+
+    Args:
+        run: what to do.
+        results: as given to :func:`carry_out`.
+        scratch: as given to :func:`carry_out`.
+        stop: ends it when set.
+
+    Returns:
+        what the process has to say of the run.
+
+    Raises:
+        RuntimeError: if it failed or was killed; tells how, and what it wrote last.
+    """
+    command = [sys.executable, str(SCRIPT), "--in-process", f"--results={results}", f"--scratch={scratch}"]
+    command += ["--environments", run.environment, "--methods", run.method, "--seeds", str(run.seed)]
+    # Files, because nobody reads before the end, and a pipe fills up.
+    with TemporaryFile("w+", errors="replace") as output, TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
+        )
+        try:
+            while process.poll() is None and not stop.wait(0.2):
+                pass
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+        for file in (output, errors):
+            file.seek(0)
+        if code:
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"return code {code}"
+            raise RuntimeError("\n".join([how, *errors.read().splitlines()[-LAST_LINES:]]))
+        return output.read().splitlines()[-1]
+
+
+@contextmanager
+def _exit_when_terminated() -> Iterator[None]:
+    """End in order on SIGTERM and SIGHUP too: the runs, in sessions of their own, would go on."""
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    # nohup ignores SIGHUP.
+    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 # -- all runs --------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +308,26 @@ def differences(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> list[
     return [f"{name}: {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
 
 
+def carry_out_all(runs: Sequence[Run], results: Path, scratch: Path, *, jobs: int) -> int:
+    """Carry out so many runs at a time, tell of each and write the tables; returns how many failed."""
+    failed, stop = 0, Event()
+    with _exit_when_terminated(), ThreadPoolExecutor(jobs) as threads:
+        try:
+            futures = {threads.submit(carry_out_apart, run, results, scratch, stop): run for run in runs}
+            for future in (bar := tqdm(as_completed(futures), total=len(futures), unit="run")):
+                try:
+                    bar.write(future.result())
+                except Exception as error:
+                    failed += 1
+                    bar.write(f"{futures[future]} failed\n{error}")
+                write_tables(results)
+        finally:
+            stop.set()
+            threads.shutdown(cancel_futures=True)
+    write_tables(results)
+    return failed
+
+
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in settings.items():
@@ -263,12 +346,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "sample_efficiency", help="folder of trainings")
     parser.add_argument("--replace", action="store_true", help="run again what was run with other settings")
     parser.add_argument("--list", action="store_true", help="only say what is finished")
+    # What a run's own process is told: carry out what is named here, finished or not.
+    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
 
+    chosen = chosen_runs(arguments.methods, arguments.environments, arguments.seeds)
+    if arguments.in_process:
+        for run in chosen:
+            print(f"{run}: {carry_out(run, arguments.results, arguments.scratch):.0f} s")
+        return
+
     todo: list[Run] = []
-    for run in chosen_runs(arguments.methods, arguments.environments, arguments.seeds):
+    for run in chosen:
         if not run.path(arguments.results).exists():
             state = "to do"
             todo.append(run)
@@ -282,17 +373,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.list:
         return
 
-    failed = 0
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as workers:
-        futures = {workers.submit(carry_out, run, arguments.results, arguments.scratch): run for run in todo}
-        for future in (bar := tqdm(as_completed(futures), total=len(futures), unit="run")):
-            try:
-                bar.write(f"{futures[future]}: {future.result():.0f} s")
-            except Exception:
-                failed += 1
-                bar.write(f"{futures[future]} failed\n{traceback.format_exc()}")
-            write_tables(arguments.results)
-    write_tables(arguments.results)
+    failed = carry_out_all(todo, arguments.results, arguments.scratch, jobs=arguments.jobs)
     if failed:
         sys.exit(f"{failed} of {len(todo)} runs failed; the others are written. Start again to repeat them")
 

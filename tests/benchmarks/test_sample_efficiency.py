@@ -12,10 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from threading import Event
 from typing import Any
 
 import methods
@@ -71,28 +71,6 @@ class Stub:
             on_checkpoint(env_steps, RandomActions())
 
 
-class Inline:
-    """An executor without processes, in which stubs exist too."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.done: list[str] = DONE
-
-    def __enter__(self) -> Inline:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def submit(self, function: Callable[..., float], run: Run, *args: Any) -> Future[float]:
-        self.done.append(str(run))
-        future: Future[float] = Future()
-        try:
-            future.set_result(function(run, *args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
 DONE: list[str] = []
 """Runs carried out since the test began."""
 
@@ -103,12 +81,18 @@ def stubs(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     methods: dict[str, Any] = {"stub": Stub(), "part": Stub(only=("first",))}
     monkeypatch.setattr(grid, "METHODS", methods)
     monkeypatch.setattr(grid, "ENVIRONMENTS", {"first": MOCK, "second": MOCK})
-    monkeypatch.setattr(grid, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(grid, "carry_out_apart", carry_out_here)
     # It sets what holds for the whole process.
     monkeypatch.setattr(grid, "prepare_process", lambda **_: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     DONE.clear()
     yield methods
+
+
+def carry_out_here(run: Run, results: Path, scratch: Path, stop: Event) -> str:
+    """In this process, in which stubs exist too."""
+    DONE.append(str(run))
+    return f"{run}: {grid.carry_out(run, results, scratch):.0f} s"
 
 
 def start(folder: Path, *arguments: str) -> list[str]:
@@ -186,7 +170,7 @@ def test_a_failing_run_loses_no_other(
     with pytest.raises(SystemExit, match="2 of 6 runs failed"):
         start(tmp_path, "--seeds", "0", "1")
     said = capsys.readouterr()
-    assert "RuntimeError: the stub fails" in said.out + said.err
+    assert "first-stub-0 failed\nthe stub fails" in said.out
     assert {(row["method"], row["seed"]) for row in table(tmp_path)} == {("stub", "1"), ("part", "0"), ("part", "1")}
     # Started again, it does what is missing, and no more.
     stubs["stub"] = Stub()
@@ -230,12 +214,12 @@ def test_no_jobs_are_refused(tmp_path: Path, stubs: dict[str, Any], capsys: pyte
     assert "--jobs must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_runs_in_processes_of_their_own(tmp_path: Path) -> None:
-    # Every process imports this script again, and with it the stub.
-    script = tmp_path / "small_grid.py"
-    script.write_text(
-        f"""
-import sys
+# -- processes -------------------------------------------------------------------------------------------------------
+
+
+SMALL_GRID = f"""
+import os, signal, subprocess, sys, time
+from pathlib import Path
 sys.path.insert(0, {str(Path(grid.__file__).parent)!r})
 import sample_efficiency as grid
 from matwm_rl.training import RandomActions
@@ -252,20 +236,93 @@ class Stub:
     def train(self, environment, seed, folder, on_checkpoint):
         if seed == 1:
             raise RuntimeError("the stub fails")
+        if seed > 1:
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"], close_fds=False)
+            folder.mkdir()
+            if seed == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(120)
         on_checkpoint(5, RandomActions())
 
+grid.SCRIPT = Path(__file__)
 grid.METHODS = {{"stub": Stub()}}
 grid.ENVIRONMENTS = {{"mock": Environment("mock", episodes=2, num_envs=2)}}
-if __name__ == "__main__":
-    grid.main()
-""",
-        encoding="utf-8",
-    )
-    command = [sys.executable, str(script), f"--results={tmp_path}", "--seeds", "0", "1", "--jobs", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "1 of 2 runs failed" in done.stderr
+grid.main()
+"""
+"""Seed 0 is carried out, 1 fails, 2 is killed while it trains, others train for long."""
+
+
+def start_apart(folder: Path, *seeds: int, jobs: int) -> subprocess.Popen[str]:
+    """Start :data:`SMALL_GRID`, in which runs have processes of their own."""
+    script = folder / "small_grid.py"
+    script.write_text(SMALL_GRID, encoding="utf-8")
+    command = [sys.executable, str(script), f"--results={folder}", f"--scratch={folder}", f"--jobs={jobs}"]
+    command += ["--seeds", *map(str, seeds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def trained(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("mock-stub-*") if path.is_dir()]
+
+
+def test_a_killed_run_loses_no_other_and_leaves_no_training(tmp_path: Path) -> None:
+    process = start_apart(tmp_path, 0, 1, 2, jobs=2)
+    out, errors = process.communicate()
+    assert process.returncode == 1, out + errors
+    assert "2 of 3 runs failed" in errors
+    assert re.search(r"^mock-stub-0: \d+ s$", out, re.MULTILINE)
+    assert re.search(r"^mock-stub-1 failed\nreturn code 1\nTraceback", out, re.MULTILINE)
+    assert "\nRuntimeError: the stub fails\n" in out
+    assert re.search(r"^mock-stub-2 failed\nkilled by SIGKILL$", out, re.MULTILINE)
     assert [(row["seed"], row["env_steps"]) for row in table(tmp_path)] == [("0", "5")] * 4
+    (folder,) = trained(tmp_path)
+    wait_for(lambda: free(folder), seconds=10)
+
+
+def test_nothing_goes_on_when_the_grid_is_terminated(tmp_path: Path) -> None:
+    process = start_apart(tmp_path, 3, 4, jobs=1)
+    try:
+        wait_for(lambda: trained(tmp_path) or process.poll() is not None)
+        (folder,) = trained(tmp_path)
+        assert not free(folder)
+        process.terminate()
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    wait_for(lambda: free(folder), seconds=10)
+    assert trained(tmp_path) == [folder]
+
+
+def test_a_terminal_that_closes_ends_the_grid_unless_that_is_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as left, grid._exit_when_terminated():
+            assert callable(signal.getsignal(signal.SIGHUP))  # else what follows would end the tests
+            signal.raise_signal(signal.SIGHUP)
+        assert left.value.code == 128 + signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with grid._exit_when_terminated():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def free(folder: Path) -> bool:
+    """Whether no process trains there."""
+    try:
+        with grid.held(folder):
+            return True
+    except RuntimeError:
+        return False
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -480,21 +537,6 @@ def test_a_training_that_outlives_its_run_keeps_others_away(tmp_path: Path, monk
     finally:
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: free(folder))
-
-
-def free(folder: Path) -> bool:
-    try:
-        with grid.held(folder):
-            return True
-    except RuntimeError:
-        return False
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
 
 
 def test_other_settings_train_in_another_folder(tmp_path: Path, stubs: dict[str, Any]) -> None:
