@@ -10,6 +10,8 @@ import torch
 from protocol import ENVIRONMENTS, Environment, evaluate_policy
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.envs import Transform, TransformedEnv
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from matwm_rl.envs import make_env
@@ -18,6 +20,7 @@ from matwm_rl.training import Matches, RandomActions, Returns
 MOCK = Environment("mock", episodes=4, num_envs=2)
 SPREAD = Environment("mpe2/simple_spread_v3", episodes=2, num_envs=2)
 TAG = Environment("mpe2/simple_tag_v3", episodes=2, num_envs=1)
+VMAS_TAG = Environment("vmas/simple_tag", episodes=4, num_envs=2)
 CROSS_PLAY = {
     "adversaries_vs_random_prey",
     "adversaries_vs_fleeing_prey",
@@ -60,15 +63,54 @@ def test_greedy_and_sampled_returns_are_those_of_the_episodes() -> None:
     assert slow_mock_return(greedy=True) != slow_mock_return(greedy=False)
 
 
-def test_every_policy_meets_the_same_episodes_and_leaves_no_trace() -> None:
+class Starts(Transform):
+    """Keeps what all agents observe at the start of every episode."""
+
+    def __init__(self, kept: list[Tensor]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        self.kept.append(tensordict_reset["agents", "observation"].clone())
+        return tensordict_reset
+
+
+@pytest.mark.parametrize(
+    ("environment", "options"), [(SPREAD, {}), (TAG, {}), (VMAS_TAG, {"max_steps": 10})], ids=["spread", "tag", "vmas"]
+)
+def test_every_policy_meets_the_same_episodes(
+    environment: Environment, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def met(policy: TensorDictModuleBase) -> tuple[list[Tensor], dict[str, float]]:
+        starts: list[Tensor] = []
+
+        def make_noting_env(name: str, **asked: Any) -> TransformedEnv:
+            return TransformedEnv(make_env(name, **asked, **options), Starts(starts))
+
+        monkeypatch.setattr(protocol, "make_env", make_noting_env)
+        returns = evaluate_policy(environment, policy)
+        return starts, returns
+
+    # One draws nothing at all, so that every draw which the environment shared with the other would differ.
+    ours, our_returns = met(FirstOrLast())
+    theirs, their_returns = met(RandomActions())
+    assert our_returns != their_returns
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    sampled, greedy = ours[: len(ours) // 2], ours[len(ours) // 2 :]
+    torch.testing.assert_close(sampled, greedy, rtol=0, atol=0)
+    # And one episode is not like another.
+    assert len({tuple(start.flatten().tolist()) for start in sampled}) == len(sampled) >= 2
+
+
+def test_an_evaluation_leaves_no_trace() -> None:
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
         found.append(evaluate_policy(SPREAD, RandomActions()))
         assert torch.equal(torch.get_rng_state(), before)
+    # Nor does it know what was drawn before, and random agents act alike in both ways.
     assert found[0] == found[1]
-    # Both ways to act play the same episodes too; random agents act alike in both.
     assert found[0]["return/sampled"] == found[0]["return/greedy"]
 
 
