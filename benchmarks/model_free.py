@@ -370,7 +370,7 @@ def train(
     collector.shutdown()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=sorted(METHODS), required=True)
@@ -379,7 +379,10 @@ def main() -> None:
     parser.add_argument("--total-steps", type=int, default=25_000)
     parser.add_argument("--every", type=int, default=5_000, help="environment steps between evaluations")
     parser.add_argument("--episodes", type=int, default=50, help="of every match")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    for name in ("total_steps", "every", "episodes"):
+        if (number := getattr(options, name)) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {number}")
     prepare_process(num_threads=1, matmul_precision="highest")
     env_name = options.environment
     test_env = make_env(env_name, seed=10_000, num_envs=10)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from itertools import product
@@ -343,8 +342,14 @@ def test_command_prints_sampled_and_greedy_returns(
     monkeypatch.setattr(model_free, "prepare_process", lambda **_: None)  # of the whole process, which others use
     monkeypatch.setattr(model_free, "METHODS", {"ippo": small("ippo")})
     options = ["--method", "ippo", "--environment", "mock", "--total-steps", "40", "--every", "20", "--episodes", "10"]
-    monkeypatch.setattr(sys, "argv", ["model_free.py", *options])
-    model_free.main()
+    model_free.main(options)
     lines = [line for line in capsys.readouterr().out.splitlines() if " steps, " in line]
     assert [line.split()[0] for line in lines] == ["20", "20", "40", "40"]
     assert all("hunter" in line and "prey" in line for line in lines)
+
+
+@pytest.mark.parametrize("option", ["--total-steps", "--every", "--episodes"])
+def test_the_command_refuses_less_than_one(option: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        model_free.main(["--method", "ippo", "--environment", "mock", option, "0"])
+    assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
