@@ -358,6 +358,20 @@ def test_a_summary_has_medians_and_ranges_over_seeds(tmp_path: Path, stubs: dict
     assert summary["first"]["part"]["figures"]["10"]["return/greedy"] == [3.0, 3.0, 3.0]
 
 
+def test_the_stored_tables_are_those_of_the_stored_runs(tmp_path: Path) -> None:
+    shutil.copytree(grid.RESULTS / "runs", tmp_path / "runs")
+    # Every start of benchmarks/sample_efficiency.py does the same to the stored ones.
+    grid.write_tables(tmp_path)
+    for name in ("results.csv", "summary.json"):
+        assert (grid.RESULTS / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_the_stored_runs_have_all_their_checkpoints() -> None:
+    for run in grid.stored_runs(grid.RESULTS):
+        expected = grid.METHODS[run["method"]].checkpoints(grid.ENVIRONMENTS[run["environment"]])
+        assert [*map(int, run["figures"])] == expected, (run["environment"], run["method"], run["seed"])
+
+
 @pytest.mark.parametrize("method", grid.METHODS)
 def test_settings_survive_being_stored(method: str) -> None:
     run = Run("simple_spread", method, 0)
