@@ -16,7 +16,7 @@ from typing import Any
 
 from methods import ROOT, configuration
 from protocol import ENVIRONMENTS
-from sample_efficiency import RESULTS, SEEDS, Run, differences, stored_runs
+from sample_efficiency import RESULTS, Run, differences, stored_runs
 from sample_efficiency_figures import draw_curves, draw_world_model
 from sample_efficiency_results import Results, measures
 from sample_efficiency_tables import (
@@ -27,6 +27,7 @@ from sample_efficiency_tables import (
     methods_table,
     open_loop_table,
     seconds_table,
+    targets_seeds,
     targets_table,
     thousands,
 )
@@ -77,7 +78,7 @@ def short_section(results: Results, pictures: Mapping[str, str]) -> str:
 
 def _curves_and_targets(results: Results, pictures: Mapping[str, str]) -> str:
     parts = [_picture(pictures, "curves", "Returns of all methods over env steps")]
-    parts += [_targets_text(), targets_table(results), _other_settings_text(results)]
+    parts += [_targets_text(results), targets_table(results), _other_settings_text(results)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -114,16 +115,17 @@ def long_section(results: Results, pictures: Mapping[str, str]) -> str:
         "training; medians. `python benchmarks/world_model_quality.py runs/NAME/policy.pt` measures one stored policy.",
         open_loop_table(results),
         _picture(pictures, "world_model", "Open-loop errors of the world model over those of trivial predictors"),
-        "**Seconds of a core** that a run took, evaluations included, medians; of runs that were not interrupted.",
+        "**Seconds of a core** that a run took, evaluations included; medians of the runs where they were measured.",
         seconds_table(results),
     ]
     return "\n\n".join(filter(None, parts))
 
 
-def _targets_text() -> str:
+def _targets_text(results: Results) -> str:
+    seeds = targets_seeds(results)
     names = " and ".join(name for name in ENVIRONMENTS if measures(name)[0].kind == "sampled")
     return (
-        f"Median (min to max) over {len(SEEDS)} seeds. In the cross-play of {names} actions are sampled, since whoever "
+        f"Median (min to max) over {seeds}. In the cross-play of {names} actions are sampled, since whoever "
         "always does the same is easily foreseen; elsewhere they are greedy. The other way stands beside, with the "
         "standard error of one run over its evaluation's episodes; of model-free methods the better way counts. What "
         "was seen elsewhere was greedy, and of the best settings for each environment. Contact is ranked on the "

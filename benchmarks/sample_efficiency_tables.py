@@ -132,6 +132,19 @@ def _verdict(target: Target, values: BySeed) -> str:
     return verdict if len(values) >= len(SEEDS) else f"{verdict} so far"
 
 
+def targets_seeds(results: Results) -> str:
+    """Over how many seeds the figures of :func:`targets_table` are: ``3 seeds``, or ``3 or more seeds``."""
+    numbers = set()
+    for target in TARGETS:
+        numbers.add(len(results.measured(target.measure, "matwm", target.env_steps)))
+        if found := results.best_baseline(target.measure, target.env_steps):
+            method, way = found
+            numbers.add(len(results.measured(way, method, target.env_steps)))
+    numbers = numbers - {0} or {len(SEEDS)}
+    least = f"{min(numbers)}{' or more' if len(numbers) > 1 else ''}"
+    return f"{least} {'seed' if numbers == {1} else 'seeds'}"
+
+
 def methods_table(results: Results, environment: str) -> str:
     """Every method by every measure of an environment."""
     columns = [(measure, steps) for measure in measures(environment) for steps in STEPS]
@@ -210,7 +223,7 @@ def _short(values: BySeed) -> str:
 
 
 def seconds_table(results: Results) -> str:
-    """Median seconds of a core of the runs that were not interrupted."""
+    """Median seconds of a core of the runs where they were measured."""
     rows = []
     for method in METHODS:
         row = [label(method)]

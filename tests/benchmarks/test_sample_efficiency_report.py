@@ -141,6 +141,13 @@ def test_what_is_missing_is_a_dash_whatever_is_missing() -> None:
         assert "world_model.png" not in section
 
 
+def test_the_targets_text_tells_the_number_of_seeds() -> None:
+    for seeds in (3, 4):
+        results = Results(full_grid(tuple(range(seeds))))
+        for section in (report.long_section, report.short_section):
+            assert f"Median (min to max) over {seeds} seeds. In the cross-play" in section(results, {})
+
+
 def test_runs_of_other_settings_are_named() -> None:
     runs = [run for run in full_grid() if run["environment"] == "simple_tag" and run["method"] in ("matwm", "iql")]
     assert report.other_settings(Results(runs)) == []

@@ -72,6 +72,20 @@ def test_targets_tell_what_was_reached_and_by_whom() -> None:
     assert [row[-1] for row in contact] == ["yes", "yes"]
 
 
+def test_the_targets_are_said_to_be_over_the_seeds_that_there_are() -> None:
+    def all_but(*left_out: tuple[str, int]) -> Results:
+        return Results([run for run in full_grid((0, 1, 2, 3, 4)) if (run["method"], run["seed"]) not in left_out])
+
+    assert tables.targets_seeds(Results(full_grid())) == "3 seeds"
+    assert tables.targets_seeds(all_but()) == "5 seeds"
+    assert tables.targets_seeds(all_but(("matwm", 4))) == "4 or more seeds"
+    assert tables.targets_seeds(all_but(("isac", 0), ("isac", 4))) == "3 or more seeds"
+    # A method that is not the best stands in no row.
+    assert tables.targets_seeds(all_but(("mappo", 0))) == "5 seeds"
+    assert tables.targets_seeds(Results(full_grid((2,)))) == "1 seed"
+    assert tables.targets_seeds(Results([])) == "3 seeds"
+
+
 @pytest.mark.parametrize(("value", "met"), [(24.0, "yes"), (24.01, "no"), (3.0, "yes")])
 def test_a_target_is_met_from_its_side(value: float, met: str) -> None:
     found = {CHASED.metric: value, RANDOM_EVADER.metric: value}
