@@ -70,7 +70,7 @@ class Matwm:
 
     def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
         command = [sys.executable, str(ROOT / "examples" / "simple_tag.py"), *self.arguments(environment)]
-        command += [f"seed={seed}", f"run_dir={folder}"]
+        command += [f"seed={seed}", f"run_dir={folder.resolve()}"]
         if has_checkpoint(folder):
             command += ["resume=true"]
         elif folder.exists() and not has_training(folder):

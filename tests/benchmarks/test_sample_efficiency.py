@@ -58,6 +58,9 @@ class Stub:
     fails: int | None = None
     only: tuple[str, ...] | None = None
 
+    def steps(self, environment: Environment) -> int:
+        return environment.total_steps
+
     def checkpoints(self, environment: Environment) -> list[int]:
         return environment.checkpoints
 
