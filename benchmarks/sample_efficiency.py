@@ -15,26 +15,23 @@ from __future__ import annotations
 
 import argparse
 import csv
-import fcntl
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryFile
 from threading import Event
 from typing import Any
 
 import torch
 from methods import METHODS, ROOT, has_training
+from processes import exit_when_terminated, held, run_apart
 from protocol import ENVIRONMENTS, evaluate_policy
 from tensordict.nn import TensorDictModuleBase
 from tqdm import tqdm
@@ -51,8 +48,6 @@ SEEDS = (0, 1, 2)
 QUALITY_EPISODES = 100
 SCRIPT = Path(__file__).resolve()
 """What carries out a run in a process of its own."""
-LAST_LINES = 40
-"""Of what a failed run wrote, to be shown."""
 
 
 # -- one run ---------------------------------------------------------------------------------------------------------
@@ -124,35 +119,19 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
     return seconds
 
 
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep all others from training in a folder.
-
-    Raises:
-        RuntimeError: if another process holds it.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, which a method may clear.
-    with _beside(folder, "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another process trains in {folder}: wait until it has ended, or end it") from None
-        # By the training script too, should it outlive this process.
-        os.set_inheritable(lock.fileno(), True)
-        yield
+def carry_out_apart(run: Run, results: Path, scratch: Path, stop: Event) -> str:
+    """:func:`carry_out` in a process of its own, until ``stop`` is set; returns what it has to say of the run."""
+    command = [sys.executable, str(SCRIPT), "--in-process", f"--results={results}", f"--scratch={scratch}"]
+    command += ["--environments", run.environment, "--methods", run.method, "--seeds", str(run.seed)]
+    return run_apart(command, stop).splitlines()[-1]
 
 
 def _made_with(folder: Path) -> dict[str, str | None] | None:
     """What the training in a folder began with, now if there is none yet; ``None``: that was not written down."""
-    path = _beside(folder, "made_with.json")
+    path = folder.with_name(f"{folder.name}.made_with.json")  # beside it, since a method may clear it
     if not has_training(folder):
         write_text(path, json.dumps({"commit": _commit(), "torch": torch.__version__}) + "\n")
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _beside(folder: Path, name: str) -> Path:
-    return folder.with_name(f"{folder.name}.{name}")
 
 
 def _commit() -> str | None:
@@ -171,64 +150,6 @@ def _commit() -> str | None:
 def _core_seconds() -> float:
     """Of this process and of the trainings that it waited for: whatever else the machine does counts for nothing."""
     return sum(os.times()[:4])
-
-
-# -- one process for each run ----------------------------------------------------------------------------------------
-
-
-def carry_out_apart(run: Run, results: Path, scratch: Path, stop: Event) -> str:
-    """:func:`carry_out` in a process group of its own, of which nothing is left in the end.
-
-    Args:
-        run: what to do.
-        results: as given to :func:`carry_out`.
-        scratch: as given to :func:`carry_out`.
-        stop: ends it when set.
-
-    Returns:
-        what the process has to say of the run.
-
-    Raises:
-        RuntimeError: if it failed or was killed; tells how, and what it wrote last.
-    """
-    command = [sys.executable, str(SCRIPT), "--in-process", f"--results={results}", f"--scratch={scratch}"]
-    command += ["--environments", run.environment, "--methods", run.method, "--seeds", str(run.seed)]
-    # Files, because nobody reads before the end, and a pipe fills up.
-    with TemporaryFile("w+", errors="replace") as output, TemporaryFile("w+", errors="replace") as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
-        )
-        try:
-            while process.poll() is None and not stop.wait(0.2):
-                pass
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
-        for file in (output, errors):
-            file.seek(0)
-        if code:
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"return code {code}"
-            raise RuntimeError("\n".join([how, *errors.read().splitlines()[-LAST_LINES:]]))
-        return output.read().splitlines()[-1]
-
-
-@contextmanager
-def _exit_when_terminated() -> Iterator[None]:
-    """End in order on SIGTERM and SIGHUP too: the runs, in sessions of their own, would go on."""
-
-    def leave(number: int, frame: object) -> None:
-        sys.exit(128 + number)
-
-    # nohup ignores SIGHUP.
-    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 # -- all runs --------------------------------------------------------------------------------------------------------
@@ -311,7 +232,7 @@ def differences(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> list[
 def carry_out_all(runs: Sequence[Run], results: Path, scratch: Path, *, jobs: int) -> int:
     """Carry out so many runs at a time, tell of each and write the tables; returns how many failed."""
     failed, stop = 0, Event()
-    with _exit_when_terminated(), ThreadPoolExecutor(jobs) as threads:
+    with exit_when_terminated(), ThreadPoolExecutor(jobs) as threads:
         try:
             futures = {threads.submit(carry_out_apart, run, results, scratch, stop): run for run in runs}
             for future in (bar := tqdm(as_completed(futures), total=len(futures), unit="run")):

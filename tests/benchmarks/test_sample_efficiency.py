@@ -23,6 +23,7 @@ import pytest
 import sample_efficiency as grid
 import torch
 from methods import Matwm, ModelFree, Reference
+from processes import exit_when_terminated, held
 from protocol import Environment
 from sample_efficiency import Run
 
@@ -300,13 +301,13 @@ def test_nothing_goes_on_when_the_grid_is_terminated(tmp_path: Path) -> None:
 def test_a_terminal_that_closes_ends_the_grid_unless_that_is_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
-        with pytest.raises(SystemExit) as left, grid._exit_when_terminated():
+        with pytest.raises(SystemExit) as left, exit_when_terminated():
             assert callable(signal.getsignal(signal.SIGHUP))  # else what follows would end the tests
             signal.raise_signal(signal.SIGHUP)
         assert left.value.code == 128 + signal.SIGHUP
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with grid._exit_when_terminated():
+        with exit_when_terminated():
             signal.raise_signal(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -315,7 +316,7 @@ def test_a_terminal_that_closes_ends_the_grid_unless_that_is_ignored() -> None:
 def free(folder: Path) -> bool:
     """Whether no process trains there."""
     try:
-        with grid.held(folder):
+        with held(folder):
             return True
     except RuntimeError:
         return False
@@ -528,7 +529,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path, stubs: dict[s
 
     stubs["stub"] = Noting()
     run(0)
-    with grid.held(folders[0]):
+    with held(folders[0]):
         with pytest.raises(RuntimeError, match=f"another process trains in {folders[0]}: wait"):
             run(0)
         run(1)
@@ -545,11 +546,11 @@ def test_a_training_that_outlives_its_run_keeps_others_away(tmp_path: Path, monk
         "sys.exit(f'pid {going_on.pid}')\n"
     )
     monkeypatch.setattr(methods, "ROOT", tmp_path)
-    with grid.held(folder), pytest.raises(RuntimeError, match="training failed"):
+    with held(folder), pytest.raises(RuntimeError, match="training failed"):
         Matwm().train(MOCK, 0, folder, lambda *_: None)
     pid = int((folder / "output.txt").read_text().split()[-1])
     try:
-        with pytest.raises(RuntimeError, match="another process trains in"), grid.held(folder):
+        with pytest.raises(RuntimeError, match="another process trains in"), held(folder):
             pass
     finally:
         os.kill(pid, signal.SIGKILL)
