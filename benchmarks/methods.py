@@ -78,7 +78,7 @@ class Matwm:
         if not (folder / "summary.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "output.txt").open("a") as output:
-                # Files stay open that may be inherited: the run's lock, so that the training holds it too.
+                # Inheritable files stay open, so that the training holds the run's lock too.
                 done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, close_fds=False)
             if done.returncode:
                 raise RuntimeError(f"training failed, return code {done.returncode}, see {folder / 'output.txt'}")

@@ -1,5 +1,7 @@
 """Processes that end with whoever began them, and a folder that one of them works in at a time.
 
+Where the beginner is killed outright (SIGKILL), they go on; then the lock keeps others out.
+
 No script of its own: sample_efficiency.py runs its grid with them.
 """
 

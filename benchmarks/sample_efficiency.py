@@ -230,7 +230,7 @@ def differences(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> list[
 
 
 def carry_out_all(runs: Sequence[Run], results: Path, scratch: Path, *, jobs: int) -> int:
-    """Carry out so many runs at a time, tell of each and write the tables; returns how many failed."""
+    """Carry out the runs, ``jobs`` at a time, report each and write the tables; returns how many failed."""
     failed, stop = 0, Event()
     with exit_when_terminated(), ThreadPoolExecutor(jobs) as threads:
         try:

@@ -122,7 +122,8 @@ def main(cfg: DictConfig) -> None:
         collector.shutdown()
 
         matches = evaluate_matches(cfg.env, test_env, policy, episodes=cfg.evaluation.final_episodes)
-        log.log(matches.metrics(), env_steps)
+        if env_steps > first_step:  # else it is in the log already
+            log.log(matches.metrics(), env_steps)
         log.note(f"{env_steps} steps: {matches}")
         save(run_dir / "policy.pt", policy)
         if cfg.evaluation.keep_policies:

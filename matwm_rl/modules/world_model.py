@@ -168,8 +168,8 @@ class WorldModel(TensorDictModuleBase):
         reward: head with ``two_hot.num_bins`` outputs.
         continuation: head with one output, the logit of c_t.
         end_reward: head from h_t for the rewards of steps that were an agent's last (c_t = 0), with as many outputs as
-            ``reward``; needed where that one reads the successor, which who dies does not have. ``None``: ``reward`` is
-            for all steps.
+            ``reward``; needed where ``reward`` reads the successor, since an agent that dies has none. ``None``:
+            ``reward`` is for all steps.
         two_hot: code of the reward.
         action_mask: head from z_t to A logits of m_t; ``None`` where there is no mask to learn.
         teammates: the teammate predictor, of any :class:`TeammatePredictorBase`, or ``None`` (ablation).
@@ -182,6 +182,7 @@ class WorldModel(TensorDictModuleBase):
     Raises:
         ValueError: if ``group_index`` or ``reward_input`` do not fit; later, if a head has not as many outputs as the
             codes of latent and reward ask for.
+        ValueError: if ``action_mask`` or ``end_reward`` is added or taken away later.
         TypeError: if the teammate predictor, here or later, is not a :class:`TeammatePredictorBase`.
 
     Attributes:
@@ -279,6 +280,8 @@ class WorldModel(TensorDictModuleBase):
                 f"the teammate predictor must be a TeammatePredictorBase, got {type(value).__name__}; subclass it and "
                 "override `logits`"
             )
+        if name in ("action_mask", "end_reward") and (getattr(self, name, value) is None) != (value is None):
+            raise ValueError(f"`{name}` decides what the model writes: give it, or None, when the model is built")
         super().__setattr__(name, value)
 
     @property

@@ -41,8 +41,8 @@ class WorldModelConfig:
         channels: channels of the first convolution, for images.
         reward_input: what the reward predictor reads: ``"hidden"`` (h_t, the paper's), ``"next_latent"`` (z_{t+1}) or
             ``"next_observation"`` (o_{t+1} itself in training, z_{t+1} decoded in imagination; for vectors), with the
-            encoder's Fourier features. Whoever dies has no successor: where the reward is not read from h_t, that of an
-            agent's last step has a head of its own, which reads h_t.
+            encoder's Fourier features. An agent that dies has no successor: where the reward is not read from h_t, that
+            of an agent's last step has a head of its own, which reads h_t.
         point_size: how many neighbouring coordinates of vector observations make a point (ours), 2 in the plane: a
             reward predictor of the ``"next_observation"`` then also reads
             :class:`~matwm_rl.modules.encoders.PointDistances`; 0: none.

@@ -51,7 +51,7 @@ class WorldModelLoss(KeyedLoss):
     ``L = L_rec + L_rew + L_con + L_team + b1 (L_mask + L_dyn) + b2 L_rep``, each a mean over sequences, steps and
     living agents. Nothing is asked for across an episode's end; a truncated episode goes on (c = 1); the death of the
     focal agent ends its own future (c = 0). Where the model has logits of its own for the reward of an agent's last
-    step, these are asked for where c = 0, and the others where c = 1.
+    step, these are asked for where c = 0, and the others, like the KL terms, where c = 1.
 
     Args:
         world_model: any module with the keys of :class:`~matwm_rl.modules.WorldModel`. Where it has no
@@ -150,7 +150,8 @@ class WorldModelLoss(KeyedLoss):
         ended = read_entry(tensordict, k.terminated, self, (*shape, 1)).squeeze(-1)
         if living is not None and survives is not None:
             ended = ended | (living & ~survives)
-        if k.end_reward_logits in self.world_model.out_keys:
+        reads_ends = k.end_reward_logits in self.world_model.out_keys
+        if reads_ends:
             last = read_output(model, k.end_reward_logits, self.world_model, reward_logits.shape)
             reward_logits = torch.where(ended.unsqueeze(-1), last, reward_logits)
         losses = {
@@ -164,8 +165,10 @@ class WorldModelLoss(KeyedLoss):
             target = read_entry(tensordict, k.action_mask, self, logits.shape).to(logits)
             error = binary_cross_entropy_with_logits(logits, target, reduction="none")
             losses["mask"] = masked_mean(error.sum(-1), alive)
-        # A dying agent's successor is no observation.
+        # A dying agent's successor is no observation. And where ends have a reward of their own, the other is read from
+        # what follows if the episode goes on: the model is to dream of that.
         survived = alive if survives is None else alive & survives
+        survived = survived & ~ended if reads_ends else survived
         posterior = read_output(model, k.posterior, self.world_model, (*shape, None, None))
         prior = read_output(model, k.prior, self.world_model, posterior.shape)
         # The code knows what its parameters are; those of any other model are log-probabilities.

@@ -20,7 +20,7 @@ from matwm_rl.training.learner import Learner
 FOLDER = "checkpoints"
 STATE_FILE = "state.pt"
 REPLAY_FOLDER = "replay"
-VERSION = 2
+VERSION = 3
 
 
 def save_checkpoint(

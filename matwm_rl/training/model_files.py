@@ -14,7 +14,7 @@ from matwm_rl.modules import WorldModel, WorldModelConfig, WorldModelPolicy, mak
 from matwm_rl.training.checkpoint import check_same_shapes
 from matwm_rl.training.files import new_file
 
-VERSION = 2
+VERSION = 3
 
 
 def save_world_model(

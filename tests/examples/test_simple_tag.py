@@ -97,6 +97,8 @@ def test_trains_evaluates_draws_and_resumes(tmp_path: Path) -> None:
     run(f"run_dir={tmp_path}", "total_steps=190", "resume=true")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["env_steps"], summary["updates"]) == (200, 8)
+    for name, values in read_metrics(tmp_path).items():
+        assert len(values) == len(dict(values)), name
 
 
 @pytest.mark.parametrize("env", ["vmas/simple_tag", "mpe2/simple_speaker_listener_v4"])

@@ -479,7 +479,9 @@ def test_imagined_latents_are_encoded_again_if_wanted(
     reached = model.step(state, action, context)
     expected = (again if reencode else drawn).value
     assert torch.equal(reached.latent.value, expected)
-    model.end_reward = None
+    monkeypatch.setattr(
+        model.continuation, "forward", lambda hidden: hidden.new_full((*hidden.shape[:-1], 1), torch.inf)
+    )
     torch.testing.assert_close(model.outcome(reached)[0], model.two_hot.decode(model.reward(expected)))
 
 
@@ -607,6 +609,15 @@ def test_a_head_with_another_number_of_outputs_is_named(part: str, outputs: str)
     with pytest.raises(ValueError, match=message):
         state, context = model.start_from(random_batch(), horizon=1)
         model.outcome(model.step(state, torch.zeros(N, len(state.hidden[0]), dtype=torch.long), context))
+
+
+@pytest.mark.parametrize("part", ["action_mask", "end_reward"])
+def test_parts_that_write_entries_of_their_own_stay_or_stay_away(part: str) -> None:
+    for model in (make_model(reward_input="next_latent"), make_model(has_action_mask=False)):
+        now = getattr(model, part)
+        setattr(model, part, None if now is None else torch.nn.Linear(1, 1))
+        with pytest.raises(ValueError, match=f"`{part}` decides what the model writes"):
+            setattr(model, part, torch.nn.Linear(1, 1) if now is None else None)
 
 
 def test_parts_that_do_not_fit_are_named() -> None:

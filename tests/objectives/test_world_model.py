@@ -90,7 +90,7 @@ def slow_losses(model: WorldModel, batch: TensorDict, free_nats: float = 1.0) ->
         pairs = zip(at(keys.MASK_LOGITS).tolist(), at(keys.ACTION_MASK).tolist(), strict=True)
         sums["mask"] += sum(cross_entropy(logit, legal) for logit, legal in pairs)
 
-        if at(keys.NEXT_ALIVE):
+        if at(keys.NEXT_ALIVE) and not apart:
             survived_steps += 1
             slow = slow_gaussian_kl if isinstance(model.latent, GaussianLatent) else slow_kl
             kl = slow(at(keys.POSTERIOR), at(keys.PRIOR))
