@@ -32,6 +32,7 @@ key                                            shape after batch dims    meaning
 ``("next", "agents", "posterior")``            ``[N, K, C]``             parameters of z_{t+1}, from o_{t+1}
 ``("next", "agents", "prior")``                ``[N, K, C]``             parameters of z_{t+1}, predicted from h
 ``("next", "agents", "reward_logits")``        ``[N, bins]``             predicted two-hot logits of the reward
+``("next", "agents", "end_reward_logits")``    ``[N, bins]``             the same, of an agent's last step
 ``("next", "agents", "continuation_logits")``  ``[N, 1]``                predicted logit of c_t
 ``("next", "agents", "continuation")``         ``[N, 1]``                predicted probability of c_t
 ``("next", "done")``                           ``[1]``                   the whole episode ends after the step
