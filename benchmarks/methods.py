@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -87,12 +87,17 @@ class Matwm:
 
 
 def configuration(*overrides: str) -> dict[str, Any]:
-    """What the example is run with, but for what tells one run from another."""
+    """What the example is run with, see :func:`of_every_run`."""
     with initialize_config_dir(str(ROOT / "examples" / "conf"), version_base=None):
         config = compose("config", overrides=["run_dir=unnamed", *overrides])
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
-    return {name: value for name, value in settings.items() if name not in ("run_dir", "seed", "resume")}
+    return of_every_run(settings)
+
+
+def of_every_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of the example without what tells one run from another."""
+    return {name: value for name, value in config.items() if name not in ("run_dir", "seed", "resume")}
 
 
 def has_training(folder: Path) -> bool:

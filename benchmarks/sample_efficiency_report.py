@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from methods import ROOT, configuration
+from methods import ROOT, configuration, of_every_run
 from protocol import ENVIRONMENTS
 from sample_efficiency import RESULTS, Run, differences, stored_runs
 from sample_efficiency_figures import draw_curves, draw_world_model
@@ -64,8 +64,7 @@ def first_run_section(results: Results, run: Mapping[str, Any]) -> str:
         f"{run['evaluation_episodes']} episodes of every match, actions sampled. The other columns are of the "
         "comparison below."
     )
-    settings = {name: value for name, value in run["config"].items() if name not in ("run_dir", "seed", "resume")}
-    different = _different_text(differences(settings, configuration()))
+    different = _different_text(differences(of_every_run(run["config"]), configuration()))
     return "\n\n".join(filter(None, (text, first_run_table(results, run["evaluation"]), different)))
 
 

@@ -168,7 +168,8 @@ class WorldModelLoss(KeyedLoss):
         # A dying agent's successor is no observation. And where ends have a reward of their own, the other is read from
         # what follows if the episode goes on: the model is to dream of that.
         survived = alive if survives is None else alive & survives
-        survived = survived & ~ended if reads_ends else survived
+        if reads_ends:
+            survived = survived & ~ended
         posterior = read_output(model, k.posterior, self.world_model, (*shape, None, None))
         prior = read_output(model, k.prior, self.world_model, posterior.shape)
         # The code knows what its parameters are; those of any other model are log-probabilities.
@@ -192,9 +193,8 @@ class WorldModelLoss(KeyedLoss):
 
     def _continuation(self, model: TensorDictBase, ended: Tensor) -> Tensor:
         """Binary cross-entropy ``[*B, T, N]`` of c_t."""
-        logits = read_output(model, self.tensor_keys.continuation_logits, self.world_model, (*ended.shape, 1)).squeeze(
-            -1
-        )
+        key = self.tensor_keys.continuation_logits
+        logits = read_output(model, key, self.world_model, (*ended.shape, 1)).squeeze(-1)
         return binary_cross_entropy_with_logits(logits, (~ended).to(logits), reduction="none")
 
     def _teammate(self, model: TensorDictBase, shape: Sequence[int]) -> Tensor:
