@@ -79,14 +79,14 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def widen(value: Tensor) -> Tensor:
+def at_least_float32(value: Tensor) -> Tensor:
     """At least float32: what probabilities and losses are computed in, whatever precision the products were taken in.
 
     Args:
         value: of any floating-point type; returned as it is where that is wide enough.
 
     Examples:
-        >>> widen(torch.zeros(1, dtype=torch.bfloat16)).dtype
+        >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
         torch.float32
     """
     return value.to(torch.promote_types(value.dtype, torch.float32))
@@ -233,7 +233,7 @@ def gaussian_kl(q: Tensor, p: Tensor) -> Tensor:
         >>> gaussian_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
         tensor(2.)
     """
-    (mean_q, log_q), (mean_p, log_p) = widen(q).unbind(-1), widen(p).unbind(-1)
+    (mean_q, log_q), (mean_p, log_p) = at_least_float32(q).unbind(-1), at_least_float32(p).unbind(-1)
     # Each ratio for itself: a square of a small deviation would underflow where the ratio does not.
     ratio = (2 * (log_q - log_p)).exp()
     distance = ((mean_q - mean_p) * (-log_p).exp()).square()

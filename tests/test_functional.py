@@ -261,8 +261,8 @@ def test_widen_narrows_nothing() -> None:
         (torch.float64, torch.float64),
     ):
         value = torch.randn(5).to(dtype)
-        assert F.widen(value).dtype == expected
-        assert torch.equal(F.widen(value).double(), value.double())
+        assert F.at_least_float32(value).dtype == expected
+        assert torch.equal(F.at_least_float32(value).double(), value.double())
 
 
 def test_masked_mean_takes_no_part_of_what_is_masked() -> None:

@@ -13,7 +13,7 @@ from torchrl.modules import MaskedCategorical, ProbabilisticActor
 
 from matwm_rl import keys
 from matwm_rl.checks import check_reads, check_writes, read_output
-from matwm_rl.functional import agents_first, agents_last, sample_index, softmax_over_few, widen
+from matwm_rl.functional import agents_first, agents_last, sample_index, softmax_over_few, at_least_float32
 from matwm_rl.modules.stacked import StackedMLP
 from matwm_rl.modules.two_hot import TwoHot
 from matwm_rl.modules.world_model import WorldModel
@@ -72,7 +72,7 @@ class StateMLP(nn.Module):
         else:
             out = self.mlp(torch.cat(behind, -1), ones=latent)
         # In the order of the keys, so that what is done to 255 logits of every state runs over memory in order.
-        return agents_last(widen(out)).contiguous()
+        return agents_last(at_least_float32(out)).contiguous()
 
 
 class ActionDistribution(MaskedCategorical):

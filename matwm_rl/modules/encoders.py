@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from matwm_rl.functional import widen
+from matwm_rl.functional import at_least_float32
 from matwm_rl.modules.stacked import StackedLinear, mlp
 
 
@@ -149,7 +149,7 @@ class MLPEncoder(nn.Module):
     def forward(self, observation: Tensor) -> Tensor:
         """``[N, *batch, D] -> [N, *batch, out_features]``."""
         out = self.output(self.trunk(self.input(self.features(observation))))
-        return widen(out if self.skip is None else out + self.skip(observation))
+        return at_least_float32(out if self.skip is None else out + self.skip(observation))
 
 
 class MLPDecoder(nn.Module):
@@ -204,7 +204,7 @@ class MLPDecoder(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         """``[N, *batch, Z] -> [N, *batch, D]``."""
         out = self.output(self.trunk(latent))
-        return widen(out if self.skip is None else out + self.skip(latent))
+        return at_least_float32(out if self.skip is None else out + self.skip(latent))
 
 
 def _coordinates(observation_size: int, features: int) -> Tensor:
@@ -266,7 +266,7 @@ class ObservationHead(nn.Module):
             features = self.features(observation)
         else:
             features = torch.cat([observation, self.features(self.distances(observation))], -1)
-        return widen(self.output(self.trunk(self.input(features))))
+        return at_least_float32(self.output(self.trunk(self.input(features))))
 
 
 def _check_image(shape: Sequence[int], depth: int) -> None:
@@ -309,7 +309,7 @@ class CNNEncoder(nn.Module):
         """``[N, *batch, C, S, S]`` uint8 (0 to 255) or float (0 to 1) to ``[N, *batch, out_features]``."""
         images = observation.flatten(0, -4)
         images = images.float() / 255 if images.dtype == torch.uint8 else images
-        features = widen(self.output(self.convolutions(images).flatten(1)))
+        features = at_least_float32(self.output(self.convolutions(images).flatten(1)))
         return features.unflatten(0, observation.shape[:-3])
 
 
@@ -344,4 +344,4 @@ class CNNDecoder(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         """``[N, *batch, Z] -> [N, *batch, C, S, S]``."""
         images = self.input(latent).flatten(0, -2).unflatten(-1, (self.width, self.size, self.size))
-        return widen(self.convolutions(images)).unflatten(0, latent.shape[:-1])
+        return at_least_float32(self.convolutions(images)).unflatten(0, latent.shape[:-1])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matwm_rl.checks import check_shape
-from matwm_rl.functional import widen
+from matwm_rl.functional import at_least_float32
 from matwm_rl.modules.latent import Latent, read_latent
 from matwm_rl.modules.stacked import StackedLinear, mlp
 from matwm_rl.modules.transformer import KVCache, Transformer
@@ -93,7 +93,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, *batch, in] -> [N, *batch, out]``."""
         out = self.output(self.trunk(x))
-        return widen(out if self.skip is None else out + self.skip(x))
+        return at_least_float32(out if self.skip is None else out + self.skip(x))
 
 
 class TeammatePredictorBase(nn.Module):
@@ -178,7 +178,7 @@ class TeammatePredictorBase(nn.Module):
         """``[N, *batch, (N-1) * A]`` to ``[N, *batch, N-1, A]``, in float32, without illegal actions."""
         name = f"{type(self).__name__} must give logits ((N-1) * A = {self.num_agents - 1} * {self.num_actions})"
         check_shape(output, name, (self.num_agents, *[None] * (output.ndim - 2), self.num_outputs))
-        logits = widen(output).unflatten(-1, (self.num_agents - 1, self.num_actions))
+        logits = at_least_float32(output).unflatten(-1, (self.num_agents - 1, self.num_actions))
         legal = self.legal.view(self.num_agents, *[1] * (logits.ndim - 3), *self.legal.shape[1:])
         return logits.masked_fill(~legal, ILLEGAL_LOGIT)
 

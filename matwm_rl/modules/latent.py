@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from matwm_rl.functional import balanced_gaussian_kl, balanced_kl, may_need_gradient, sample_index, widen
+from matwm_rl.functional import balanced_gaussian_kl, balanced_kl, may_need_gradient, sample_index, at_least_float32
 from matwm_rl.modules.stacked import StackedLinear
 
 MIN_LOG_PROB = -30.0
@@ -427,23 +427,23 @@ class GaussianLatent(LatentCode):
 
     def posterior(self, features: Tensor) -> Tensor:
         """Means and log standard deviations ``[..., K, 2]``."""
-        mean = widen(features)
+        mean = at_least_float32(features)
         return torch.stack([mean, torch.full_like(mean, math.log(self.width))], -1)
 
     def sample_posterior(self, features: Tensor) -> Latent:
         """A draw while training, with gradients through it; the mean otherwise."""
-        mean = widen(features)
+        mean = at_least_float32(features)
         return Latent(torch.add(mean, torch.randn_like(mean), alpha=self.width) if self.training else mean)
 
     def prior(self, output: Tensor, latent: Latent) -> Tensor:
         """Movements and widths ``[..., 2 K]`` from z_t to means and log standard deviations ``[..., K, 2]``."""
-        movement, spread = widen(output).chunk(2, -1)
+        movement, spread = at_least_float32(output).chunk(2, -1)
         deviation = self.spread_scale * nn.functional.softplus(spread) + 0.5 * self.width
         return torch.stack([latent.value + self.step_scale * movement, deviation.log()], -1)
 
     def draw(self, parameters: Tensor) -> Latent:
         """Draw z ``[..., Z]`` from means and log standard deviations ``[..., K, 2]``."""
-        mean, log_deviation = widen(parameters.detach()).unbind(-1)
+        mean, log_deviation = at_least_float32(parameters.detach()).unbind(-1)
         return Latent(torch.addcmul(mean, log_deviation.exp(), torch.randn_like(mean)))
 
     def balanced_kl(self, posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from matwm_rl.functional import widen
+from matwm_rl.functional import at_least_float32
 
 EPSILON = 1e-5
 """Of the layer norms; PyTorch's default."""
@@ -176,7 +176,7 @@ class StackedNormSiLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension, apply agent n's gain and offset, then SiLU."""
-        flat = widen(x).reshape(x.shape[0], -1, x.shape[-1])
+        flat = at_least_float32(x).reshape(x.shape[0], -1, x.shape[-1])
         weight, bias = (p if self.per_agent else p[self.stack_index] for p in (self.weight, self.bias))
         return _NormSiLU.apply(flat, weight.unsqueeze(1), bias.unsqueeze(1))[0].view(x.shape)
 

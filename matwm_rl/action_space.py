@@ -1,0 +1,251 @@
+"""What agents can do: the one place that knows whether an action is an index or a vector.
+
+Legend: N agents, A numbers that describe one agent's action distribution (of discrete actions: the most actions of any
+agent), F features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn.functional import cross_entropy
+from torchrl.data import Categorical, TensorSpec
+from torchrl.modules import MaskedCategorical
+
+from matwm_rl.functional import sample_index, softmax_over_few
+
+ILLEGAL_LOGIT = -1e9
+"""Logit of an action that an agent does not have."""
+
+
+class ActionSpace(ABC):
+    """The actions of N agents, padded to one size.
+
+    The layout of the agents owns it (:attr:`matwm_rl.envs.AgentLayout.actions`). Everything that stores, draws, checks,
+    embeds, predicts or scores actions asks it. Another kind of action is another subclass, and no caller changes.
+
+    Attributes:
+        num_agents: N.
+        num_parameters: A, numbers that describe one agent's action distribution: what actors and teammate predictors
+            put out. Of discrete actions these are logits.
+        action_shape: shape of one agent's action; ``()`` for an index.
+        dtype: of actions.
+        distribution_class: makes a distribution of ``logits [*batch, N, A]`` and ``mask [*batch, N, A]``.
+
+    Examples:
+        >>> space: ActionSpace = DiscreteActions([3, 2])
+        >>> space.random(space.legal().expand(7, -1, -1)).shape
+        torch.Size([7, 2])
+    """
+
+    num_agents: int
+    num_parameters: int
+    action_shape: tuple[int, ...]
+    dtype: torch.dtype
+    distribution_class: Callable[..., Distribution]
+
+    @abstractmethod
+    def legal(self) -> Tensor:
+        """Which of its A entries each agent has at all, bool ``[N, A]``."""
+
+    @abstractmethod
+    def spec(self, shape: Sequence[int], device: torch.device | str | None = None) -> TensorSpec:
+        """TorchRL's spec of actions of batch ``shape``, ``[*shape, N, *action_shape]``."""
+
+    @abstractmethod
+    def problem(self, action: Tensor) -> str | None:
+        """Say what is wrong with actions ``[*batch, N, *action_shape]``; ``None`` where nothing is."""
+
+    @abstractmethod
+    def random(self, mask: Tensor) -> Tensor:
+        """Draw actions ``[*batch, N, *action_shape]`` uniformly from what ``mask [*batch, N, A]`` allows."""
+
+    @abstractmethod
+    def make_embedding(self, features: int, *, scaled: bool) -> nn.Module:
+        """Build the action's part of the action mixer: actions ``[N, *batch, *action_shape]`` to ``[N, *batch, F]``.
+
+        Args:
+            features: F.
+            scaled: action scaling: every agent has weights of its own; off (ablation): all share them.
+        """
+
+    @abstractmethod
+    def mask_parameters(self, parameters: Tensor, legal: Tensor) -> Tensor:
+        """Take the weight off what an agent does not have: ``parameters [..., A]``, ``legal`` bool ``[..., A]``."""
+
+    @abstractmethod
+    def features(self, parameters: Tensor) -> Tensor:
+        """Bounded form ``[..., A]`` of predicted action distributions, for networks to read."""
+
+    @abstractmethod
+    def negative_log_likelihood(self, parameters: Tensor, action: Tensor) -> Tensor:
+        """Negative log-likelihood ``[...]``, in nats, of ``action [..., *action_shape]`` under ``parameters [..., A]``."""
+
+    @abstractmethod
+    def fit_constant(self, action: Tensor, mask: Tensor) -> Tensor:
+        """Fit the best constant prediction of actions: the trivial predictor to compare others with.
+
+        Args:
+            action: ``[S, ..., *action_shape]``, S samples.
+            mask: bool ``[S, ...]``, which samples count.
+
+        Returns:
+            parameters ``[..., A]``.
+        """
+
+
+@dataclass(frozen=True)
+class DiscreteActions(ActionSpace):
+    """Discrete actions: each agent takes the index of one of its own.
+
+    Args:
+        counts: number of actions of each of the N agents; the largest is A.
+
+    Raises:
+        ValueError: if there is no agent, or one has no action.
+
+    Examples:
+        >>> space = DiscreteActions([3, 2])
+        >>> space.legal().tolist()
+        [[True, True, True], [True, True, False]]
+        >>> space.problem(torch.tensor([2, 2]))
+        'got the actions [2, 2] of agents with [3, 2] actions'
+    """
+
+    counts: list[int]
+
+    def __post_init__(self) -> None:
+        if not self.counts or min(self.counts) < 1:
+            raise ValueError(f"every agent needs at least one action, got the counts {self.counts}")
+
+    @property
+    def num_agents(self) -> int:  # type: ignore[override]
+        """N."""
+        return len(self.counts)
+
+    @property
+    def num_parameters(self) -> int:  # type: ignore[override]
+        """A, the most actions of any agent."""
+        return max(self.counts)
+
+    @property
+    def action_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """An action is one index."""
+        return ()
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Of indices."""
+        return torch.int64
+
+    @property
+    def distribution_class(self) -> Callable[..., Distribution]:  # type: ignore[override]
+        """Of one choice among the legal actions."""
+        return ActionDistribution
+
+    def legal(self) -> Tensor:
+        """See the base class."""
+        return torch.arange(self.num_parameters) < torch.tensor(self.counts).unsqueeze(-1)
+
+    def spec(self, shape: Sequence[int], device: torch.device | str | None = None) -> TensorSpec:
+        """See the base class; the spec's own mask holds the padding of agents with fewer actions, and no more."""
+        size = torch.Size([*shape, self.num_agents])
+        return Categorical(self.num_parameters, shape=size, device=device, dtype=self.dtype, mask=self.legal())
+
+    def problem(self, action: Tensor) -> str | None:
+        """See the base class."""
+        if action.shape[-1:] != (self.num_agents,) or action.is_floating_point():
+            return (
+                f"got actions of shape {list(action.shape)} and {action.dtype}; expected one index for each of "
+                f"{self.num_agents} agents (of one-hot actions: argmax(-1))"
+            )
+        if ((action < 0) | (action >= torch.tensor(self.counts, device=action.device))).any():
+            return f"got the actions {action.tolist()} of agents with {self.counts} actions"
+        return None
+
+    def random(self, mask: Tensor) -> Tensor:
+        """See the base class."""
+        return torch.multinomial(mask.flatten(0, -2).float(), 1).view(mask.shape[:-1])
+
+    def make_embedding(self, features: int, *, scaled: bool) -> nn.Module:
+        """See the base class and :class:`ActionRows`."""
+        return ActionRows(self.counts, features, scaled=scaled)
+
+    def mask_parameters(self, parameters: Tensor, legal: Tensor) -> Tensor:
+        """See the base class: logits of missing actions become :data:`ILLEGAL_LOGIT`."""
+        return parameters.masked_fill(~legal, ILLEGAL_LOGIT)
+
+    def features(self, parameters: Tensor) -> Tensor:
+        """See the base class: probabilities, zero for actions that an agent does not have."""
+        return softmax_over_few(parameters)
+
+    def negative_log_likelihood(self, parameters: Tensor, action: Tensor) -> Tensor:
+        """See the base class: the cross-entropy."""
+        return cross_entropy(parameters.movedim(-1, 1), action, reduction="none")
+
+    def fit_constant(self, action: Tensor, mask: Tensor) -> Tensor:
+        """See the base class: logarithms of the frequencies."""
+        taken = nn.functional.one_hot(action, self.num_parameters) * mask.unsqueeze(-1)
+        frequency = taken.sum(0) / mask.sum(0).clamp(min=1).unsqueeze(-1)
+        return frequency.clamp(min=1e-12).log()
+
+
+class ActionDistribution(MaskedCategorical):
+    """TorchRL's ``MaskedCategorical``, drawn by the inverse of the cumulative distribution.
+
+    ``torch.multinomial`` takes four times as long, and the checks that distributions make by default make a GPU wait at
+    every step.
+
+    Examples:
+        >>> mask = torch.tensor([False, True, False])
+        >>> ActionDistribution(logits=torch.zeros(3), mask=mask).sample()
+        tensor(1)
+    """
+
+    _validate_args = False
+
+    def sample(self, sample_shape: torch.Size | Sequence[int] | None = None) -> Tensor:
+        """Draw actions ``[*sample_shape, *batch]``."""
+        probs = softmax_over_few(self.logits)
+        return sample_index(probs.expand(*(sample_shape or ()), *probs.shape))
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        """The likeliest actions ``[*batch]``; TorchRL asks for them under deterministic exploration."""
+        return self.logits.argmax(-1)
+
+
+class ActionRows(nn.Module):
+    """Rows of weights, one for every action: the linear map of one-hot actions, as a look-up.
+
+    With action scaling, agent i's rows start at ``A_0 + .. + A_{i-1}``: this alone tells the shared model which agent is
+    focal (docs/algorithm.md, World model). Without it all agents use the same rows.
+
+    Args:
+        counts: number of actions of each of the N agents.
+        features: F, size of a row.
+        scaled: action scaling on or off.
+
+    Examples:
+        >>> rows = ActionRows([5, 3], 8, scaled=True)
+        >>> rows.rows.num_embeddings, rows(torch.zeros(2, 7, dtype=torch.long)).shape
+        (8, torch.Size([2, 7, 8]))
+    """
+
+    offset: Tensor
+
+    def __init__(self, counts: Sequence[int], features: int, *, scaled: bool) -> None:
+        super().__init__()
+        sizes = torch.tensor(list(counts))
+        offset = sizes.cumsum(0) - sizes if scaled else torch.zeros_like(sizes)
+        self.register_buffer("offset", offset, persistent=False)
+        self.rows = nn.Embedding(int(sizes.sum() if scaled else sizes.max()), features)
+
+    def forward(self, action: Tensor) -> Tensor:
+        """Look up ``[N, *batch]`` actions: ``[N, *batch, F]``."""
+        return self.rows(action + self.offset.view(-1, *[1] * (action.ndim - 1)))
