@@ -1,15 +1,8 @@
-"""Replay: slice samplers, folding agents into the batch, and both buffers on one storage."""
+"""Replay: slice samplers, the layouts of stored data, and two buffers on one storage."""
 
+from matwm_rl.data.config import ReplayConfig, starts_per_agent_by_agents
 from matwm_rl.data.continuity import Continuity
-from matwm_rl.data.focal import (
-    REPLAY_KEYS,
-    FocalSlices,
-    agent_rows,
-    focal_batch,
-    select_focal,
-    teammate_actions,
-    to_focal,
-)
+from matwm_rl.data.layouts import REPLAY_KEYS, FocalSlices, add_agent_entries
 from matwm_rl.data.replay import Replay, make_replay
 from matwm_rl.data.samplers import RecencySliceSampler, UniformSliceSampler
 from matwm_rl.data.slices import timeline
@@ -20,12 +13,10 @@ __all__ = [
     "FocalSlices",
     "RecencySliceSampler",
     "Replay",
+    "ReplayConfig",
     "UniformSliceSampler",
-    "agent_rows",
-    "focal_batch",
+    "add_agent_entries",
     "make_replay",
-    "select_focal",
-    "teammate_actions",
+    "starts_per_agent_by_agents",
     "timeline",
-    "to_focal",
 ]

@@ -1,4 +1,4 @@
-"""Whether what is stored one after the other happened one after the other."""
+"""The check that rollouts stored one after the other also happened one after the other."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ VALID: NestedKey = ("collector", "mask")
 
 
 class Continuity:
-    """Refuses rollouts that do not go on where those before them stopped, before slices run from one into the other.
+    """Refuse rollouts that do not continue those before them: slices would run from one into the other.
 
-    TorchRL's collectors number trajectories, over all their workers: inside an episode the number stays the same, also
+    TorchRL's collectors number the trajectories of all their workers. Inside an episode the number stays the same, also
     from one batch to the next. Data without numbers cannot be checked.
 
     Raises:
-        ValueError: by :meth:`check`, if a rollout does not go on.
+        ValueError: By :meth:`check`, if a rollout does not continue the one before.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -39,18 +39,18 @@ class Continuity:
         self._running: Tensor | None = None
 
     def forget(self) -> None:
-        """Let anything follow."""
+        """Accept any rollout next."""
         self._running = None
 
     def check(self, td: TensorDictBase) -> None:
-        """Compare with what was checked before.
+        """Check that a rollout continues the one checked before, and remember its end.
 
         Args:
-            td: plain rollout, ``[E, T]``; read are ``("collector", "traj_ids")``, ``("collector", "mask")``, both
-                optional, and ``("next", "done")``.
+            td: plain rollout, ``[E, T]``. Reads ``("next", "done")`` and, if they are there,
+                ``("collector", "traj_ids")`` and ``("collector", "mask")``.
 
         Raises:
-            ValueError: if steps are padding, or if a trajectory begins where another has not ended.
+            ValueError: If steps are padding, or if a trajectory begins where another has not ended.
         """
         valid = td.get(VALID, None)
         if valid is not None and not valid.all():
@@ -61,7 +61,7 @@ class Continuity:
         trajectory = td.get(TRAJECTORY, None)
         if trajectory is None:
             return self.forget()
-        # -1: no episode that would have to go on.
+        # -1: no episode has to continue.
         running = torch.where(td.get(DONE).squeeze(-1), -1, trajectory)
         before = torch.full_like(running[:, :1], -1) if self._running is None else self._running.to(running.device)
         before = torch.cat([before, running[:, :-1]], 1)
@@ -75,8 +75,8 @@ class Continuity:
                     'time: have it yield whole episodes, with trajs_per_batch=1, traj_format="cat". Where environments '
                     "are reset in between, call Replay.end_episodes first: it cuts the episode off."
                     if step == 0
-                    else "Workers must not stand behind one another in time: leave the collector's cat_results at "
-                    '"stack".'
+                    else "The batches of workers must not follow one another in time: leave the collector's "
+                    'cat_results at "stack".'
                 )
             )
         self._running = running[:, -1:]

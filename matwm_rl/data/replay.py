@@ -9,9 +9,18 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.data import ImmutableDatasetWriter, LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
+from torch import Tensor
+from torchrl.data import (
+    ImmutableDatasetWriter,
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    ReplayBuffer,
+    RoundRobinWriter,
+    TensorDictReplayBuffer,
+)
 
-from matwm_rl.data.focal import FocalSlices
+from matwm_rl.data.config import ReplayConfig, starts_per_agent_by_agents
+from matwm_rl.data.layouts import FocalSlices
 from matwm_rl.data.samplers import RecencySliceSampler, UniformSliceSampler
 from matwm_rl.data.slices import timeline
 
@@ -21,50 +30,53 @@ _LAYOUT_FILE = "layout.json"
 
 @dataclass(frozen=True)
 class Replay:
-    """Two buffers on one storage; write with :meth:`extend`, read with ``sequences.sample()`` and ``starts.sample()``.
+    """Two buffers on one storage: write with :meth:`extend`, read with ``sequences.sample()``, ``starts.sample()``.
 
-    Built by :func:`make_replay` (section 6). Both samples are focal batches (:mod:`matwm_rl.data.focal`). A collector
-    may also be given ``sequences`` as its ``replay_buffer``. Its workers then have to write whole episodes
-    (``sync=False, trajs_per_batch=1, traj_format="cat"``), and the functions that make their environments to add the
-    policy's primer, which TorchRL then does not.
+    Built by :func:`make_replay`. Both samples are focal batches (:mod:`matwm_rl.data.layouts`). A collector can take
+    ``sequences`` as its ``replay_buffer``. If it collects in worker processes, they have to write whole episodes
+    (``sync=False, trajs_per_batch=1, traj_format="cat"``), and the functions that make their environments have to add
+    the policy's primer, which TorchRL then does not.
 
     Attributes:
-        sequences (ReplayBuffer): recency-weighted slices for the world model, ``[B, T]``. The one that is written to.
-        starts (ReplayBuffer): uniform slices of the context and the step to imagine from, ``[B, C+1]``. Reads only.
-        num_agents (int): N.
-        num_envs (int): E.
+        sequences: recency-weighted slices for the world model, ``[B, T]``; the buffer that is written to.
+        starts: uniform slices, ``[B, C+1]``: the context and the step to imagine from. Reads only.
+        num_agents: N.
+        num_envs: E.
+
+    Keys stored: see :class:`~matwm_rl.data.FocalSlices`. Samples also have TorchRL's ``"index"``, ``[B, T, N, 3]``: the
+    place of each agent's step in the [time, env, agent] storage.
 
     Raises:
-        ValueError: by :meth:`extend`, :meth:`load_state_dict` and :meth:`loads`, if what they are given does not fit.
+        ValueError: By :meth:`extend`, :meth:`load_state_dict` and :meth:`loads`, if what they are given does not fit.
 
     Examples:
         >>> from matwm_rl.envs import make_env
-        >>> sizes = {"sequences_per_agent": 2, "starts_per_agent": 4, "sequence_length": 8, "context_length": 2}
-        >>> replay = make_replay(num_agents=3, capacity=100, **sizes)
+        >>> config = ReplayConfig(capacity=100, sequences=6, sequence_length=8, starts_per_agent=4, context_length=2)
+        >>> replay = make_replay(3, config)
         >>> replay.extend(make_env("mock", seed=0).rollout(50, break_when_any_done=False))
         >>> replay.sequences.sample()["agents", "action"].shape, replay.starts.sample()["agents", "action"].shape
         (torch.Size([2, 8, 3]), torch.Size([4, 3, 3]))
     """
 
-    sequences: ReplayBuffer
-    starts: ReplayBuffer
+    sequences: TensorDictReplayBuffer
+    starts: TensorDictReplayBuffer
     num_agents: int
     num_envs: int
 
     def extend(self, td: TensorDictBase) -> None:
-        """Stores what a collector yields; of its entries only :data:`~matwm_rl.data.REPLAY_KEYS`.
+        """Store what a collector yields; of its entries only :data:`~matwm_rl.data.REPLAY_KEYS`.
 
-        Successive calls must continue one another in time; where they do not, call :meth:`end_episodes` in between.
-        What a collector yields is checked for it (:class:`~matwm_rl.data.Continuity`).
+        Each call must continue the one before in time; if it does not, call :meth:`end_episodes` in between. What a
+        collector yields is checked for this (:class:`~matwm_rl.data.Continuity`).
 
         Args:
-            td (TensorDictBase): plain rollout, ``[E, T]``, ``[W, E/W, T]`` of W workers, or ``[T]`` of a single
-                environment or of whole episodes one after the other.
+            td: plain rollout, ``[E, T]``, ``[W, E/W, T]`` of W workers, or ``[T]`` of a single environment or of whole
+                episodes one after the other.
 
         Raises:
-            ValueError: if the batch does not fit the number of environments, the capacity or the number of agents, or
+            ValueError: If the batch does not fit the number of environments, the capacity or the number of agents, or
                 does not continue the one before.
-            KeyError: if an entry that replay stores is missing.
+            KeyError: If an entry that replay stores is missing.
         """
         capacity = self.capacity // self.num_envs
         if td.shape[-1] > capacity:
@@ -77,10 +89,10 @@ class Replay:
         self.sequences.extend(td)
 
     def end_episodes(self) -> None:
-        """Marks the newest stored step of every environment as the end of its episode (by truncation).
+        """Mark the newest stored step of every environment as the end of its episode (by truncation).
 
-        Without it a slice could run from this step into one that does not follow it. To be called when the environments
-        are reset in the middle of an episode: after resuming from a checkpoint, or between unrelated rollouts.
+        Otherwise a slice could run from this step into one that does not follow it. Call it when the environments are
+        reset in the middle of an episode: after resuming from a checkpoint, or between unrelated rollouts.
         """
         self._focal_slices.continuity.forget()
         storage = self.sequences.storage
@@ -97,12 +109,12 @@ class Replay:
 
     @property
     def capacity(self) -> int:
-        """Env steps that replay holds at most, all environments together."""
+        """Number of env steps that replay can hold, all environments together."""
         return int(self.sequences.storage.max_size) // self.num_agents
 
     @property
     def env_steps(self) -> int:
-        """Env steps ever written, all environments together, those overwritten since included."""
+        """Number of env steps ever written, all environments together, including those overwritten since."""
         return self.sequences.write_count * self.num_envs
 
     @property
@@ -111,11 +123,11 @@ class Replay:
         return self.sequences.can_sample() and self.starts.can_sample()
 
     def __len__(self) -> int:
-        """Env steps stored, all environments together."""
+        """Return the number of env steps stored, all environments together."""
         return len(self.sequences.storage) // self.num_agents
 
     def state_dict(self) -> dict[str, Any]:
-        """Data, write cursor and random state, each once; ``torch.load(..., weights_only=True)`` accepts it.
+        """Return data, write cursor and random state, each once; ``torch.load(..., weights_only=True)`` accepts it.
 
         The tensors are replay's own, not copies: save them before the next :meth:`extend`.
         """
@@ -128,14 +140,14 @@ class Replay:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave: both buffers go on with exactly the batches that were to come.
+        """Restore what :meth:`state_dict` returned: both buffers draw exactly the batches that would have come next.
 
-        Batch sizes and slice lengths stay those this replay was built with. Where what is stored next does not follow
-        what was stored last, call :meth:`end_episodes` in between. With a ``scratch_dir`` use :meth:`loads`:
-        here TorchRL would put the data of a replay that is still empty into a temporary folder instead.
+        Batch sizes and slice lengths stay those this replay was built with. If the next rollout does not continue the
+        last one stored, call :meth:`end_episodes` in between. With a ``scratch_dir`` use :meth:`loads` instead: here
+        TorchRL would put the data of a replay that is still empty into a temporary folder.
 
         Raises:
-            ValueError: if the state is of a replay with another capacity, number of agents or of environments.
+            ValueError: If the state is of a replay with another capacity, number of agents or of environments.
         """
         self._check_layout(state_dict["layout"])
         self.sequences.storage.load_state_dict(state_dict["storage"])
@@ -145,12 +157,12 @@ class Replay:
         self._focal_slices.continuity.forget()
 
     def dumps(self, path: str | Path) -> None:
-        """Writes everything below the folder ``path``, as memory-mapped tensors and JSON.
+        """Write everything below the folder ``path``, as memory-mapped tensors and JSON.
 
         The parts are written one by one: ``ReplayBuffer.dumps`` would add a pickle, which its ``loads`` executes.
 
         Raises:
-            RuntimeError: if nothing has been stored yet.
+            RuntimeError: If nothing has been stored yet.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -161,12 +173,12 @@ class Replay:
         (path / _LAYOUT_FILE).write_text(json.dumps(self._layout))
 
     def loads(self, path: str | Path) -> None:
-        """Restores what :meth:`dumps` wrote: both buffers go on with exactly the batches that were to come.
+        """Restore what :meth:`dumps` wrote: both buffers draw exactly the batches that would have come next.
 
-        Where what is stored next does not follow what was stored last, call :meth:`end_episodes` in between.
+        If the next rollout does not continue the last one stored, call :meth:`end_episodes` in between.
 
         Raises:
-            ValueError: if it is of a replay with another capacity, number of agents or of environments.
+            ValueError: If it is of a replay with another capacity, number of agents or of environments.
         """
         path = Path(path)
         self._check_layout(json.loads((path / _LAYOUT_FILE).read_text()))
@@ -185,60 +197,68 @@ class Replay:
             raise ValueError(f"the state is of a replay with {layout}; this one has {self._layout}. Build it to match.")
 
 
+class _RowBuffer(TensorDictReplayBuffer):
+    """A buffer of rows.
+
+    ``TensorDictReplayBuffer.extend`` also writes the index into what it was given, for priorities, and cannot do so if
+    a [time, env, agent] storage has one environment and one agent. Rows have no priorities and are not used again.
+    """
+
+    def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:
+        """Store what the transform makes of the data, see :meth:`torchrl.data.ReplayBuffer.extend`."""
+        return ReplayBuffer.extend(self, tensordicts, update_priority=update_priority)
+
+
 def make_replay(
-    *,
     num_agents: int,
-    sequences_per_agent: int,
-    starts_per_agent: int,
+    config: ReplayConfig | None = None,
+    *,
     num_envs: int = 1,
-    capacity: int = 50_000,
-    sequence_length: int = 64,
-    context_length: int = 8,
-    decay: float = 0.9998,
-    scratch_dir: str | Path | None = None,
     device: torch.device | str = "cpu",
     seed: int | None = None,
+    scratch_dir: str | Path | None = None,
 ) -> Replay:
-    """Builds replay: one [time, env, agent] storage with a recency-weighted and a uniform buffer (section 6).
+    """Build replay: one [time, env, agent] storage with a recency-weighted and a uniform buffer.
 
-    Keyword Args:
-        num_agents (int): N.
-        sequences_per_agent (int): slices per agent in a world-model batch; the paper's 16 in total, in equal shares.
-        starts_per_agent (int): starts of imagination per agent in an agent batch.
-        num_envs (int, optional): E, environments that step together. Defaults to 1.
-        capacity (int, optional): env steps stored, all environments together; rounded down to a multiple of E.
-        sequence_length (int, optional): T of ``sequences``. Defaults to 64.
-        context_length (int, optional): C, real steps before the one that imagination starts from. Defaults to 8.
-        decay (float, optional): see :class:`~matwm_rl.data.RecencySliceSampler`; 1.0 turns recency off.
-        scratch_dir (str or Path, optional): folder for memory-mapped data. Defaults to memory.
-        device (torch.device, optional): where the data is stored and sampled; "cpu" with ``scratch_dir``.
-        seed (int, optional): of both samplers. Defaults to the global random state, which ``state_dict`` leaves out.
+    Args:
+        num_agents: N.
+        config: sizes and recency; by default the paper's.
+        num_envs: E, environments that step together.
+        device: where the data is stored and sampled; "cpu" with ``scratch_dir``.
+        seed: of both samplers. ``None``: they use the global random state, which ``state_dict`` leaves out.
+        scratch_dir: folder for memory-mapped data. ``None``: the data is kept in memory.
 
     Raises:
-        ValueError: if a number is not positive, ``decay`` is not in (0, 1], or a batch could never be drawn.
+        ValueError: If a number is not positive, the decay is not in (0, 1], or a batch could never be drawn.
 
     Examples:
-        >>> replay = make_replay(num_agents=3, sequences_per_agent=5, starts_per_agent=170, seed=0)
+        >>> replay = make_replay(3, ReplayConfig(capacity=10_000), seed=0)
         >>> replay.capacity, replay.can_sample
-        (50000, False)
+        (10000, False)
     """
+    config = ReplayConfig() if config is None else config
+    starts_per_agent = config.starts_per_agent
+    if starts_per_agent is None:
+        starts_per_agent = starts_per_agent_by_agents(num_agents)
     counts = {
         "num_agents": num_agents,
-        "sequences_per_agent": sequences_per_agent,
-        "starts_per_agent": starts_per_agent,
         "num_envs": num_envs,
-        "capacity": capacity,
-        "sequence_length": sequence_length,
-        "context_length": context_length,
+        "capacity": config.capacity,
+        "sequences": config.sequences,
+        "sequence_length": config.sequence_length,
+        "starts_per_agent": starts_per_agent,
+        "context_length": config.context_length,
     }
     if wrong := {name: value for name, value in counts.items() if value < (name != "context_length")}:
         raise ValueError(f"got {wrong}; expected positive numbers (context_length may be 0).")
-    steps_per_env = capacity // num_envs
-    start_length = context_length + 1
-    if num_envs * (steps_per_env // sequence_length) < sequences_per_agent or steps_per_env < start_length:
+    sequences_per_agent = config.sequences_per_agent(num_agents)
+    steps_per_env = config.capacity // num_envs
+    start_length = config.context_length + 1
+    if num_envs * (steps_per_env // config.sequence_length) < sequences_per_agent or steps_per_env < start_length:
         raise ValueError(
             f"a capacity of {steps_per_env} steps for each of {num_envs} environment(s) can never hold "
-            f"{sequences_per_agent} slices of {sequence_length} steps side by side and one of {start_length}; raise it."
+            f"{sequences_per_agent} slices of {config.sequence_length} steps side by side and one of {start_length}; "
+            "raise it."
         )
     # A multiple of E * N, so that TorchRL does not round it up when the first data arrives.
     max_size = steps_per_env * num_envs * num_agents
@@ -248,18 +268,22 @@ def make_replay(
     else:
         storage = LazyMemmapStorage(max_size, ndim=3, device=device, scratch_dir=scratch_dir)
     generators = [None if seed is None else torch.Generator().manual_seed(seed + offset) for offset in (0, 1)]
-    sequences = ReplayBuffer(
+    sequences = _RowBuffer(
         storage=storage,
-        sampler=RecencySliceSampler(sequence_length, decay=decay, num_shares=num_agents, generator=generators[0]),
-        transform=FocalSlices(num_agents, sequence_length, num_envs),
-        batch_size=num_agents * sequences_per_agent * sequence_length,
+        sampler=RecencySliceSampler(
+            config.sequence_length, decay=config.recency_decay, num_shares=num_agents, generator=generators[0]
+        ),
+        # TensorDictReplayBuffer's default writer would store an index with every row.
+        writer=RoundRobinWriter(),
+        transform=FocalSlices(num_agents, num_envs),
+        batch_size=num_agents * sequences_per_agent * config.sequence_length,
         dim_extend=0,
     )
-    starts = ReplayBuffer(
+    starts = _RowBuffer(
         storage=storage,
         sampler=UniformSliceSampler(start_length, num_shares=num_agents, generator=generators[1]),
         writer=ImmutableDatasetWriter(),
-        transform=FocalSlices(num_agents, start_length, num_envs),
+        transform=FocalSlices(num_agents, num_envs),
         batch_size=num_agents * starts_per_agent * start_length,
         dim_extend=0,
     )

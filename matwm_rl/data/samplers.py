@@ -12,26 +12,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from matwm_rl.data.config import ReplayConfig
 from matwm_rl.data.slices import SliceSamplerBase, Timeline
 
 
 class UniformSliceSampler(SliceSamplerBase):
-    """Draws slices uniformly and with replacement, for the starts of imagination (section 4, Algorithm 1).
+    """Draw slices uniformly and with replacement, for the starts of imagination (Algorithm 1).
 
-    Every position of every environment is equally likely. A slice never runs over the write cursor of a full storage;
-    it may cross the end of an episode. It is meant for a second buffer on the storage of the first (see
-    :func:`~matwm_rl.data.make_replay`).
+    Every position of every environment is equally likely. A slice never crosses the write cursor of a full storage; it
+    may cross the end of an episode. Use it in a second buffer on the storage of the first, as
+    :func:`~matwm_rl.data.make_replay` does.
 
     Args:
-        slice_len (int): steps of a slice: the context and the step that imagination starts from.
-
-    Keyword Args:
-        num_shares (int, optional): equal consecutive parts of a batch, one per agent. With a [time, env, agent]
-            storage, part i reads agent i. Defaults to 1.
-        generator (torch.Generator, optional): source of randomness, saved with the sampler. Defaults to the buffer's.
+        slice_len: steps of a slice: the context and the step that imagination starts from.
+        num_shares: equal parts of a batch, one per agent. With a [time, env, agent] storage, part i reads agent i.
+        generator: source of randomness, saved with the sampler; by default the buffer's.
 
     Raises:
-        ValueError: if ``slice_len`` or ``num_shares`` is not positive.
+        ValueError: If ``slice_len`` or ``num_shares`` is not positive.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -55,7 +53,7 @@ class UniformSliceSampler(SliceSamplerBase):
 
 
 class RecencySliceSampler(SliceSamplerBase):
-    r"""Draws slices that favour what is new and do not overlap, for the world model (section 6 of the paper).
+    r"""Draw slices that favour new data and do not overlap, for the world model (docs/algorithm.md, Training).
 
     The slices of a share are drawn one after another. A start at step s (0 is the oldest) of any environment has weight
 
@@ -64,21 +62,18 @@ class RecencySliceSampler(SliceSamplerBase):
     its age in *environment steps*: the newest possible start of each of the E environments has age 0, and one time step
     of all of them makes all starts older by E. A slice is drawn from these weights, restricted to the starts that
     overlap no earlier slice of the share and that leave room for the slices still to come (the latter matters only if
-    the storage barely holds them). Different shares are independent and may overlap. A slice never runs over the write
+    the storage barely holds them). Different shares are independent and may overlap. A slice never crosses the write
     cursor of a full storage; it may cross the end of an episode, which the model masks.
 
     Args:
-        slice_len (int): steps of a slice.
-
-    Keyword Args:
-        decay (float, optional): weight per env step of age, in (0, 1]. 1.0 is the ablation without recency: uniform.
-            Defaults to 0.9998.
-        num_shares (int, optional): equal consecutive parts of a batch, one per agent. With a [time, env, agent]
-            storage, part i reads agent i. Defaults to 1.
-        generator (torch.Generator, optional): source of randomness, saved with the sampler. Defaults to the buffer's.
+        slice_len: steps of a slice.
+        decay: weight per env step of age, in (0, 1]; by default that of :class:`~matwm_rl.data.ReplayConfig`. 1.0
+            samples uniformly: the ablation without recency (Table 5).
+        num_shares: equal parts of a batch, one per agent. With a [time, env, agent] storage, part i reads agent i.
+        generator: source of randomness, saved with the sampler; by default the buffer's.
 
     Raises:
-        ValueError: if ``slice_len`` or ``num_shares`` is not positive or ``decay`` not in (0, 1].
+        ValueError: If ``slice_len`` or ``num_shares`` is not positive or ``decay`` is not in (0, 1].
 
     Examples:
         >>> from tensordict import TensorDict
@@ -94,7 +89,7 @@ class RecencySliceSampler(SliceSamplerBase):
         self,
         slice_len: int,
         *,
-        decay: float = 0.9998,
+        decay: float = ReplayConfig.recency_decay,
         num_shares: int = 1,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -111,16 +106,15 @@ class RecencySliceSampler(SliceSamplerBase):
         return f"Slices of a share do not overlap, so at least {steps} steps of each environment are needed."
 
     def _draw(self, now: Timeline, per_share: int) -> tuple[Tensor, Tensor]:
-        # A slice takes the room of two at most. With room for 2 * per_share - 1, those still to come always fit,
-        # whatever is drawn: rejection then draws from the same distribution as the exact method.
+        # A slice takes the room of at most two others. With room for 2 * per_share - 1, those still to come therefore
+        # always fit, and rejection draws from the same distribution as the exact method.
         ample = now.num_envs * (now.length // self.slice_len) >= 2 * per_share - 1
         proposals = self._proposals(now, 2 * self.num_shares * per_share)
         drawn: list[tuple[int, int]] = []
-        # The work is one cheap step per slice of the batch, however many shares it is cut into.
         for _ in range(self.num_shares):
             share = _Share(now, self.slice_len)
             if ample:
-                # Rejections are few unless decay is small; the cap keeps a bad case from running for ever.
+                # Rejections are few unless decay is small; the cap bounds the time of a bad case.
                 for _, (start, env) in zip(range(8 * per_share), proposals, strict=False):
                     if share.is_free(start, env):
                         share.take(start, env)
@@ -133,14 +127,14 @@ class RecencySliceSampler(SliceSamplerBase):
         return start_env[:, 0], start_env[:, 1]
 
     def _proposals(self, now: Timeline, chunk: int) -> Iterator[tuple[int, int]]:
-        """Draws independent (start, environment) pairs by their weight, without a look at the other slices."""
+        """Draw independent (start, environment) pairs by their weight, whether or not they overlap other slices."""
         num_starts = self._num_starts(now)
         log_rate = now.num_envs * math.log(self.decay)
         while True:
             if self.decay == 1.0:
                 start = self._randint(num_starts, chunk)
             else:
-                # Inverse of the distribution function of the geometric distribution cut off at the oldest start:
+                # Inverse of the distribution function of the geometric distribution, truncated at the oldest start.
                 # torch.multinomial over 50,000 weights takes a thousand times as long.
                 mass = -math.expm1(num_starts * log_rate)
                 steps_back = (torch.log1p(-mass * self._rand(chunk)) / log_rate).long()
@@ -149,7 +143,7 @@ class RecencySliceSampler(SliceSamplerBase):
             yield from zip(start.tolist(), env.tolist(), strict=True)
 
     def _draw_exact(self, share: _Share, num_left: int) -> tuple[int, int]:
-        """Draws one slice from the list of all starts that are free and leave room for the others: O(E L)."""
+        """Draw one slice from the list of all starts that are free and leave room for the others: O(E L)."""
         start, env = share.free_starts(num_left)
         steps_back = (start.max() - start).double()
         weight = torch.exp(share.now.num_envs * math.log(self.decay) * steps_back)
@@ -183,7 +177,7 @@ class _Share:
         self.slices.append((start, env))
 
     def free_starts(self, num_left: int) -> tuple[Tensor, Tensor]:
-        """All starts of a slice after which ``num_left - 1`` others still fit; and their environments."""
+        """Return all starts of a slice after which ``num_left - 1`` others still fit, and their environments."""
         W = self.slice_len
         gaps = [
             (begin, end, env)

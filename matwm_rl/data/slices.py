@@ -1,6 +1,6 @@
-"""Slices of consecutive steps in a storage whose first dimension is time: which exist, and their indices.
+"""Slices of consecutive steps in a storage whose first dimension is time: which ones exist, and their indices.
 
-ndim=1: ``[time]``; ndim=2: ``[time, env]``; ndim=3: ``[time, env, agent]``.
+A storage has ``ndim=1``: ``[time]``, ``ndim=2``: ``[time, env]``, or ``ndim=3``: ``[time, env, agent]``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,19 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage, TensorStorage
 from torchrl.data.replay_buffers.writers import RoundRobinWriter
 
+from matwm_rl.torchrl_internals import attached_entities, buffer_generator, write_cursor
+
 _STATE_FILE = "sampler.json"
 
 
 class Timeline(NamedTuple):
-    """What a storage holds, in order of time: step ``t`` (0 is the oldest) lies at index ``(oldest + t) % length``."""
+    """What a storage holds, in order of time: step ``t`` (0 is the oldest) lies at index ``(oldest + t) % length``.
+
+    Attributes:
+        length: steps stored of each environment.
+        oldest: index of the oldest step.
+        num_envs: E.
+    """
 
     length: int
     oldest: int
@@ -27,19 +35,19 @@ class Timeline(NamedTuple):
 
 
 def timeline(storage: Storage) -> Timeline:
-    """Reads the order of time off a storage and the writers of the buffers built on it.
+    """Read the order of time from a storage and the writers of the buffers built on it.
 
-    The cursor is taken from the writer, not from the storage: the storage's own record of it is lost by
-    ``state_dict`` and ``dumps``, and is stale after ``load_state_dict``. So a buffer that only reads (with an
-    ``ImmutableDatasetWriter``) finds the cursor of the buffer that writes, before and after a checkpoint.
+    The write cursor is taken from the writer, because the storage's own record of it is lost by ``state_dict`` and
+    ``dumps`` and stale after ``load_state_dict``. So a buffer that only reads (with an ``ImmutableDatasetWriter``)
+    finds the cursor of the buffer that writes, before and after a checkpoint.
 
     Args:
-        storage (Storage): a TensorStorage, LazyTensorStorage or LazyMemmapStorage, time first, ndim of at most 3.
+        storage: a TensorStorage, LazyTensorStorage or LazyMemmapStorage, time first, with at most three dimensions.
 
     Raises:
-        TypeError: if the storage is of another kind.
-        ValueError: if it has more than three dimensions.
-        RuntimeError: if two buffers write to it.
+        TypeError: If the storage is of another kind.
+        ValueError: If it has more than three dimensions.
+        RuntimeError: If two buffers have written to it.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -60,22 +68,22 @@ def timeline(storage: Storage) -> Timeline:
     num_envs = storage.shape[1] if storage.ndim > 1 else 1
     if len(storage) < storage.max_size:
         return Timeline(length, 0, num_envs)
-    buffers_writers = (getattr(buffer, "writer", None) for buffer in storage._attached_entities)
-    writers = [w for w in buffers_writers if isinstance(w, RoundRobinWriter) and w._write_count > 0]
+    buffers = [b for b in attached_entities(storage) if isinstance(getattr(b, "writer", None), RoundRobinWriter)]
+    writers = [buffer.writer for buffer in buffers if buffer.write_count > 0]
     if len(writers) > 1:
         raise RuntimeError(
             f"{len(writers)} buffers have written to this storage, so that its steps are in no order of time; "
             "write through one buffer and give the others an ImmutableDatasetWriter."
         )
     # Without a writer the storage was filled from outside, oldest step first.
-    return Timeline(length, writers[0]._cursor % length if writers else 0, num_envs)
+    return Timeline(length, write_cursor(writers[0]) % length if writers else 0, num_envs)
 
 
 class SliceSamplerBase(Sampler):
-    """What the slice samplers share: which starts are valid, the shares of a batch, indices, generator and state.
+    """Base of the slice samplers: valid starts, the shares of a batch, indices, generator and state.
 
-    TorchRL's ``SliceSampler`` is no base for this: its slices end with the episode, and it can neither weight starts
-    nor keep slices apart.
+    TorchRL's ``SliceSampler`` does not serve as a base: its slices end with the episode, and it can neither weight
+    starts nor keep slices from overlapping.
     """
 
     def __init__(self, slice_len: int, *, num_shares: int = 1, generator: torch.Generator | None = None) -> None:
@@ -86,16 +94,22 @@ class SliceSamplerBase(Sampler):
         self._generator = generator
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[Any, dict[str, Any]]:
-        """Draws ``batch_size`` indices: slices of consecutive steps, share after share.
+        """Draw the indices of slices of consecutive steps, ``batch_size`` steps in all.
+
+        Args:
+            storage: see :func:`timeline`.
+            batch_size: slices times ``slice_len``, all shares together.
 
         Returns:
-            the flat index, ``[batch_size]`` (ndim=1) or a tuple with one such tensor per dimension of the storage, and
-            an empty info dictionary.
+            The index and an empty info dictionary. The index has one tensor per dimension of the storage. For one or
+            two dimensions they are flat, ``[batch_size]``, slice after slice and share after share, and a single tensor
+            is in no tuple. For [time, env, agent] they are ``[B, slice_len, num_shares]``, B slices per share, and so
+            is the batch of the sample.
 
         Raises:
-            ValueError: if ``batch_size`` is not a multiple of ``slice_len * num_shares``, or if the agent dimension
+            ValueError: If ``batch_size`` is not a multiple of ``slice_len * num_shares``, or if the agent dimension
                 of a [time, env, agent] storage differs from ``num_shares``.
-            RuntimeError: if the storage holds too few steps.
+            RuntimeError: If the storage holds too few steps.
         """
         per_share = self._slices_per_share(batch_size)
         now = timeline(storage)
@@ -110,19 +124,22 @@ class SliceSamplerBase(Sampler):
                 "first (`can_sample` tells when), or ask for fewer or shorter slices."
             )
         start, env = self._draw(now, per_share)
-        step = start.unsqueeze(-1) + torch.arange(self.slice_len)
-        index = [((step + now.oldest) % now.length).flatten()]
-        if storage.ndim > 1:
-            index.append(env.repeat_interleave(self.slice_len))
-        if storage.ndim > 2:
-            index.append(torch.arange(self.num_shares).repeat_interleave(per_share * self.slice_len))
-        return (tuple(index) if len(index) > 1 else index[0]), {}
+        time = (start.unsqueeze(-1) + torch.arange(self.slice_len) + now.oldest) % now.length
+        if storage.ndim == 1:
+            return time.flatten(), {}
+        env = env.unsqueeze(-1).expand_as(time)
+        if storage.ndim == 2:
+            return (time.flatten(), env.flatten()), {}
+        shares = (self.num_shares, per_share, self.slice_len)
+        agent = torch.arange(self.num_shares).view(-1, 1, 1).expand(shares)
+        # Permuted views: in memory the sample is agent by agent, as the networks compute.
+        return tuple(index.view(shares).permute(1, 2, 0) for index in (time, env, agent)), {}
 
     def can_sample(self, storage: Storage, batch_size: int) -> bool:
-        """Whether the storage holds enough steps for the batch.
+        """Return whether the storage holds enough steps for the batch.
 
         Raises:
-            ValueError: if ``batch_size`` is not a multiple of ``slice_len * num_shares``.
+            ValueError: If ``batch_size`` is not a multiple of ``slice_len * num_shares``.
         """
         return self._fits(timeline(storage), self._slices_per_share(batch_size))
 
@@ -145,13 +162,12 @@ class SliceSamplerBase(Sampler):
         raise NotImplementedError
 
     def _draw(self, now: Timeline, per_share: int) -> tuple[Tensor, Tensor]:
-        """Draws starts (in order of time, 0 is the oldest) and environments, each ``[num_shares * per_share]``."""
+        """Draw starts (in order of time, 0 is the oldest) and environments, each ``[num_shares * per_share]``."""
         raise NotImplementedError
 
     @property
     def _source(self) -> torch.Generator | None:
-        # `_rng` is the buffer's generator: a buffer without one sets it to None, so it must not replace our own.
-        return self._generator if self._generator is not None else self._rng
+        return self._generator if self._generator is not None else buffer_generator(self)
 
     def _randint(self, high: int, num: int) -> Tensor:
         source = self._source
@@ -163,18 +179,18 @@ class SliceSamplerBase(Sampler):
         return torch.rand(num, generator=source, device=device, dtype=torch.float64).cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator's state, if the sampler has one of its own; sampling goes on exactly from there."""
+        """Return the generator's state, if the sampler has a generator of its own; sampling continues from there."""
         return {} if self._generator is None else {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the generator; a sampler without one gets one if the state holds it."""
+        """Restore the generator; a sampler without one gets one if the state holds it."""
         if "generator" in state_dict:
             if self._generator is None:
                 self._generator = torch.Generator()
             self._generator.set_state(state_dict["generator"].cpu())
 
     def __getstate__(self) -> dict[str, Any]:
-        # A generator on its way to another process is a tensor in shared memory, which is freed before it arrives.
+        # A generator is sent to another process as a tensor in shared memory, which is freed before it arrives.
         own = self._generator
         numbers = None if own is None else (str(own.device), own.get_state().tolist())
         return {**super().__getstate__(), "_generator": numbers}
@@ -187,16 +203,16 @@ class SliceSamplerBase(Sampler):
             self._generator.set_state(torch.tensor(numbers, dtype=torch.uint8))
 
     def dumps(self, path: str | Path) -> None:
-        """Writes the state below the folder ``path``, as JSON."""
+        """Write the state below the folder ``path``, as JSON."""
         Path(path).mkdir(parents=True, exist_ok=True)
         state = {key: value.tolist() for key, value in self.state_dict().items()}
         (Path(path) / _STATE_FILE).write_text(json.dumps(state))
 
     def loads(self, path: str | Path) -> None:
-        """Reads what :meth:`dumps` wrote."""
+        """Read what :meth:`dumps` wrote."""
         state = json.loads((Path(path) / _STATE_FILE).read_text())
         self.load_state_dict({key: torch.tensor(value, dtype=torch.uint8) for key, value in state.items()})
 
     def _empty(self) -> None:
-        # All there is to know about the data is read off the storage at every call.
+        # Nothing is kept about the data: it is read from the storage at every call.
         pass

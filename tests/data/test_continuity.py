@@ -11,7 +11,7 @@ from torchrl.collectors import Collector
 
 from matwm_rl import keys
 from matwm_rl.data import Continuity, Replay
-from matwm_rl.training import RandomActions
+from matwm_rl.evaluation import RandomActions
 from tests.data.test_replay import build, rollout
 from tests.helpers import mock_env
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.data import TensorDictReplayBuffer
 
 from matwm_rl import keys
-from matwm_rl.data import Replay, make_replay, teammate_actions
+from matwm_rl.data import Replay, ReplayConfig, make_replay, starts_per_agent_by_agents
 
 N, T, C = 3, 6, 2
 
@@ -45,15 +46,18 @@ def rollout(begin: int, end: int, num_envs: int | None, num_agents: int = N) -> 
     return td if num_envs else td[0]
 
 
-def build(num_envs: int = 1, capacity: int = 60, seed: int | None = 0, **kwargs) -> Replay:
+def build(
+    num_envs: int = 1, capacity: int = 60, seed: int | None = 0, scratch_dir: Path | None = None, **overrides
+) -> Replay:
     options = {
-        "sequences_per_agent": 2,
+        "sequences": 2 * N,
         "starts_per_agent": 5,
         "sequence_length": T,
         "context_length": C,
-        "decay": 0.98,
+        "recency_decay": 0.98,
     }
-    return make_replay(num_agents=N, num_envs=num_envs, capacity=capacity, seed=seed, **(options | kwargs))
+    config = ReplayConfig(capacity=capacity, **(options | overrides))
+    return make_replay(N, config, num_envs=num_envs, seed=seed, scratch_dir=scratch_dir)
 
 
 def check_focal(sample: TensorDict, B: int, length: int) -> None:
@@ -66,15 +70,18 @@ def check_focal(sample: TensorDict, B: int, length: int) -> None:
     joint_action = (env * 10_000 + step * 10).unsqueeze(-1) + torch.arange(N)
     joint_alive = (step.unsqueeze(-1) + torch.arange(N)) % 3 > 0
     for n in range(N):
-        assert torch.equal(sample[keys.TEAMMATE_ACTION][:, :, n], teammate_actions(joint_action[:, :, n])[..., n, :])
-        assert torch.equal(sample[keys.TEAMMATE_ALIVE][:, :, n], teammate_actions(joint_alive[:, :, n])[..., n, :])
+        others = [other for other in range(N) if other != n]
+        assert torch.equal(sample[keys.TEAMMATE_ACTION][:, :, n], joint_action[:, :, n, others])
+        assert torch.equal(sample[keys.TEAMMATE_ALIVE][:, :, n], joint_alive[:, :, n, others])
     assert torch.equal(sample[keys.ALIVE], (step + agent) % 3 > 0)
     assert torch.equal(sample[keys.NEXT_OBSERVATION][..., 1].long(), step + 1)
     assert torch.equal(sample[keys.REWARD].squeeze(-1).long(), step * agent)
     done = (step + env) % 7 == 0
     assert torch.equal(sample[keys.AGENT_DONE].squeeze(-1), done)
     assert torch.equal(sample[keys.AGENT_TERMINATED].squeeze(-1), done & (env == 0))
-    assert set(sample.keys()) == {"agents", "next"} and "hidden" not in sample["agents"].keys()
+    assert set(sample.keys()) == {"agents", "next", "index"} and "hidden" not in sample["agents"].keys()
+    assert sample["index"].shape == (B, length, N, 3)
+    assert torch.equal(sample["index"][..., 1:], torch.stack([env, agent], -1))
 
 
 @pytest.mark.parametrize("num_envs", [None, 1, 2])
@@ -115,14 +122,8 @@ def test_extend_leaves_the_given_data_alone():
 
 def test_a_single_agent(tmp_path: Path):
     for scratch_dir in (None, tmp_path):
-        replay = make_replay(
-            num_agents=1,
-            sequences_per_agent=2,
-            starts_per_agent=3,
-            sequence_length=4,
-            capacity=40,
-            scratch_dir=scratch_dir,
-        )
+        config = ReplayConfig(sequences=2, starts_per_agent=3, sequence_length=4, capacity=40)
+        replay = make_replay(1, config, scratch_dir=scratch_dir)
         replay.extend(rollout(0, 30, None, num_agents=1))
         assert replay.sequences.sample()[keys.TEAMMATE_ACTION].shape == (2, 4, 1, 0)
 
@@ -211,10 +212,40 @@ def test_make_replay_errors():
     with pytest.raises(ValueError, match="'starts_per_agent': 0"):
         build(starts_per_agent=0)
     with pytest.raises(ValueError, match="can never hold 11 slices of 6"):
-        build(sequences_per_agent=11)
+        build(sequences=11 * N)
     with pytest.raises(ValueError, match="can never hold"):
         build(context_length=60)
     assert build(7, capacity=60).capacity == 56
+
+
+@pytest.mark.parametrize(("sequences", "num_agents", "expected"), [(16, 1, 16), (16, 3, 5), (32, 4, 8), (2, 5, 1)])
+def test_sequences_are_shared_out(sequences, num_agents, expected):
+    config = ReplayConfig(sequences=sequences, sequence_length=2, context_length=0, starts_per_agent=1)
+    replay = make_replay(num_agents, config)
+    assert config.sequences_per_agent(num_agents) == expected
+    assert replay.sequences.batch_size == num_agents * expected * 2
+
+
+@pytest.mark.parametrize(("num_agents", "expected"), [(1, 512), (3, 512), (4, 768), (6, 768), (7, 1024), (20, 1024)])
+def test_starts_by_the_number_of_agents(num_agents, expected):
+    """Table C.6."""
+    assert starts_per_agent_by_agents(num_agents) == expected
+    replay = make_replay(num_agents, ReplayConfig(sequence_length=8))
+    assert replay.starts.batch_size == num_agents * expected * (ReplayConfig().context_length + 1)
+    fixed = make_replay(num_agents, ReplayConfig(sequence_length=8, context_length=0, starts_per_agent=3))
+    assert fixed.starts.batch_size == num_agents * 3
+
+
+def test_both_buffers_are_torchrl_tensordict_buffers_and_iterate_over_samples():
+    replay = build()
+    replay.extend(rollout(0, 60, None))
+    for buffer, B, length in ((replay.sequences, 2, T), (replay.starts, 5, C + 1)):
+        assert isinstance(buffer, TensorDictReplayBuffer)
+        check_focal(buffer.sample(), B, length)
+        check_focal(next(iter(buffer)), B, length)
+        sample, info = buffer.sample(return_info=True)
+        assert torch.equal(torch.stack(info["index"], -1), sample["index"])
+    assert "index" not in replay.sequences.storage[:].keys()
 
 
 def test_seed_decides_the_batches():

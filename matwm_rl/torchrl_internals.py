@@ -1,0 +1,124 @@
+"""All private parts of TorchRL and VMAS that this package uses, each with the reason why there is no public way.
+
+They may change with any release. ``tests/test_torchrl_internals.py`` and ``tests/test_simulator_internals.py`` fail
+then; the fix belongs here and nowhere else. Methods with a leading underscore that TorchRL asks its subclasses to
+define (``Sampler._empty``, ``Transform._inv_call``) are not private in this sense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+from torchrl.data.replay_buffers import RoundRobinWriter, Sampler, Storage
+from torchrl.envs import EnvBase
+from torchrl.modules import PercentileValueNorm
+from torchrl.objectives import LossModule
+
+
+def attached_entities(storage: Storage) -> Sequence[Any]:
+    """Return the buffers built on a storage, and whatever else was attached to it.
+
+    A sampler is given the storage alone, and must find the writer, which knows the order of time. ``Storage.attach`` is
+    public; the list that it adds to is not.
+
+    Examples:
+        >>> from torchrl.data import LazyTensorStorage, ReplayBuffer
+        >>> rb = ReplayBuffer(storage=LazyTensorStorage(10))
+        >>> attached_entities(rb.storage)[0] is rb
+        True
+    """
+    return storage._attached_entities
+
+
+def write_cursor(writer: RoundRobinWriter) -> int:
+    """Return the index along the first dimension that the next step will be written to.
+
+    The writer has no public attribute for it; it is read off the writer's public state, under a private name.
+    ``ReplayBuffer.write_count`` is public but does not tell: ``ReplayBuffer.empty(empty_write_count=False)`` sets the
+    cursor back and leaves the count.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import LazyTensorStorage, ReplayBuffer
+        >>> rb = ReplayBuffer(storage=LazyTensorStorage(10))
+        >>> for _ in range(3):
+        ...     _ = rb.extend(TensorDict({"obs": torch.zeros(4)}, [4]))
+        >>> write_cursor(rb.writer)
+        2
+    """
+    return int(writer.state_dict()["_cursor"])
+
+
+def buffer_generator(sampler: Sampler) -> torch.Generator | None:
+    """Return the generator that the buffer gave to its sampler, or ``None`` for the global random state.
+
+    ``ReplayBuffer.set_rng`` hands the buffer's generator to the sampler by setting a private attribute. TorchRL's own
+    samplers read it from there.
+
+    Examples:
+        >>> from torchrl.data import LazyTensorStorage, RandomSampler, ReplayBuffer
+        >>> sampler, generator = RandomSampler(), torch.Generator()
+        >>> rb = ReplayBuffer(storage=LazyTensorStorage(10), sampler=sampler, generator=generator)
+        >>> buffer_generator(sampler) is generator
+        True
+    """
+    return sampler._rng
+
+
+def simulator(env: EnvBase) -> Any:
+    """Return the simulator behind one of TorchRL's wrappers: a PettingZoo or a VMAS environment (``env._env``).
+
+    Needed to draw it and to read its time limit. TorchRL's wrappers forward unknown attributes to it, but not those
+    that they have themselves.
+    """
+    return env._env
+
+
+def vmas_random_state(env: EnvBase) -> list[Any]:
+    """Return the random state that all VMAS environments of a process share, a list to be changed in place.
+
+    An attribute of VMAS's class ``Environment``: the states of ``torch``, ``numpy`` and ``random``. Needed to give a
+    seeded environment a random state of its own.
+    """
+    state: list[Any] = simulator(env).vmas_random_state
+    return state
+
+
+def lock_batch(env: EnvBase) -> None:
+    """Make an environment refuse tensordicts of another batch size than its own (``env._batch_locked``).
+
+    ``ModelBasedEnvBase`` steps tensordicts of any batch size, and the public property cannot be set.
+    """
+    env._batch_locked = True
+
+
+def padding_masks(loss: LossModule, tensordict: TensorDictBase, like: Tensor) -> list[Tensor]:
+    """Return the masks of steps that are no padding, bool as ``like [*batch, N]``: those that the batch has.
+
+    Collectors mark padding under ``("collector", "mask")``; ``LossModule`` takes other keys by ``loss_mask_key``. Both
+    the keys and the mask's expansion are private, since TorchRL's own losses apply them inside.
+    """
+    masks = (tensordict.get(key, None) for key in loss._loss_mask_keys())
+    return [loss._expand_loss_mask(mask, like) for mask in masks if mask is not None]
+
+
+def percentile_levels(norm: PercentileValueNorm) -> Tensor:
+    """Return the two levels of ``PercentileValueNorm``'s percentiles, ``[2]``.
+
+    :class:`~matwm_rl.objectives.ReturnScale` overrides the update, so that dead agents do not count, and needs them.
+    """
+    return norm._q
+
+
+def show_out_keys(module: Any, keys: list[NestedKey]) -> None:
+    """Set the ``out_keys`` that a TensorDict module shows, a part of those that it has (``out_keys_source``).
+
+    TensorDict's ``select_out_keys`` does it for modules that read all of their ``in_keys``; some of a loss's may be
+    missing.
+    """
+    module._out_keys_apparent = keys
