@@ -7,8 +7,10 @@ agent), F features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,12 @@ class ActionSpace(ABC):
     """The actions of N agents, padded to one size.
 
     The layout of the agents owns it (:attr:`matwm_rl.envs.AgentLayout.actions`). Everything that stores, draws, checks,
-    embeds, predicts or scores actions asks it. Another kind of action is another subclass, and no caller changes.
+    embeds, predicts or scores actions asks it. Another kind of action is another subclass, and no caller changes::
+
+        class Angles(ActionSpace, kind="angles"): ...
+
+    Args:
+        kind: of a subclass that can be stored: the name under which :meth:`to_dict` and :meth:`from_dict` know it.
 
     Attributes:
         num_agents: N.
@@ -48,6 +55,36 @@ class ActionSpace(ABC):
     action_shape: tuple[int, ...]
     dtype: torch.dtype
     distribution_class: Callable[..., Distribution]
+    _kinds: ClassVar[dict[str, type[ActionSpace]]] = {}
+
+    def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if kind is not None:
+            ActionSpace._kinds[kind] = cls
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain Python values: the ``"kind"`` of the subclass and the arguments of its constructor."""
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> ActionSpace:
+        """Rebuild an action space from what :meth:`to_dict` returned.
+
+        Raises:
+            ValueError: if no subclass has the stored kind.
+
+        Examples:
+            >>> ActionSpace.from_dict({"kind": "discrete", "counts": [3, 2]})
+            DiscreteActions(counts=[3, 2])
+        """
+        arguments = dict(stored)
+        kind = arguments.pop("kind", None)
+        if kind not in ActionSpace._kinds:
+            raise ValueError(
+                f"unknown kind of action space {kind!r}; known: {sorted(ActionSpace._kinds)}. A kind is known once the "
+                'module of its class, `class Mine(ActionSpace, kind="mine")`, has been imported.'
+            )
+        return ActionSpace._kinds[kind](**arguments)
 
     @abstractmethod
     def legal(self) -> Tensor:
@@ -64,6 +101,17 @@ class ActionSpace(ABC):
     @abstractmethod
     def random(self, mask: Tensor) -> Tensor:
         """Draw actions ``[*batch, N, *action_shape]`` uniformly from what ``mask [*batch, N, A]`` allows."""
+
+    @abstractmethod
+    def allow_one_(self, mask: Tensor) -> Tensor:
+        """Allow agents that cannot act one action, in place, so that a distribution can be made of every row.
+
+        Args:
+            mask: bool ``[*batch, N, A]``.
+
+        Returns:
+            the same tensor.
+        """
 
     @abstractmethod
     def make_embedding(self, features: int, *, scaled: bool) -> nn.Module:
@@ -84,7 +132,12 @@ class ActionSpace(ABC):
 
     @abstractmethod
     def negative_log_likelihood(self, parameters: Tensor, action: Tensor) -> Tensor:
-        """Negative log-likelihood ``[...]``, in nats, of ``action [..., *action_shape]`` under ``parameters [..., A]``."""
+        """Negative log-likelihood ``[...]``, in nats, of actions under predicted distributions.
+
+        Args:
+            parameters: ``[..., A]``.
+            action: ``[..., *action_shape]``.
+        """
 
     @abstractmethod
     def fit_constant(self, action: Tensor, mask: Tensor) -> Tensor:
@@ -100,7 +153,7 @@ class ActionSpace(ABC):
 
 
 @dataclass(frozen=True)
-class DiscreteActions(ActionSpace):
+class DiscreteActions(ActionSpace, kind="discrete"):
     """Discrete actions: each agent takes the index of one of its own.
 
     Args:
@@ -118,6 +171,8 @@ class DiscreteActions(ActionSpace):
     """
 
     counts: list[int]
+    kind: str = field(default="discrete", init=False, repr=False)
+    """Of action space; stored with the counts."""
 
     def __post_init__(self) -> None:
         if not self.counts or min(self.counts) < 1:
@@ -148,6 +203,10 @@ class DiscreteActions(ActionSpace):
         """Of one choice among the legal actions."""
         return ActionDistribution
 
+    def to_dict(self) -> dict[str, Any]:
+        """See the base class."""
+        return {"kind": self.kind, "counts": list(self.counts)}
+
     def legal(self) -> Tensor:
         """See the base class."""
         return torch.arange(self.num_parameters) < torch.tensor(self.counts).unsqueeze(-1)
@@ -164,13 +223,18 @@ class DiscreteActions(ActionSpace):
                 f"got actions of shape {list(action.shape)} and {action.dtype}; expected one index for each of "
                 f"{self.num_agents} agents (of one-hot actions: argmax(-1))"
             )
-        if ((action < 0) | (action >= torch.tensor(self.counts, device=action.device))).any():
+        if ((action < 0) | (action >= _counts_on(tuple(self.counts), action.device))).any():
             return f"got the actions {action.tolist()} of agents with {self.counts} actions"
         return None
 
     def random(self, mask: Tensor) -> Tensor:
         """See the base class."""
         return torch.multinomial(mask.flatten(0, -2).float(), 1).view(mask.shape[:-1])
+
+    def allow_one_(self, mask: Tensor) -> Tensor:
+        """See the base class: it is the first action."""
+        mask[..., 0] |= ~mask.any(-1)
+        return mask
 
     def make_embedding(self, features: int, *, scaled: bool) -> nn.Module:
         """See the base class and :class:`ActionRows`."""
@@ -193,6 +257,12 @@ class DiscreteActions(ActionSpace):
         taken = nn.functional.one_hot(action, self.num_parameters) * mask.unsqueeze(-1)
         frequency = taken.sum(0) / mask.sum(0).clamp(min=1).unsqueeze(-1)
         return frequency.clamp(min=1e-12).log()
+
+
+@lru_cache(maxsize=128)
+def _counts_on(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return counts as a tensor that nobody may write into; kept, because environments need it at every step."""
+    return torch.tensor(counts, device=device)
 
 
 class ActionDistribution(MaskedCategorical):
@@ -223,8 +293,8 @@ class ActionDistribution(MaskedCategorical):
 class ActionRows(nn.Module):
     """Rows of weights, one for every action: the linear map of one-hot actions, as a look-up.
 
-    With action scaling, agent i's rows start at ``A_0 + .. + A_{i-1}``: this alone tells the shared model which agent is
-    focal (docs/algorithm.md, World model). Without it all agents use the same rows.
+    With action scaling, agent i's rows start at ``A_0 + .. + A_{i-1}``: this alone tells the shared model which agent
+    is focal (docs/algorithm.md, World model). Without it all agents use the same rows.
 
     Args:
         counts: number of actions of each of the N agents.

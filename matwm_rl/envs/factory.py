@@ -1,28 +1,18 @@
-"""Environments by name; their packages are imported only when asked for."""
+"""Environments by name."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import pkgutil
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
-from torchrl.envs import EnvBase, MarlGroupMapType
-from torchrl.envs.libs.pettingzoo import PettingZooWrapper
-from torchrl.envs.libs.vmas import VmasEnv
+from torchrl.envs import EnvBase
 
-from matwm_rl.envs.mock import MockEnv
+from matwm_rl.envs.families import wrap_pettingzoo
 from matwm_rl.envs.multi_agent_env import MultiAgentEnv, ParallelMultiAgentEnv, SerialMultiAgentEnv
-
-MPE_MAX_CYCLES = 25
-VMAS_MAX_STEPS = 100
+from matwm_rl.envs.registry import ClassRegistry, Family, MakeFamily, RegisteredEndRule, end_rules, families
 
 
 def make_env(
@@ -35,7 +25,7 @@ def make_env(
     image_size: int = 64,
     **kwargs: Any,
 ) -> MultiAgentEnv | SerialMultiAgentEnv | ParallelMultiAgentEnv:
-    """Makes an environment with one dense ``"agents"`` group; see :class:`~matwm_rl.envs.MultiAgentEnv`.
+    """Make an environment with one dense ``"agents"`` group; see :class:`~matwm_rl.envs.MultiAgentEnv`.
 
     ==================================  ==========================================  ======================
     name                                environments                                extra
@@ -46,182 +36,121 @@ def make_env(
     ``"vmas/simple_tag"``               every scenario of VMAS; 100 steps unless    ``matwm_rl[vmas]``
                                         ``max_steps`` is given
     ``"mock"``                          :class:`~matwm_rl.envs.MockEnv`             none
+    ``"package.module:factory"``        what this function returns                  none
     ==================================  ==========================================  ======================
 
+    Other families are added with :func:`~matwm_rl.envs.register_family`. A factory ``"package.module:factory"`` is
+    imported and called with ``kwargs``. It returns a grouped TorchRL environment without a batch dimension, a
+    :class:`~matwm_rl.envs.MultiAgentEnv`, which is used as it is, or a PettingZoo parallel environment, which is
+    wrapped as those of ``mpe2`` are.
+
     Args:
-        name: family and environment.
+        name: family and environment, or module and factory.
         seed: passed to ``env.set_seed``; the same seed gives the same episodes. VMAS has one random state for all its
             environments in a process, so there they repeat only if all are stepped in the same order.
         num_envs: with 1 the environment has no batch dimension, except VMAS, which simulates a batch at once and
             always has batch size ``[num_envs]``; with more the batch size is ``[num_envs]``.
         device: device of the tensors given and received.
-        parallel: whether ``num_envs`` > 1 PettingZoo environments run each in a process of its own. Then call this
-            function below ``if __name__ == "__main__":``. VMAS and the mock environment are vectorized and ignore it.
+        parallel: whether ``num_envs`` > 1 environments run each in a process of its own. Then call this function below
+            ``if __name__ == "__main__":``. VMAS and the mock environment are vectorized and ignore it.
         image_size: side of the square to which uint8 images are resized.
         kwargs: passed to the environment's own constructor, for example ``max_cycles`` or
-            ``render_mode="rgb_array"``; ``group_map`` goes to TorchRL's wrapper.
+            ``render_mode="rgb_array"``; of ``mpe2`` and ``butterfly`` ``group_map`` goes to TorchRL's wrapper.
 
     Raises:
-        ValueError: if the name is unknown or ``num_envs`` is below 1.
-        ImportError: if the package of the family is not installed.
+        ValueError: if the name is unknown, ``num_envs`` is below 1, or an environment of a family that is not
+            vectorized has a batch dimension.
+        TypeError: if a family or factory returns something else than an environment.
+        ImportError: if the package of the family, or the module of the factory, cannot be imported.
 
     Examples:
         >>> env = make_env("mock", seed=0)
         >>> env.rollout(4)["next", "agents", "reward"].shape
         torch.Size([4, 3, 1])
+        >>> make_env("matwm_rl.envs:MockEnv", episode_length=2).rollout(4).shape
+        torch.Size([2])
     """
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}.")
-    family, _, task = name.partition("/")
-    if family not in _FAMILIES or bool(task) == (family == "mock"):
-        known = ", ".join(repr(known if known == "mock" else f"{known}/...") for known in _FAMILIES)
-        raise ValueError(f"unknown environment {name!r}; expected one of {known}.")
-    make = partial(_FAMILIES[family], task, device=device, **kwargs)
+    family, task = _look_up(name)
+    make = partial(_make_one, family.make, task, name=name, device=device, image_size=image_size, kwargs=kwargs)
     env: MultiAgentEnv | SerialMultiAgentEnv | ParallelMultiAgentEnv
-    if family in _VECTORIZED:
-        env = MultiAgentEnv(make(num_envs=num_envs), image_size=image_size)
+    if family.vectorized:
+        env = make(num_envs=num_envs)
     elif num_envs == 1:
-        env = MultiAgentEnv(make(), image_size=image_size)
+        env = _without_batch(make, name)
+    elif parallel:
+        env = ParallelMultiAgentEnv(num_envs, partial(_in_worker, end_rules, make, name))
     else:
-        batched = ParallelMultiAgentEnv if parallel else SerialMultiAgentEnv
-        env = batched(num_envs, partial(_merged, make, image_size))
+        env = SerialMultiAgentEnv(num_envs, partial(_without_batch, make, name))
     if seed is not None:
         env.set_seed(seed)
     return env
 
 
-def _merged(make: Callable[[], EnvBase], image_size: int) -> MultiAgentEnv:
-    return MultiAgentEnv(make(), image_size=image_size)
-
-
-def _make_mpe(task: str, *, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
-    package = _import("mpe2", extra="mpe")
-    kwargs.setdefault("max_cycles", MPE_MAX_CYCLES)
-    return _wrap_pettingzoo(_module(package, task, "mpe2"), device=device, **kwargs)
-
-
-def _make_butterfly(task: str, *, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
-    # pygame opens a window at import otherwise, which fails on a machine without a screen.
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    package = _import("pettingzoo.butterfly", extra="butterfly")
-    # Without a render mode some of them never draw what their agents observe.
-    kwargs.setdefault("render_mode", "rgb_array")
-    if task.startswith("pistonball"):
-        kwargs.setdefault("continuous", False)
-    return _wrap_pettingzoo(_module(package, task, "butterfly"), device=device, **kwargs)
-
-
-def _wrap_pettingzoo(
-    module: ModuleType,
-    *,
-    device: torch.device | str | None,
-    group_map: Any = None,
-    **kwargs: Any,
-) -> EnvBase:
-    env = module.parallel_env(**kwargs)
-    if group_map is not None:
-        _check_groups(env, group_map)
-    with warnings.catch_warnings():
-        # TorchRL's wrapper names the one version of PettingZoo that it is tested with.
-        warnings.filterwarnings("ignore", message="PettingZoo in TorchRL is tested")
-        return _PettingZoo(env, group_map=group_map, use_mask=True, done_on_any=False, device=device)
-
-
-class _PettingZoo(PettingZooWrapper):
-    """TorchRL's wrapper looks for ``agents`` among all attributes of all modules, at every step: 15% of its time."""
-
-    @property
-    def agents(self) -> list[str]:
-        """Who is alive."""
-        return self._env.agents  # type: ignore[no-any-return]
-
-
-def _check_groups(env: Any, group_map: dict[str, list[str]] | MarlGroupMapType) -> None:
-    if isinstance(group_map, MarlGroupMapType):
-        group_map = group_map.get_group_map(env.possible_agents)
-    for group, agents in group_map.items():
-        spaces = {agent: (env.observation_space(agent), env.action_space(agent)) for agent in agents}
-        sizes = {(observation.shape, str(action)) for observation, action in spaces.values()}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"group {group!r} holds agents of unequal observations or actions ({sizes}), which TorchRL's "
-                "PettingZooWrapper cannot stack. Put them into groups of their own; MultiAgentEnv merges all groups."
-            )
-
-
-def _make_vmas(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
-    vmas = _import("vmas", extra="vmas")
-    scenarios = sorted([*vmas.scenarios, *vmas.mpe_scenarios, *vmas.debug_scenarios])
-    if task not in scenarios:
-        raise ValueError(f"unknown environment 'vmas/{task}'; scenarios: {', '.join(scenarios)}.")
-    kwargs.setdefault("max_steps", VMAS_MAX_STEPS)
-    kwargs.setdefault("continuous_actions", False)
-    return _Vmas(task, num_envs=num_envs, device=device, **kwargs)
-
-
-class _Vmas(VmasEnv):
-    """VMAS has one random state for all environments of a process: to seed or play one changes what the others do.
-
-    Here an environment that was seeded keeps a state of its own.
-    """
-
-    _random_state: list[Any] | None = None
-
-    @contextmanager
-    def _own_randomness(self) -> Iterator[None]:
-        if self._random_state is None:
-            yield
-            return
-        shared = self._env.vmas_random_state  # an attribute of the class
-        others = list(shared)
-        shared[:] = self._random_state
-        try:
-            yield
-        finally:
-            self._random_state = list(shared)
-            shared[:] = others
-
-    def _set_seed(self, seed: int | None) -> None:
-        self._random_state = [*self._env.vmas_random_state]
-        with self._own_randomness():
-            super()._set_seed(seed)
-
-    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
-        with self._own_randomness():
-            return super()._reset(tensordict, **kwargs)
-
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        with self._own_randomness():
-            return super()._step(tensordict)
-
-
-def _make_mock(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
-    return MockEnv(batch_size=[num_envs] if num_envs > 1 else [], device=device, **kwargs)
-
-
-def _import(package: str, *, extra: str) -> ModuleType:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(
-            f"this environment needs the package {package.partition('.')[0]!r}: "
-            f'pip install "matwm_rl[{extra}]" ({error})'
-        ) from error
-
-
-def _module(package: ModuleType, task: str, family: str) -> ModuleType:
-    tasks = sorted(
-        module.name for module in pkgutil.iter_modules(package.__path__) if module.name.rpartition("_v")[2].isdigit()
+def _look_up(name: str) -> tuple[Family, str]:
+    prefix, _, task = name.partition("/")
+    if prefix in families:
+        return families[prefix], task
+    if ":" in name:
+        return Family(_call_factory, vectorized=False), name
+    raise ValueError(
+        f"unknown environment {name!r}; registered families: {', '.join(sorted(families))}. Register another with "
+        "matwm_rl.envs.register_family, or name a function that can be imported: 'package.module:factory'."
     )
-    if task not in tasks:
-        raise ValueError(f"unknown environment '{family}/{task}'; environments: {', '.join(tasks)}.")
-    return importlib.import_module(f"{package.__name__}.{task}")
 
 
-_FAMILIES: dict[str, Callable[..., EnvBase]] = {
-    "mpe2": _make_mpe,
-    "butterfly": _make_butterfly,
-    "vmas": _make_vmas,
-    "mock": _make_mock,
-}
-_VECTORIZED = ("vmas", "mock")
+def _call_factory(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> Any:
+    """Import and call the factory ``"package.module:factory"``."""
+    module_name, _, factory_name = task.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ImportError(f"the environment {task!r} needs the module {module_name!r}: {error}") from error
+    if not callable(factory := getattr(module, factory_name, None)):
+        raise ValueError(f"unknown environment {task!r}: {module_name!r} has no function {factory_name!r}.")
+    env = factory(**kwargs)
+    return env.to(device) if device is not None and isinstance(env, EnvBase) else env
+
+
+def _make_one(
+    make: MakeFamily,
+    task: str,
+    *,
+    name: str,
+    device: torch.device | str | None,
+    image_size: int,
+    kwargs: dict[str, Any],
+    num_envs: int = 1,
+) -> MultiAgentEnv:
+    """Make one environment and merge its groups."""
+    env = make(task, num_envs=num_envs, device=device, **kwargs)
+    pettingzoo = sys.modules.get("pettingzoo")
+    if pettingzoo is not None and isinstance(env, pettingzoo.ParallelEnv):
+        env = wrap_pettingzoo(env, device=device)
+    if not isinstance(env, EnvBase):
+        raise TypeError(
+            f"{name!r} made a {type(env).__name__}; expected a grouped TorchRL environment, a MultiAgentEnv or a "
+            "PettingZoo parallel environment."
+        )
+    return env if isinstance(env, MultiAgentEnv) else MultiAgentEnv(env, image_size=image_size)
+
+
+def _without_batch(make: partial[MultiAgentEnv], name: str) -> MultiAgentEnv:
+    env = make()
+    if env.batch_size:
+        raise ValueError(
+            f"{name!r} made an environment of batch size {list(env.batch_size)}; expected none. Register environments "
+            "that simulate a batch at once with matwm_rl.envs.register_family(..., vectorized=True)."
+        )
+    return env
+
+
+def _in_worker(rules: ClassRegistry[RegisteredEndRule], make: partial[MultiAgentEnv], name: str) -> MultiAgentEnv:
+    """Make an environment in a process of its own, to which the end rules are sent along.
+
+    Classes of a script are pickled by value: the worker's copy of a class is not the one that the script registers a
+    rule for, even if the worker imports the script.
+    """
+    end_rules.update(rules)
+    return _without_batch(make, name)

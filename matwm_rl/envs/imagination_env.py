@@ -6,7 +6,7 @@ Dimension letters: S starts (the batch), C context steps, N agents, A actions, D
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,61 +14,22 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs.model_based import ModelBasedEnvBase
 
+from matwm_rl.action_space import ActionSpace
+from matwm_rl.envs.imagination_model import ImaginationModel
 from matwm_rl.envs.layout import AgentLayout
-from matwm_rl.envs.multi_agent_env import _LegalRandomActions
+from matwm_rl.envs.random_actions import LegalRandomActions
 from matwm_rl.functional import agents_first, agents_last
 from matwm_rl.keys import ACTION, ACTION_MASK, AGENTS, ALIVE, CONTINUATION, OBSERVATION
+from matwm_rl.torchrl_internals import lock_batch
 
 
-class Dreamer(Protocol):
-    """What :class:`ImaginationEnv` asks of a world model; :class:`~matwm_rl.modules.WorldModel` has it.
-
-    What imagination (Algorithm 1) is made of. Tensors are agent-major. States and contexts are the model's own: a state
-    has ``latent``, ``entries()`` and ``graft(rows, fresh)``, a context ``graft(rows, fresh)`` and ``make_room(keep)``.
-
-    Attributes:
-        num_agents: N.
-        legal: bool ``[N, A]``, which actions each agent has at all.
-
-    Examples:
-        >>> from matwm_rl.data import to_focal
-        >>> from matwm_rl.envs import make_env
-        >>> from matwm_rl.modules import WorldModel
-        >>> env = make_env("mock", seed=0)
-        >>> dreamer: Dreamer = WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
-        >>> starts = to_focal(env.rollout(8, break_when_any_done=False)).reshape(2, 4)
-        >>> state, context = dreamer.start_from(starts, horizon=1)
-        >>> reward, continuation = dreamer.outcome(dreamer.step(state, torch.zeros(3, 2).long(), context))
-        >>> reward.shape, dreamer.legal_actions(state.latent).shape
-        (torch.Size([3, 2]), torch.Size([3, 2, 4]))
-    """
-
-    num_agents: int
-    legal: Tensor
-
-    def start_from(self, starts: TensorDictBase, horizon: int = 0) -> tuple[Any, Any]:
-        """State and context of replayed starts ``[S, C+1]``, with room for ``horizon`` steps."""
-
-    def step(self, state: Any, action: Tensor, context: Any) -> Any:
-        """The state after actions ``[N, S]``."""
-
-    def outcome(self, reached: Any) -> tuple[Tensor, Tensor]:
-        """Rewards of the steps that led to a state, and probabilities that the episode goes on, ``[N, S]`` each."""
-
-    def decode(self, latent: Any) -> Tensor:
-        """Observations ``[N, S, *O]`` of a state's latents; images from 0 to 1."""
-
-    def legal_actions(self, latent: Any) -> Tensor:
-        """Bool ``[N, S, A]``."""
-
-
-class ImaginationEnv(_LegalRandomActions, ModelBasedEnvBase):
+class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
     """The world model as a TorchRL environment, in which any multi-agent policy and loss can be trained.
 
-    A batch of S dreams. Each begins at a replayed start, with the C real steps before it as its context, and goes on by
-    what the world model predicts, as in :class:`~matwm_rl.modules.Imagination`: with the same random state, starts and
-    actor, and with an ``end_threshold``, ``env.rollout(H, actor)`` gives the same steps. No gradient flows through it.
-    Keys and shapes are those of :class:`MultiAgentEnv`, and the state:
+    The batch is S imagined episodes ("dreams"). Each begins at a replayed start, with the C real steps before it as its
+    context, and goes on by what the world model predicts, as in :class:`~matwm_rl.modules.Imagination`: with the same
+    random state, starts and actor, and with an ``end_threshold``, ``env.rollout(H, actor)`` gives the same steps. No
+    gradient flows through it. Keys and shapes are those of :class:`MultiAgentEnv`, and the state:
 
     ======================================  ======================  ===================================================
     key                                     shape, dtype            content
@@ -76,7 +37,7 @@ class ImaginationEnv(_LegalRandomActions, ModelBasedEnvBase):
     ``("agents", "action")``                ``[S, N]`` int64
     ``("agents", "action_mask")``           ``[S, N, A]`` bool      predicted legal actions
     ``("agents", "alive")``                 ``[S, N]`` bool         the agent's dream goes on
-    ``("agents", "latent")``                ``[S, N, Z]``           z_t; multi-hot codes also have ``"latent_ones"``
+    ``("agents", "latent")``                ``[S, N, Z]``           z_t
     ``("agents", "hidden")``                ``[S, N, F]``           h_t
     ``("agents", "teammate_logits")``       ``[S, N, N-1, A]``      p_t
     ``("agents", "continuation")``          ``[S, N, 1]``           predicted probability that the last step was not
@@ -87,23 +48,23 @@ class ImaginationEnv(_LegalRandomActions, ModelBasedEnvBase):
     ``("next", "done")`` and the like       ``[S, 1]`` bool         root ``done``, ``terminated``, ``truncated``
     ======================================  ======================  ===================================================
 
-    **Ends.** An agent's dream is its own (section 4), and so is its end, which is treated as a death in the real
-    environment: the agent is no longer alive, has one legal action, observes zeros, is rewarded with zeros, and the
-    others dream on; what its state says from then on means nothing. Once all have ended, the row is ``terminated`` (and
-    those who ended last stay alive in its last step). After ``max_steps`` it is ``truncated`` if anyone still lives,
-    which is no end of the dreamt episode: values bootstrap. For the agents' own ends, a loss reads the root's
-    entries together with ``~("next", "agents", "alive")``.
+    **Ends.** Each agent's imagined episode ends independently, and its end is treated like a death in the real
+    environment: the agent is no longer alive, has one legal action, observes zeros and is rewarded with zeros, and the
+    others go on. What its state says from then on means nothing. Once all have ended, the row is ``terminated`` (and
+    those who ended last stay alive in its last step). After ``max_steps`` it is ``truncated`` if anyone still lives.
+    That is no end of the imagined episode: values bootstrap. For the agents' own ends, a loss reads the root's entries
+    together with ``~("next", "agents", "alive")``.
 
-    **State.** The dreams themselves, that is the model's caches, lie in this object, as in any simulator: a step goes
-    on from the last one, whatever state the given tensordict holds, so that old tensordicts cannot be stepped again.
-    A partial reset gives the chosen rows new starts with their own contexts and leaves the others as they are.
+    **State.** The model's caches lie in this object, as in any simulator: a step goes on from the last one, whatever
+    state the given tensordict holds, so that old tensordicts cannot be stepped again. A partial reset gives the chosen
+    rows new starts with their own contexts and leaves the others as they are.
 
-    The world model is used as it is at every step, not copied: it may be trained in between (put it into ``eval``
-    mode before dreaming). ``env.to(device)`` moves it, and then the environment has to be reset.
+    The world model is used as it is at every step, not copied: it may be trained in between (put it into ``eval`` mode
+    before imagining). ``env.to(device)`` moves it, and then the environment has to be reset.
 
     Args:
-        world_model: the shared world model; see :class:`Dreamer`.
-        starts: gives focal starts ``[S, C+1]``, always of the same size: an object with ``sample()``, such as
+        world_model: the shared world model; see :class:`~matwm_rl.envs.ImaginationModel`.
+        starts: gives starts ``[S, C+1]``, always of the same size: an object with ``sample()``, such as
             ``replay.starts``, or a callable. It is asked once here, for sizes, and at every reset, partial ones
             included, of which only the rows to be reset are used. Keys read: ``("agents", "observation" | "action")``,
             ``("next", "agents", "done")``, optionally ``("agents", "alive")``: agents dead at the start stay so.
@@ -122,26 +83,27 @@ class ImaginationEnv(_LegalRandomActions, ModelBasedEnvBase):
         RuntimeError: by a step or a partial reset, if no dream has begun.
 
     Examples:
-        >>> from matwm_rl.data import to_focal
+        >>> from matwm_rl import presets
+        >>> from matwm_rl.data import add_agent_entries
         >>> from matwm_rl.envs import make_env
         >>> from matwm_rl.modules import WorldModel, make_actor
         >>> real = make_env("mock", seed=0)
-        >>> world_model = WorldModel.from_env(real, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
-        >>> starts = to_focal(real.rollout(12, break_when_any_done=False)).reshape(4, 3)
+        >>> world_model = WorldModel.from_env(real, presets.tiny().world_model)
+        >>> starts = add_agent_entries(real.rollout(12, break_when_any_done=False)).reshape(4, 3)
         >>> env = ImaginationEnv(world_model, lambda: starts, max_steps=5, decode=True, layout=real.layout)
         >>> env.rollout(7, make_actor(world_model), break_when_any_done=False)["next", "agents", "reward"].shape
         torch.Size([4, 7, 3, 1])
     """
 
-    world_model: Dreamer
+    world_model: ImaginationModel
     _state: Any
-    _context: Any
+    _caches: Any
     _ended: Tensor
     _steps: Tensor
 
     def __init__(
         self,
-        world_model: Dreamer,
+        world_model: ImaginationModel,
         starts: Any,
         *,
         max_steps: int,
@@ -161,7 +123,7 @@ class ImaginationEnv(_LegalRandomActions, ModelBasedEnvBase):
             raise ValueError(f"starts must be of batch size [S, context + 1], got {tuple(example.batch_size)}")
         super().__init__(world_model, device=world_model.legal.device, batch_size=example.batch_size[:1])
         # The base class steps any tensordict that it is given; here there are S dreams, and they are in this object.
-        self._batch_locked = True
+        lock_batch(self)
         self._sample: Callable[[], TensorDictBase] = sample
         self._starts_size = example.batch_size
         self._is_image = example.get(OBSERVATION, default=torch.empty(0)).dtype == torch.uint8
@@ -176,10 +138,9 @@ class ImaginationEnv(_LegalRandomActions, ModelBasedEnvBase):
     # ------------------------------------------------------------------ specs
 
     def _fit(self, layout: AgentLayout) -> None:
-        counts = self.world_model.legal.sum(-1).tolist()
-        if layout.action_counts != counts:
+        if layout.actions != self.world_model.actions:
             raise ValueError(
-                f"the world model is of agents with {counts} actions, the layout of agents with {layout.action_counts}"
+                f"the world model is of agents with {self.world_model.actions}, the layout {layout.actions}"
             )
         self.layout = layout
         if not layout.is_image:
@@ -188,40 +149,45 @@ class ImaginationEnv(_LegalRandomActions, ModelBasedEnvBase):
 
     @torch.no_grad()
     def _make_specs(self, starts: TensorDictBase) -> None:
-        """Reads the shapes of all entries off a first dream, and forgets it."""
+        """Read the shapes of all entries off a first dream, and forgets it."""
         self._begin(starts)
         example = self._output(~self._ended)
-        reward = agents_last(self.world_model.outcome(self._state)[0], 0).unsqueeze(-1)
+        hidden = self._state.hidden
         self._state = None
-        batch, agents, device, legal = self.batch_size, reward.shape[:2], self.device, self.world_model.legal
+        batch, device = self.batch_size, self.device
+        agents = torch.Size([*batch, self.num_agents])
 
         def composite(**specs: TensorSpec) -> Composite:
             return Composite({AGENTS: Composite(specs, shape=agents)}, shape=batch)
 
         self.observation_spec = composite(**{name: _spec(value) for name, value in example.get(AGENTS).items()})
-        action = Categorical(legal.shape[-1], shape=agents, device=device, dtype=torch.int64, mask=legal)
-        self.action_spec = composite(action=action)
-        self.reward_spec = composite(reward=_spec(reward))
+        self.action_spec = composite(action=self.world_model.actions.spec(batch, device))
+        self.reward_spec = composite(reward=Unbounded([*agents, 1], dtype=hidden.dtype, device=device))
         done = Categorical(2, shape=[*batch, 1], device=device, dtype=torch.bool)
         self.done_spec = Composite({name: done.clone() for name in ("done", "terminated", "truncated")}, shape=batch)
 
     @property
     def num_agents(self) -> int:
         """The number of agents N."""
-        return self.world_model.num_agents
+        return self.world_model.actions.num_agents
 
-    def _present_mask(self) -> Tensor:
+    def agent_actions(self) -> ActionSpace:
+        """Return the action space of all agents."""
+        return self.world_model.actions
+
+    def present_mask(self) -> Tensor:
+        """Return each agent's own actions, bool ``[S, N, A]``."""
         return self.world_model.legal.expand(*self.batch_size, -1, -1)
 
     # ------------------------------------------------------------------ dreams
 
     def _set_seed(self, seed: int | None) -> None:
-        """Seeds PyTorch's global random state, from which dreams are drawn, as the actions of policies are."""
+        """Seed PyTorch's global random state, from which dreams are drawn, as the actions of policies are."""
         if seed is not None:
             torch.manual_seed(seed)
 
     def to(self, device: torch.device | str) -> ImaginationEnv:
-        """Moves the environment and its world model to a device; if that is another, it has to be reset then."""
+        """Move the environment and its world model to a device; if that is another, it has to be reset then."""
         before = self.device
         super().to(device)
         if self.device != before:
@@ -242,20 +208,20 @@ class ImaginationEnv(_LegalRandomActions, ModelBasedEnvBase):
         return self._output(~self._ended)
 
     def _begin(self, starts: TensorDictBase) -> None:
-        """Begins all dreams."""
+        """Begin all dreams."""
         starts = self._checked(starts)
         # Rows that are reset later begin at the cache's present position. With room for twice the longest dream, the
         # positions that nobody sees any more are dropped once in max_steps steps.
-        self._state, self._context = self.world_model.start_from(starts, 2 * self.max_steps)
+        self._state, self._caches = self.world_model.start_from(starts, 2 * self.max_steps)
         self._ended = self._dead(starts)
         self._steps = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
 
     def _begin_anew(self, starts: TensorDictBase, rows: Tensor) -> None:
-        """Begins the dreams of some rows ``[S]`` anew, beside the others."""
+        """Begin the dreams of some rows ``[S]`` anew, beside the others."""
         starts = self._checked(starts)[rows]
-        state, context = self.world_model.start_from(starts)
-        self._state = self._state.graft(rows, state)
-        self._context.graft(rows, context)
+        state, caches = self.world_model.start_from(starts)
+        self._state = self._state.replace_rows(rows, state)
+        self._caches.replace_rows(rows, caches)
         self._ended = self._ended.index_put((rows,), self._dead(starts))
         self._steps = self._steps.masked_fill(rows, 0)
 
@@ -269,12 +235,13 @@ class ImaginationEnv(_LegalRandomActions, ModelBasedEnvBase):
 
     def _check_begun(self) -> None:
         if self._state is None:
-            raise RuntimeError("no dream has begun: call env.reset() first, without a `_reset` mask")
+            raise RuntimeError("no imagined episode has begun: call env.reset() first, without a `_reset` mask")
 
-    @staticmethod
-    def _dead(starts: TensorDictBase) -> Tensor:
+    def _dead(self, starts: TensorDictBase) -> Tensor:
         alive = starts.get(ALIVE, None)
-        return torch.zeros_like(starts.get(ACTION)[:, -1], dtype=torch.bool) if alive is None else ~alive[:, -1]
+        if alive is None:
+            return torch.zeros(len(starts), self.num_agents, dtype=torch.bool, device=self.device)
+        return ~alive[:, -1]
 
     @torch.no_grad()
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -282,10 +249,13 @@ class ImaginationEnv(_LegalRandomActions, ModelBasedEnvBase):
         action = tensordict.get(ACTION)
         self._check_action(action)
         self._check_going(tensordict.get("_step", None))
-        model, living = self.world_model, ~self._ended
-        self._context.make_room(self._starts_size[1] - 1 + self.max_steps)
-        self._state = model.step(self._state, agents_first(action, 0), self._context)
-        reward, continuation = (agents_last(value, 0) for value in model.outcome(self._state))
+        living = ~self._ended
+        self._caches.make_room(self._starts_size[1] - 1 + self.max_steps)
+        chosen = agents_first(action, len(self.world_model.actions.action_shape))
+        rollout = self.world_model.imagine(self._state, self._caches, lambda state, mask: chosen, 1)
+        self._state = rollout.states[-1]
+        step = rollout.pack()[:, 0].get("next")
+        reward, continuation = (step.get((AGENTS, name)).squeeze(-1) for name in ("reward", "continuation"))
         threshold = torch.rand_like(continuation) if self.end_threshold is None else self.end_threshold
         self._ended = self._ended | (continuation < threshold)
         self._steps = self._steps + 1
@@ -297,13 +267,12 @@ class ImaginationEnv(_LegalRandomActions, ModelBasedEnvBase):
         return output.set("terminated", terminated).set("truncated", truncated)
 
     def _check_action(self, action: Tensor) -> None:
-        counts = self.world_model.legal.sum(-1)
-        if action.shape != self.full_action_spec[ACTION].shape or ((action < 0) | (action >= counts)).any():
-            raise ValueError(
-                f"got {ACTION} of shape {tuple(action.shape)} with values {action.tolist()}; expected "
-                f"{tuple(self.full_action_spec[ACTION].shape)}, of agents with {counts.tolist()} actions. Sample under "
-                f"{ACTION_MASK}, or with env.rand_action"
-            )
+        problem = self.world_model.actions.problem(action)
+        expected = self.full_action_spec[ACTION].shape
+        if problem is None and action.shape != expected:
+            problem = f"got actions of shape {list(action.shape)}; expected {list(expected)}"
+        if problem is not None:
+            raise ValueError(f"{problem}. Sample under {ACTION_MASK}, or with env.rand_action")
 
     def _check_going(self, going: Tensor | None) -> None:
         """Rows that are over may be stepped on unseen (``break_when_all_done``), dreams cannot be held back."""
@@ -318,7 +287,7 @@ class ImaginationEnv(_LegalRandomActions, ModelBasedEnvBase):
         state, model = self._state, self.world_model
         legal = agents_last(model.legal_actions(state.latent)) & alive.unsqueeze(-1)
         # As in the real environment: who cannot act has the first action left, so that distributions can be made.
-        legal[..., 0] |= ~legal.any(-1)
+        self.world_model.actions.allow_one_(legal)
         if continuation is None:
             continuation = torch.ones(alive.shape, dtype=state.hidden.dtype, device=self.device)
         agents = TensorDict(

@@ -1,16 +1,19 @@
-"""Who the agents of an environment are: names, original groups, sizes."""
+"""Who the agents of an environment are: names, original groups, actions and sizes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.data import Categorical, Composite, OneHot, TensorSpec
+from torchrl.data import Composite, TensorSpec
 from torchrl.envs import EnvBase
 
+from matwm_rl.action_space import ActionSpace
+from matwm_rl.envs.actions import GroupActions, join_actions, read_action_specs, read_stored_actions
 from matwm_rl.envs.images import is_image, is_image_spec
 
 
@@ -24,7 +27,7 @@ class AgentLayout:
         agent_names: names in agent order, length N.
         group_map: the original groups, ``{group: [agent names]}``.
         group_index: for each agent the index of its original group.
-        action_counts: for each agent the number of its actions; the largest is A.
+        actions: what the agents can do; see :class:`~matwm_rl.action_space.ActionSpace`.
         observation_shape: one agent's padded observation, ``(D,)`` or, for images, ``(3, S, S)``.
         observation_sizes: for each agent the number of entries of ``observation_shape`` that it really uses.
         is_image: whether observations are uint8 images.
@@ -45,7 +48,7 @@ class AgentLayout:
     agent_names: list[str]
     group_map: dict[str, list[str]]
     group_index: list[int]
-    action_counts: list[int]
+    actions: ActionSpace
     observation_shape: tuple[int, ...]
     observation_sizes: list[int]
     is_image: bool
@@ -57,13 +60,60 @@ class AgentLayout:
         return len(self.agent_names)
 
     @property
+    def action_counts(self) -> list[int]:
+        """For each agent the number of its actions: how many of the A entries it has."""
+        counts: list[int] = self.actions.legal().sum(-1).tolist()
+        return counts
+
+    @property
     def num_actions(self) -> int:
         """The number A of actions of the agent that has most."""
-        return max(self.action_counts)
+        return self.actions.num_parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the layout as plain Python values, to be stored.
+
+        Examples:
+            >>> from matwm_rl.envs import make_env
+            >>> make_env("mock").layout.to_dict()["actions"]
+            {'kind': 'discrete', 'counts': [4, 4, 3]}
+        """
+        return {
+            "agent_names": list(self.agent_names),
+            "group_map": {group: list(names) for group, names in self.group_map.items()},
+            "group_index": list(self.group_index),
+            "actions": self.actions.to_dict(),
+            "observation_shape": list(self.observation_shape),
+            "observation_sizes": list(self.observation_sizes),
+            "is_image": self.is_image,
+            "has_action_mask": self.has_action_mask,
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> AgentLayout:
+        """Rebuild a layout from what :meth:`to_dict` or :func:`dataclasses.asdict` returned.
+
+        Raises:
+            ValueError: if entries are missing or unknown, or the kind of action space is.
+
+        Examples:
+            >>> from matwm_rl.envs import make_env
+            >>> layout = make_env("mock").layout
+            >>> AgentLayout.from_dict(layout.to_dict()) == layout
+            True
+        """
+        expected = {field.name for field in fields(cls)}
+        if stored.keys() != expected:
+            raise ValueError(
+                f"the stored layout lacks {sorted(expected - stored.keys())} and has the unknown entries "
+                f"{sorted(stored.keys() - expected)}."
+            )
+        actions = ActionSpace.from_dict(stored["actions"])
+        return cls(**{**stored, "actions": actions, "observation_shape": tuple(stored["observation_shape"])})
 
     @classmethod
     def from_env(cls, env: EnvBase, *, image_size: int = 64) -> AgentLayout:
-        """Reads the layout from the specs of a grouped environment.
+        """Read the layout from the specs of a grouped environment.
 
         Args:
             env: environment with a ``group_map`` and the keys ``(group, "observation")`` and ``(group, "action")``.
@@ -79,16 +129,14 @@ class AgentLayout:
                 f"expected an environment with a `group_map` (such as PettingZooWrapper or VmasEnv), got {env}."
             )
         observation_specs: list[TensorSpec] = []
-        action_counts: list[int] = []
+        actions: list[GroupActions] = []
         for group in group_map:
             observation_specs += per_agent_specs(env, env.full_observation_spec, (group, "observation"))
-            action_counts += [
-                _action_count(spec, group) for spec in per_agent_specs(env, env.full_action_spec, (group, "action"))
-            ]
+            actions.append(read_action_specs(per_agent_specs(env, env.full_action_spec, (group, "action")), group))
         return cls._of(
             {group: list(names) for group, names in group_map.items()},
             observations=[(spec.shape, is_image_spec(spec)) for spec in observation_specs],
-            action_counts=action_counts,
+            actions=join_actions(actions),
             has_action_mask=any((group, "action_mask") in env.full_observation_spec.keys(True) for group in group_map),
             image_size=image_size,
         )
@@ -97,7 +145,7 @@ class AgentLayout:
     def from_rollout(
         cls, rollout: TensorDictBase, *, num_actions: Mapping[str, int] | None = None, image_size: int = 64
     ) -> AgentLayout:
-        """Reads the layout from stored data of a grouped environment, where there is no environment any more.
+        """Read the layout from stored data of a grouped environment, without the environment.
 
         Groups are the entries that hold an ``"observation"`` and an ``"action"``, in alphabetical order. Agents are
         named after their group, ``hunter_0``.
@@ -123,17 +171,17 @@ class AgentLayout:
             raise ValueError(f"no entry holds an observation and an action; there are {sorted(map(str, present))}.")
         group_map: dict[str, list[str]] = {}
         observations: list[tuple[torch.Size, bool]] = []
-        action_counts: list[int] = []
+        actions: list[GroupActions] = []
         for group in groups:
             observation = rollout.get((group, "observation"))
             count, shape = observation.shape[rollout.ndim], observation.shape[rollout.ndim + 1 :]
             group_map[group] = [f"{group}_{agent}" for agent in range(count)]
             observations += [(shape, is_image(shape, observation.dtype))] * count
-            action_counts += [_stored_action_count(rollout, group, num_actions or {})] * count
+            actions.append(read_stored_actions(rollout, group, num_actions or {}))
         return cls._of(
             group_map,
             observations=observations,
-            action_counts=action_counts,
+            actions=join_actions(actions),
             has_action_mask=any((group, "action_mask") in present for group in groups),
             image_size=image_size,
         )
@@ -144,11 +192,11 @@ class AgentLayout:
         group_map: dict[str, list[str]],
         *,
         observations: list[tuple[torch.Size, bool]],
-        action_counts: list[int],
+        actions: ActionSpace,
         has_action_mask: bool,
         image_size: int,
     ) -> AgentLayout:
-        """From the shape of each agent's observation, and whether it is an image."""
+        """Build a layout from the shape of each agent's observation, and whether it is an image."""
         are_images = {image for _, image in observations}
         if len(are_images) > 1:
             raise ValueError("some agents observe images and others vectors; give all agents the same kind.")
@@ -163,7 +211,7 @@ class AgentLayout:
             agent_names=[name for names in group_map.values() for name in names],
             group_map=group_map,
             group_index=[index for index, names in enumerate(group_map.values()) for _ in names],
-            action_counts=action_counts,
+            actions=actions,
             observation_shape=shape,
             observation_sizes=sizes,
             is_image=all_images,
@@ -171,22 +219,8 @@ class AgentLayout:
         )
 
 
-def _stored_action_count(rollout: TensorDictBase, group: str, given: Mapping[str, int]) -> int:
-    action = rollout.get((group, "action"))
-    mask = rollout.get((group, "action_mask"), None)
-    for told in (action if action.ndim > rollout.ndim + 1 else None, mask):
-        if told is not None:
-            return told.shape[-1]
-    if group not in given:
-        raise ValueError(
-            f"the data does not tell how many actions agents of group {group!r} have (the largest stored is "
-            f"{int(action.max())}); give num_actions={{{group!r}: ...}}."
-        )
-    return given[group]
-
-
 def per_agent_specs(env: EnvBase, spec: Composite, key: tuple[str, str]) -> list[TensorSpec]:
-    """The spec of ``key`` for each agent of the group, without batch dimensions."""
+    """Return the spec of ``key`` for each agent of the group, without batch dimensions."""
     if key not in spec.keys(True, True):
         found = sorted(str(found) for found in spec.keys(True, True))
         raise ValueError(
@@ -196,15 +230,3 @@ def per_agent_specs(env: EnvBase, spec: Composite, key: tuple[str, str]) -> list
     # Agents are told apart first: a spec of unequal agents is stacked along their dimension and indexes no other.
     first_env = (0,) * len(env.batch_size)
     return [agent_spec[key[1]][first_env] for agent_spec in spec[key[0]].unbind(len(env.batch_size))]
-
-
-def _action_count(spec: TensorSpec, group: str) -> int:
-    if isinstance(spec, Categorical) and spec.ndim == 0:
-        return int(spec.space.n)
-    if isinstance(spec, OneHot) and spec.ndim == 1:
-        return int(spec.space.n)
-    raise ValueError(
-        f"group {group!r} has the action spec {spec}; expected one discrete action per agent. Build the environment "
-        "with discrete actions (VMAS: continuous_actions=False; PettingZoo: continuous=False or "
-        "continuous_actions=False)."
-    )

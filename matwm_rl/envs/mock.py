@@ -1,4 +1,4 @@
-"""A tiny grouped environment in which everything can be computed by hand."""
+"""A small grouped environment whose observations, rewards and ends can be computed by hand."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Ending = Literal["truncate", "terminate", "alternate"]
 class MockEnv(EnvBase):
     """Two hunters and one prey in two groups, with the conventions of TorchRL's PettingZooWrapper.
 
-    It has what is hard in real environments: groups of unequal observation sizes and action counts, legal actions that
-    change, an agent that dies, both kinds of episode end. After ``t`` steps of an episode, agent ``i`` (``hunter_0`` 0,
-    ``hunter_1`` 1, ``prey_0`` 2)
+    It has the difficult features of real environments: groups of unequal observation sizes and action counts, legal
+    actions that change, an agent that dies, both kinds of episode end. After ``t`` steps of an episode, agent ``i``
+    (``hunter_0`` 0, ``hunter_1`` 1, ``prey_0`` 2)
 
     - observes ``[t, i, last action]``, and hunters also ``[episode, 1]``; the last action is -1 at first, episodes
       count from 0;
     - may take every action but ``t % (number of its actions)``; hunters have 4 actions, the prey 3;
-    - is rewarded with ``(i + 1) * action``.
+    - receives the reward ``(i + 1) * action``.
 
     ``hunter_1`` dies in step ``death_step``: it is still rewarded for it, and from then on observes zeros.
 
@@ -108,7 +108,7 @@ class MockEnv(EnvBase):
         return {name: Categorical(2, shape=[*shape, 1], dtype=torch.bool, device=self.device) for name in names}
 
     def _set_seed(self, seed: int | None) -> None:
-        """Nothing here is random; a seed starts the count of episodes anew."""
+        """Restart the count of episodes; nothing here is random."""
         self._episodes.fill_(-1)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDictBase:
@@ -144,7 +144,7 @@ class MockEnv(EnvBase):
         return slice(FIRST_INDEX[group], FIRST_INDEX[group] + len(GROUPS[group]))
 
     def _dead(self) -> Tensor:
-        """Who has died by now, ``[*E, 3]``."""
+        """Return which agents have died, ``[*E, 3]``."""
         dead = torch.zeros_like(self._last_actions, dtype=torch.bool)
         if self.death_step is not None:
             dead[..., MORTAL] = self._steps >= self.death_step
@@ -156,13 +156,13 @@ class MockEnv(EnvBase):
         return legal.unsqueeze(-2).repeat_interleave(len(GROUPS[group]), dim=-2)
 
     def _ends(self) -> tuple[Tensor, Tensor]:
-        """For each agent whether it is terminated, and truncated, ``[*E, 3]``."""
+        """Return for each agent whether it is terminated, and whether truncated, ``[*E, 3]`` each."""
         over = (self._steps >= self.episode_length).unsqueeze(-1)
         odd = (self._episodes % 2 == 1).unsqueeze(-1)
         terminates = {"truncate": torch.zeros_like(odd), "terminate": torch.ones_like(odd), "alternate": odd}
         by_termination = terminates[self.ending]
         dead = self._dead()
-        # What PettingZooWrapper says of agents that died in an earlier step: terminated and truncated.
+        # PettingZooWrapper reports agents that died in an earlier step as both terminated and truncated.
         dead_before = dead & (self._steps != self.death_step).unsqueeze(-1) if self.death_step is not None else dead
         return dead | (over & by_termination), dead_before | (over & ~by_termination & ~dead)
 

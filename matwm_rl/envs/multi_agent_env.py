@@ -8,52 +8,29 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.envs import Compose, EnvBase, ParallelEnv, SerialEnv, TransformedEnv
 
+from matwm_rl.action_space import ActionSpace
 from matwm_rl.envs.layout import AgentLayout
 from matwm_rl.envs.merge_groups import MergeGroups
+from matwm_rl.envs.random_actions import LegalRandomActions
 from matwm_rl.envs.render import render_frame
-from matwm_rl.keys import ACTION, ACTION_MASK
 
 
-class _LegalRandomActions(EnvBase):
-    """Random actions obey the mask in the tensordict that they are asked for.
-
-    TorchRL's ActionMask writes the mask of the moment into the action spec instead. There it goes stale: copies of the
-    spec, such as a batched environment's or an outer TransformedEnv's, never hear of it, and an action that was legal
-    when taken is not "in" the spec a step later. So the spec's own mask only ever holds the padding of agents that
-    have fewer actions.
-    """
-
-    def rand_action(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:
-        """Draws a random legal action for each agent.
-
-        Args:
-            tensordict: the current root tensordict with ``("agents", "action_mask")``; the action is written into it.
-                Without it a :class:`MultiAgentEnv` draws from the actions that are legal in its present state, and a
-                batched one, which sees its environments through tensordicts only, from each agent's own actions.
-        """
-        mask = None if tensordict is None else tensordict.get(ACTION_MASK, None)
-        mask = self._present_mask() if mask is None else mask
-        action = torch.multinomial(mask.flatten(0, -2).float(), 1).view(mask.shape[:-1])
-        output = TensorDict(batch_size=self.batch_size, device=self.device) if tensordict is None else tensordict
-        return output.set(ACTION, action)
-
-    def _present_mask(self) -> Tensor:
-        raise NotImplementedError
-
-
-class _OneGroup(_LegalRandomActions):
-    """What environments with a layout tell of their agents, batched ones too."""
+class _WithLayout(LegalRandomActions):
+    """What environments that have a layout say of their agents; batched environments too."""
 
     layout: AgentLayout
     """Names, groups and sizes of the agents."""
 
-    def _present_mask(self) -> Tensor:
-        counts = torch.tensor(self.layout.action_counts, device=self.device)
-        padding = torch.arange(self.layout.num_actions, device=self.device) < counts.unsqueeze(-1)
+    def agent_actions(self) -> ActionSpace:
+        """Return the action space of all agents."""
+        return self.layout.actions
+
+    def present_mask(self) -> Tensor:
+        """Return each agent's own actions, bool ``[*E, N, A]``."""
+        padding = self.layout.actions.legal().to(self.device)
         return padding.expand(*self.batch_size, *padding.shape)
 
     @property
@@ -62,43 +39,23 @@ class _OneGroup(_LegalRandomActions):
         return self.layout.num_agents
 
     @property
-    def agent_names(self) -> list[str]:
-        """The agents' names in agent order."""
-        return self.layout.agent_names
-
-    @property
     def group_map(self) -> dict[str, list[str]]:
         """The original groups."""
         return self.layout.group_map
-
-    @property
-    def group_index(self) -> list[int]:
-        """For each agent the index of its original group."""
-        return self.layout.group_index
 
     @property
     def action_counts(self) -> list[int]:
         """For each agent the number of its actions."""
         return self.layout.action_counts
 
-    @property
-    def observation_sizes(self) -> list[int]:
-        """For each agent the size of its observation before padding."""
-        return self.layout.observation_sizes
 
-    @property
-    def is_image(self) -> bool:
-        """Whether observations are uint8 images."""
-        return self.layout.is_image
-
-
-class MultiAgentEnv(_OneGroup, TransformedEnv):
-    """Turns a grouped multi-agent environment into one with a single dense group ``"agents"``.
+class MultiAgentEnv(_WithLayout, TransformedEnv):
+    """Turn a grouped multi-agent environment into one with a single dense group ``"agents"``.
 
     Works on any TorchRL environment that has a ``group_map`` and the keys ``(group, "observation")``,
     ``(group, "action")`` and ``(group, "reward")``: :class:`~torchrl.envs.PettingZooWrapper` on a parallel environment,
-    :class:`~torchrl.envs.VmasEnv`, and what follows their conventions. E is the environment's batch size, N agents, A
-    the most actions of any agent, D the largest observation:
+    :class:`~torchrl.envs.VmasEnv`, and environments that follow their conventions. E is the environment's batch size, N
+    the number of agents, A the most actions of any agent, D the size of the largest observation:
 
     ====================================  ==========================  ==============================================
     key                                   shape, dtype                content
@@ -113,9 +70,10 @@ class MultiAgentEnv(_OneGroup, TransformedEnv):
     ====================================  ==========================  ==============================================
 
     A death does not end the episode: the dead agent observes zeros and has exactly one legal action, which is ignored.
-    An episode is ``truncated`` if a time limit ended it for some living agent, else ``terminated``; never both. This
-    also mends VMAS, which reports its ``max_steps`` as a termination. Agents that end together with the episode stay
-    alive in its last observation.
+    An episode is ``truncated`` if a time limit ended it for some living agent, else ``terminated``; never both. VMAS
+    reports its ``max_steps`` as a termination; here it is a truncation. Agents that end together with the episode stay
+    alive in its last observation. Environments with other conventions get a rule of their own, see
+    :func:`~matwm_rl.envs.register_end_rule`.
 
     Args:
         env: the grouped environment. A PettingZoo environment in which agents die needs
@@ -143,19 +101,20 @@ class MultiAgentEnv(_OneGroup, TransformedEnv):
             raise ValueError(f"image_size must be at least 1, got {image_size}.")
         transform = MergeGroups.from_env(env, image_size=image_size)
         super().__init__(env, transform)
-        self.__dict__["layout"] = transform.layout
+        self.layout = transform.layout
 
     def render_frame(self, env_index: int = 0) -> NDArray[np.uint8]:
-        """Draws the present state as an RGB image ``[H, W, 3]`` uint8; see :func:`~matwm_rl.envs.render_frame`."""
+        """Draw the present state as an RGB image ``[H, W, 3]`` uint8; see :func:`~matwm_rl.envs.render_frame`."""
         return render_frame(self, env_index)
 
-    def _present_mask(self) -> Tensor:
+    def present_mask(self) -> Tensor:
+        """Return the actions that are legal now, bool ``[*E, N, A]``."""
         transforms = self.transform if isinstance(self.transform, Compose) else [self.transform]
         mask = next(transform for transform in transforms if isinstance(transform, MergeGroups)).legal_actions
-        return mask.expand(*self.batch_size, *mask.shape[-2:])
+        return mask.to(self.device).expand(*self.batch_size, *mask.shape[-2:])
 
 
-class SerialMultiAgentEnv(_OneGroup, SerialEnv):
+class SerialMultiAgentEnv(_WithLayout, SerialEnv):
     """A :class:`~torchrl.envs.SerialEnv` of :class:`MultiAgentEnv` that keeps their layout and draws legal actions.
 
     Args:
@@ -178,20 +137,20 @@ class SerialMultiAgentEnv(_OneGroup, SerialEnv):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_envs, create_env, **kwargs)
-        self.__dict__["layout"] = _layout_of(create_env)
+        self.layout = _layout_of(create_env)
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Close all environments.
 
-        TorchRL then gives PyTorch back the threads that worker processes had, and a serial environment has none: a
-        process set to one thread would go on with several, which is many times slower where the cores are busy.
+        TorchRL's ``close`` raises PyTorch's number of threads by what worker processes had, but a serial environment
+        has no workers: a process set to one thread would go on with several, which is much slower on busy cores.
         """
         num_threads = torch.get_num_threads()
         super().close(raise_if_closed=raise_if_closed)
         torch.set_num_threads(num_threads)
 
 
-class ParallelMultiAgentEnv(_OneGroup, ParallelEnv):
+class ParallelMultiAgentEnv(_WithLayout, ParallelEnv):
     """A :class:`~torchrl.envs.ParallelEnv` of :class:`MultiAgentEnv`: each environment in a process of its own.
 
     Args:
@@ -216,7 +175,7 @@ class ParallelMultiAgentEnv(_OneGroup, ParallelEnv):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_envs, create_env, **kwargs)
-        self.__dict__["layout"] = _layout_of(create_env)
+        self.layout = _layout_of(create_env)
 
 
 def _layout_of(create_env: Callable[[], MultiAgentEnv] | Sequence[Callable[[], MultiAgentEnv]]) -> AgentLayout:

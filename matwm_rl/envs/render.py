@@ -5,53 +5,60 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase
 from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 from torchrl.envs.libs.vmas import VmasWrapper
 
+from matwm_rl.envs.registry import register_renderer, renderers, unwrap
+from matwm_rl.torchrl_internals import simulator
+
 
 def render_frame(env: EnvBase, env_index: int = 0) -> NDArray[np.uint8]:
-    """Draws an environment's present state as an RGB image ``[H, W, 3]`` uint8.
+    """Draw an environment's present state as an RGB image ``[H, W, 3]`` uint8.
 
     Args:
-        env: a PettingZoo or VMAS environment, wrapped by any number of transforms.
-        env_index: which environment of a batch to draw; only VMAS has several.
+        env: an environment of PettingZoo, of VMAS, or of a class with a renderer of its own
+            (:func:`~matwm_rl.envs.register_renderer`), wrapped by any number of transforms.
+        env_index: which environment of a batch to draw; of the library's renderers only VMAS's has several.
 
     Raises:
-        RuntimeError: if the environment was made without ``render_mode="rgb_array"`` (PettingZoo), or there is no
-            screen to draw on (VMAS).
-        NotImplementedError: if the wrapped environment is neither of PettingZoo nor of VMAS.
+        RuntimeError: if the environment was made with a ``render_mode`` other than ``"rgb_array"`` (PettingZoo), or
+            there is no screen to draw on (VMAS).
+        NotImplementedError: if no renderer is registered for the class of the wrapped environment.
 
     Examples:
         >>> from matwm_rl.envs import make_env
-        >>> env = make_env("mpe2/simple_tag_v3", seed=0, render_mode="rgb_array")
+        >>> env = make_env("mpe2/simple_tag_v3", seed=0)
         >>> _ = env.reset()
         >>> render_frame(env).shape
         (700, 700, 3)
     """
-    while isinstance(env, TransformedEnv):
-        env = env.base_env
-    if isinstance(env, PettingZooWrapper):
-        return _render_pettingzoo(env._env)
-    if isinstance(env, VmasWrapper):
-        _check_screen()
-        return np.asarray(env._env.render(mode="rgb_array", env_index=env_index), dtype=np.uint8)
-    raise NotImplementedError(
-        f"only PettingZoo and VMAS environments can be drawn, got {type(env).__name__}. Of a batched environment, draw "
-        "one that make_env made with num_envs=1."
-    )
-
-
-def _render_pettingzoo(env: Any) -> NDArray[np.uint8]:
-    if env.render_mode != "rgb_array":
-        raise RuntimeError(
-            f'the environment was made with render_mode={env.render_mode!r}; make it with render_mode="rgb_array".'
+    env = unwrap(env)
+    render = renderers.find(env)
+    if render is None:
+        raise NotImplementedError(
+            f"there is no renderer for {type(env).__name__}; registered: {', '.join(renderers.names())}. Register one "
+            "with matwm_rl.envs.register_renderer. Of a batched environment, draw one that make_env made with "
+            "num_envs=1."
         )
-    return np.asarray(env.render(), dtype=np.uint8)
+    return render(env, env_index)
+
+
+def _render_pettingzoo(env: EnvBase, env_index: int) -> NDArray[np.uint8]:
+    raw = simulator(env)
+    if raw.render_mode != "rgb_array":
+        raise RuntimeError(
+            f'the environment was made with render_mode={raw.render_mode!r}; make it with render_mode="rgb_array".'
+        )
+    return np.asarray(raw.render(), dtype=np.uint8)
+
+
+def _render_vmas(env: EnvBase, env_index: int) -> NDArray[np.uint8]:
+    _check_screen()
+    return np.asarray(simulator(env).render(mode="rgb_array", env_index=env_index), dtype=np.uint8)
 
 
 def _check_screen() -> None:
@@ -64,3 +71,7 @@ def _check_screen() -> None:
                 "VMAS draws with OpenGL, and there is neither EGL nor a screen (DISPLAY is unset). Install EGL "
                 "(Debian: libegl1) or run under a virtual screen: xvfb-run -a python ..."
             ) from error
+
+
+register_renderer(PettingZooWrapper, _render_pettingzoo)
+register_renderer(VmasWrapper, _render_vmas)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torchrl.envs import MarlGroupMapType, TransformedEnv
 
+from matwm_rl.action_space import DiscreteActions
 from matwm_rl.envs import AgentLayout, MultiAgentEnv, make_env, render_frame
 from matwm_rl.keys import ACTION, ACTION_MASK, OBSERVATION, TERMINATED, TRUNCATED
 
@@ -14,7 +15,7 @@ SPEAKER_LISTENER = AgentLayout(
     agent_names=["speaker_0", "listener_0"],
     group_map={"speaker": ["speaker_0"], "listener": ["listener_0"]},
     group_index=[0, 1],
-    action_counts=[3, 5],
+    actions=DiscreteActions([3, 5]),
     observation_shape=(11,),
     observation_sizes=[3, 11],
     is_image=False,
@@ -24,7 +25,7 @@ SPEAKER_LISTENER = AgentLayout(
 def test_layout_of_a_single_environment() -> None:
     env = make_env("mpe2/simple_speaker_listener_v4")
     assert env.layout == SPEAKER_LISTENER
-    assert (env.num_agents, env.action_counts, env.group_index) == (2, [3, 5], [0, 1])
+    assert (env.num_agents, env.action_counts, list(env.group_map)) == (2, [3, 5], ["speaker", "listener"])
     assert env.layout.num_actions == 5
     assert env.batch_size == torch.Size([])
 
@@ -34,7 +35,7 @@ def test_serial_environments_keep_the_layout_and_differ() -> None:
     assert env.layout == SPEAKER_LISTENER
     assert TransformedEnv(env).layout == SPEAKER_LISTENER
     # Not a list of each environment's, as TorchRL gives it of what the batch itself does not have.
-    assert (env.num_agents, env.action_counts, env.group_index) == (2, [3, 5], [0, 1])
+    assert (env.num_agents, env.action_counts, list(env.group_map)) == (2, [3, 5], ["speaker", "listener"])
     assert TransformedEnv(env).num_agents == 2
     assert env.batch_size == torch.Size([3])
     observation = env.reset()[OBSERVATION]
@@ -106,7 +107,7 @@ def test_seeds_decide_everything(name: str) -> None:
 
 def test_group_map_is_passed_on() -> None:
     env = make_env("mpe2/simple_tag_v3", group_map=MarlGroupMapType.ONE_GROUP_PER_AGENT)
-    assert env.group_index == [0, 1, 2, 3]
+    assert env.layout.group_index == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="groups of their own"):
         make_env("mpe2/simple_tag_v3", group_map=MarlGroupMapType.ALL_IN_ONE_GROUP)
 
@@ -117,7 +118,10 @@ def test_group_map_is_passed_on() -> None:
         ("mpe2/simple_tga_v3", r"unknown environment 'mpe2/simple_tga_v3'; environments: .*simple_tag_v3"),
         ("butterfly/pong", r"environments: cooperative_pong_v6, knights_archers_zombies_v11, pistonball_v6"),
         ("vmas/simple_tga", r"unknown environment 'vmas/simple_tga'; scenarios: .*simple_tag"),
-        ("atari/pong_v3", r"unknown environment 'atari/pong_v3'; expected one of 'mpe2/\.\.\.'.*'mock'"),
+        (
+            "atari/pong_v3",
+            r"'atari/pong_v3'; registered families: butterfly, mock, mpe2, .*register_family",
+        ),
         ("simple_tag_v3", "unknown environment"),
         ("mock/one", "unknown environment"),
         ("vmas", "unknown environment"),
@@ -165,7 +169,7 @@ def test_frames() -> None:
 
 def test_frames_that_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match='render_mode="rgb_array"'):
-        make_env("mpe2/simple_tag_v3").render_frame()
+        make_env("mpe2/simple_tag_v3", render_mode=None).render_frame()
     with pytest.raises(NotImplementedError, match="MockEnv"):
         make_env("mock").render_frame()
     monkeypatch.setitem(sys.modules, "pyglet.libs.egl.egl", None)
