@@ -199,7 +199,7 @@ class _BalancedKL(torch.autograd.Function):
 
 
 def balanced_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """The two KL terms of section 2, before their free nats are taken off: of one value, with different gradients.
+    """The two KL terms of the world-model loss, before free nats are taken off: one value with different gradients.
 
     Args:
         log_q: posterior log-probabilities of z_{t+1}, ``[..., K, C]``.
@@ -259,7 +259,7 @@ def balanced_gaussian_kl(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lambda_return(reward: Tensor, continuation: Tensor, next_value: Tensor, gamma: float, lmbda: float) -> Tensor:
-    r"""Lambda-return of section 5, computed backwards.
+    r"""Lambda-return, computed backwards (docs/algorithm.md, Actor and critic losses).
 
     .. math::
         G_t = r_t + \gamma c_t [(1-\lambda) V(s_{t+1}) + \lambda G_{t+1}], \qquad G_H = V(s_H)
@@ -349,6 +349,24 @@ def sample_index(weights: Tensor) -> Tensor:
     return cumulative.le_(threshold).sum(-1).long().clamp_(max=weights.shape[-1] - 1)
 
 
+def one_hot_classes(latent: Tensor, num_classes: int) -> Tensor:
+    """Classes of flattened one-hot vectors: ``[..., K * C]`` to int64 ``[..., K]``.
+
+    A product with 0, 1, 2, ...: three times as fast as ``argmax`` on CPU, and a tenth of what a first layer saves that
+    looks its rows up.
+
+    Args:
+        latent: one-hot vectors; the rounding errors of straight-through samples do no harm.
+        num_classes: C.
+
+    Examples:
+        >>> one_hot_classes(torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0]), 3)
+        tensor([2, 0])
+    """
+    classes = torch.arange(num_classes, dtype=latent.dtype, device=latent.device)
+    return (latent.detach().unflatten(-1, (-1, num_classes)) @ classes).round().long()
+
+
 def masked_mean(value: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over the elements where ``mask`` is true (zero when there are none).
 
@@ -367,6 +385,40 @@ def masked_mean(value: Tensor, mask: Tensor | None) -> Tensor:
         return value.mean()
     mask = mask.expand_as(value)
     return torch.where(mask, value, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def per_agent_sum(value: Tensor, event_dims: int = 0) -> Tensor:
+    """Sum over the batch: ``[*batch, N, *event]`` to ``[N, *event]``.
+
+    Args:
+        value: the tensor.
+        event_dims: number of dimensions behind the agent dimension.
+
+    Examples:
+        >>> per_agent_sum(torch.ones(4, 5, 3)).tolist()
+        [20.0, 20.0, 20.0]
+    """
+    return value.reshape(-1, *value.shape[value.ndim - 1 - event_dims :]).sum(0)
+
+
+def per_agent_mean(value: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
+    """Weighted mean over the batch, one number per agent.
+
+    The sum of the weighted values, divided by the number of valid steps (not by the sum of the weights).
+
+    Args:
+        value: ``[*batch, N]``.
+        weight: ``[*batch, N]``.
+        valid: bool ``[*batch, N]``, which steps count.
+
+    Returns:
+        ``[N]``.
+
+    Examples:
+        >>> per_agent_mean(torch.tensor([[4.0], [8.0]]), torch.tensor([[1.0], [0.5]]), torch.tensor([[True], [True]]))
+        tensor([4.])
+    """
+    return per_agent_sum(torch.where(valid, value * weight, 0.0)) / per_agent_sum(valid).clamp(min=1)
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ key                                            shape after batch dims    meaning
 ``("agents", "teammate_action")``              ``[N, N-1]``              what the others did, in agent order
 ``("agents", "teammate_alive")``               ``[N, N-1]``              which of the others were alive
 ``("agents", "latent")``                       ``[N, Z]``                z_t as a feature vector
-``("agents", "latent_ones")``                  ``[N, K]``                where z_t is multi-hot: positions of its ones
 ``("agents", "hidden")``                       ``[N, F]``                h_t, the summary of the steps before t
 ``("agents", "teammate_logits")``              ``[N, N-1, A]``           p_t, predicted action logits of the others
 ``("agents", "reconstruction")``               as the observation        decoded z_t; images from 0 to 1
@@ -31,6 +30,8 @@ key                                            shape after batch dims    meaning
 ``("next", "agents", "terminated")``           ``[N, 1]``                ... by termination, not by truncation
 ``("next", "agents", "posterior")``            ``[N, K, C]``             parameters of z_{t+1}, from o_{t+1}
 ``("next", "agents", "prior")``                ``[N, K, C]``             parameters of z_{t+1}, predicted from h
+``("next", "agents", "dynamics_kl")``          ``[N, 1]``                KL of posterior and prior; moves the prior
+``("next", "agents", "representation_kl")``    ``[N, 1]``                the same value; moves the posterior
 ``("next", "agents", "reward_logits")``        ``[N, bins]``             predicted two-hot logits of the reward
 ``("next", "agents", "end_reward_logits")``    ``[N, bins]``             the same, of an agent's last step
 ``("next", "agents", "continuation_logits")``  ``[N, 1]``                predicted logit of c_t
@@ -40,9 +41,9 @@ key                                            shape after batch dims    meaning
 ``("next", "truncated")``                      ``[1]``                   ... by a time limit
 =============================================  ========================  =============================================
 
-The parameters of z_{t+1} are, for each of K code dimensions, log-probabilities of C classes, or the mean and the log
-standard deviation (then C is 2) of a Gaussian code. What policies carry through an episode stands in
-:class:`~matwm_rl.modules.WorldModelPolicy`.
+The parameters of z_{t+1} are, for each of K latent dimensions, log-probabilities of C classes, or the mean and the log
+standard deviation of a Gaussian (then C is 2). :class:`~matwm_rl.modules.WorldModelPolicy` lists what policies carry
+through an episode.
 """
 
 from tensordict import NestedKey
@@ -58,7 +59,6 @@ TEAMMATE_ACTION: NestedKey = (AGENTS, "teammate_action")
 TEAMMATE_ALIVE: NestedKey = (AGENTS, "teammate_alive")
 
 LATENT: NestedKey = (AGENTS, "latent")
-LATENT_ONES: NestedKey = (AGENTS, "latent_ones")
 HIDDEN: NestedKey = (AGENTS, "hidden")
 TEAMMATE_LOGITS: NestedKey = (AGENTS, "teammate_logits")
 
@@ -66,6 +66,8 @@ RECONSTRUCTION: NestedKey = (AGENTS, "reconstruction")
 MASK_LOGITS: NestedKey = (AGENTS, "mask_logits")
 POSTERIOR: NestedKey = ("next", AGENTS, "posterior")
 PRIOR: NestedKey = ("next", AGENTS, "prior")
+DYNAMICS_KL: NestedKey = ("next", AGENTS, "dynamics_kl")
+REPRESENTATION_KL: NestedKey = ("next", AGENTS, "representation_kl")
 REWARD_LOGITS: NestedKey = ("next", AGENTS, "reward_logits")
 END_REWARD_LOGITS: NestedKey = ("next", AGENTS, "end_reward_logits")
 CONTINUATION_LOGITS: NestedKey = ("next", AGENTS, "continuation_logits")

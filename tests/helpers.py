@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from matwm_rl import keys
-from matwm_rl.data import Replay, make_replay
-from matwm_rl.envs import MultiAgentEnv, make_env
-from matwm_rl.modules import DiscreteLatent, Latent, LatentCode, WorldModel, WorldModelConfig, make_actor, make_critic
+from matwm_rl.action_space import DiscreteActions
+from matwm_rl.data import Replay, ReplayConfig, make_replay
+from matwm_rl.envs import AgentLayout, MultiAgentEnv, make_env
+from matwm_rl.modules import (
+    ActorCriticConfig,
+    CategoricalLatentConfig,
+    GaussianLatentConfig,
+    LatentConfig,
+    LatentSpace,
+    WorldModel,
+    WorldModelConfig,
+    make_actor,
+    make_critic,
+)
 from matwm_rl.training.learner import Learner, LearnerConfig
 
 COUNTS, GROUPS, SIZE = (4, 4, 3), (0, 0, 1), 5
 """The mock environment's agents: two hunters with 4 actions, one prey with 3, observations padded to 5."""
+LATENTS: dict[str, LatentConfig] = {
+    "categorical": CategoricalLatentConfig(num_dims=4, num_classes=5),
+    "gaussian": GaussianLatentConfig(num_dims=4),
+}
+"""Every latent space, small. In ``eval`` mode "gaussian" encodes without chance, so that two passes agree."""
+
 SMALL: dict[str, Any] = {
     "hidden_size": 16,
     "num_heads": 2,
-    "num_dims": 4,
-    "num_classes": 5,
+    "latent": LATENTS["categorical"],
     "dropout": 0.0,
     "group_layers": True,
     "reward_interpolation": "raw",
 }
-
-LATENTS = ["categorical", "fsq", "gaussian"]
-"""Names of all latent codes."""
-EXACT = ["fsq", "gaussian"]
-"""Those that in ``eval`` mode encode without chance, so that two passes over the same data agree."""
-
-STATE_KEYS: list[NestedKey] = [keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS]
-"""Of s_t = (z_t, h_t, p_t)."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,30 +53,47 @@ def randomize(module: M, scale: float = 0.2) -> M:
     return module
 
 
+def make_layout(
+    action_counts: Sequence[int] = COUNTS,
+    group_index: Sequence[int] = GROUPS,
+    observation_shape: Sequence[int] = (SIZE,),
+    has_action_mask: bool = True,
+) -> AgentLayout:
+    """The mock environment's agents, or others."""
+    names = [f"agent_{n}" for n in range(len(action_counts))]
+    groups = {f"group_{g}": [n for n, own in zip(names, group_index, strict=True) if own == g] for g in group_index}
+    size = torch.Size(observation_shape).numel()
+    return AgentLayout(
+        agent_names=names,
+        group_map=groups,
+        group_index=list(group_index),
+        actions=DiscreteActions(list(action_counts)),
+        observation_shape=tuple(observation_shape),
+        observation_sizes=[size] * len(names),
+        is_image=len(observation_shape) == 3,
+        has_action_mask=has_action_mask,
+    )
+
+
 def make_model(
     action_counts: Sequence[int] = COUNTS,
     group_index: Sequence[int] = GROUPS,
     observation_shape: Sequence[int] = (SIZE,),
     has_action_mask: bool = True,
+    parts: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> WorldModel:
-    config = WorldModelConfig(**(SMALL | overrides))
-    return randomize(
-        WorldModel.from_layout(
-            observation_shape=observation_shape,
-            action_counts=action_counts,
-            group_index=group_index,
-            has_action_mask=has_action_mask,
-            config=config,
-        )
-    )
+    """A small model; ``latent`` may be a name of :data:`LATENTS`."""
+    if isinstance(latent := overrides.get("latent"), str):
+        overrides["latent"] = LATENTS[latent]
+    layout = make_layout(action_counts, group_index, observation_shape, has_action_mask)
+    return randomize(WorldModel.from_env(layout, WorldModelConfig(**(SMALL | overrides)), **(parts or {})))
 
 
 def make_learner(world_model: WorldModel | None = None, *, share_by_group: bool = False, **config: Any) -> Learner:
     model = make_model() if world_model is None else world_model
-    actor, critic = (
-        randomize(make(model, num_cells=8, share_by_group=share_by_group)) for make in (make_actor, make_critic)
-    )
+    sizes = ActorCriticConfig(num_cells=8, share_by_group=share_by_group)
+    actor, critic = (randomize(make(model, sizes)) for make in (make_actor, make_critic))
     return Learner(model, actor, critic, LearnerConfig(**({"horizon": 3} | config)))
 
 
@@ -86,7 +110,7 @@ def random_batch(
     done: Tensor | None = None,
     deaths: bool = True,
 ) -> TensorDict:
-    """A focal batch [B, T]: random, but with successors that agree inside episodes and differ at their ends.
+    """A batch [B, T]: random, but with successors that agree inside episodes and differ at their ends.
 
     Args:
         B: sequences.
@@ -138,16 +162,11 @@ def random_batch(
     return TensorDict({"agents": agents, "next": {"agents": after}}, batch_size=[B, T])
 
 
-def random_latent(code: LatentCode, *shape: int) -> Latent:
-    """Latents that a code can have."""
-    shape = (*shape, code.num_dims)
-    discrete = isinstance(code, DiscreteLatent)
-    return code.from_code(torch.randint(code.num_classes, shape) if discrete else torch.randn(shape))
-
-
-def read_keys(model: WorldModel) -> list[NestedKey]:
-    """What actors and critics read of s_t: of a multi-hot latent the positions of its ones."""
-    return [keys.LATENT_ONES if model.latent.multi_hot else keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS]
+def random_latent(space: LatentSpace, *shape: int) -> Tensor:
+    """Latents that a space can have."""
+    shape = (*shape, space.num_dims)
+    classes = space.num_classes
+    return space.from_code(torch.randn(shape) if classes is None else torch.randint(classes, shape))
 
 
 def random_imagined(S: int = 4, H: int = 5, *, model: WorldModel, deaths: bool = True) -> TensorDict:
@@ -156,10 +175,8 @@ def random_imagined(S: int = 4, H: int = 5, *, model: WorldModel, deaths: bool =
     teammates = 0 if model.teammates is None else N - 1
 
     def state() -> dict[str, Tensor]:
-        latent = random_latent(model.latent, S, H, N)
         return {
-            "latent": latent.value,
-            **({} if latent.ones is None else {"latent_ones": latent.ones}),
+            "latent": random_latent(model.latent, S, H, N),
             "hidden": torch.randn(S, H, N, model.transformer.features),
             "teammate_logits": torch.randn(S, H, N, teammates, A),
         }
@@ -183,9 +200,9 @@ def mock_env(**kwargs: Any) -> MultiAgentEnv:
     return make_env("mock", **({"seed": 0} | kwargs))
 
 
-def mock_replay(steps: int = 60, env: MultiAgentEnv | None = None, **kwargs: Any) -> Replay:
-    options = {"sequence_length": 8, "sequences_per_agent": 2, "starts_per_agent": 4, "context_length": 3, "seed": 0}
-    replay = make_replay(capacity=200, num_agents=3, **(options | kwargs))
+def mock_replay(steps: int = 60, env: MultiAgentEnv | None = None, **config: Any) -> Replay:
+    sizes = {"capacity": 200, "sequence_length": 8, "sequences": 6, "starts_per_agent": 4, "context_length": 3}
+    replay = make_replay(3, ReplayConfig(**(sizes | config)), seed=0)
     env = mock_env() if env is None else env
     replay.extend(env.rollout(steps, break_when_any_done=False))
     return replay

@@ -1,59 +1,90 @@
 """Networks: the world model and its parts, actors and critics, acting, imagination."""
 
-from matwm_rl.modules.actor_critic import ActionDistribution, StateMLP, make_actor, make_critic
+from matwm_rl.modules.actor_critic import ActorCriticConfig, StateMLP, make_actor, make_critic
+from matwm_rl.modules.builder import WorldModelConfig, build_parts
+from matwm_rl.modules.dynamics import Dynamics, DynamicsLoss, PriorDynamics
 from matwm_rl.modules.encoders import (
     CNNDecoder,
     CNNEncoder,
+    CoordinateDecoder,
+    CoordinateEncoder,
+    CoordinateEncoderConfig,
+    EncoderConfig,
     FourierFeatures,
     MLPDecoder,
     MLPEncoder,
-    ObservationHead,
+    MLPEncoderConfig,
     PointDistances,
 )
-from matwm_rl.modules.exploration import RandomEpisodes
 from matwm_rl.modules.features import WorldModelFeatures
-from matwm_rl.modules.heads import ActionMixer, Head, TeammatePredictor, TeammatePredictorBase
+from matwm_rl.modules.heads import ActionMixer, Head
 from matwm_rl.modules.imagination import Imagination
-from matwm_rl.modules.latent import (
+from matwm_rl.modules.latents import (
     CategoricalLatent,
-    DiscreteLatent,
-    FSQLatent,
+    CategoricalLatentConfig,
     GaussianLatent,
-    Latent,
-    LatentCode,
-    make_latent,
-    read_latent,
+    GaussianLatentConfig,
+    LatentConfig,
+    LatentSpace,
 )
 from matwm_rl.modules.policy import WorldModelPolicy
-from matwm_rl.modules.stacked import StackedLinear, StackedMLP, StackedNormSiLU
-from matwm_rl.modules.state_estimator import CONTEXT_KEYS, StateEstimator
+from matwm_rl.modules.reward import (
+    HiddenReward,
+    HiddenRewardConfig,
+    ObservationReward,
+    ObservationRewardConfig,
+    RewardConfig,
+    RewardHead,
+    Transition,
+)
+from matwm_rl.modules.rollout import Rollout
+from matwm_rl.modules.stacked import LatentLinear, StackedLinear, StackedMLP, StackedNormSiLU
+from matwm_rl.modules.state import STATE_KEYS, Caches, State
+from matwm_rl.modules.state_estimator import HISTORY_KEYS, PolicyConfig, StateEstimator
+from matwm_rl.modules.teammates import TeammatePredictor, TeammatePredictorBase
 from matwm_rl.modules.transformer import KVCache, Transformer
-from matwm_rl.modules.two_hot import TwoHot
-from matwm_rl.modules.world_model import Context, State, WorldModel
-from matwm_rl.modules.world_model_config import WorldModelConfig
+from matwm_rl.modules.two_hot import Interpolation, TwoHot
+from matwm_rl.modules.world_model import WorldModel
 
 __all__ = [
-    "CONTEXT_KEYS",
-    "ActionDistribution",
+    "HISTORY_KEYS",
+    "STATE_KEYS",
     "ActionMixer",
+    "ActorCriticConfig",
     "CNNDecoder",
     "CNNEncoder",
+    "Caches",
     "CategoricalLatent",
-    "Context",
-    "DiscreteLatent",
-    "FSQLatent",
+    "CategoricalLatentConfig",
+    "CoordinateDecoder",
+    "CoordinateEncoder",
+    "CoordinateEncoderConfig",
+    "Dynamics",
+    "DynamicsLoss",
+    "EncoderConfig",
     "FourierFeatures",
     "GaussianLatent",
+    "GaussianLatentConfig",
     "Head",
+    "HiddenReward",
+    "HiddenRewardConfig",
     "Imagination",
+    "Interpolation",
     "KVCache",
-    "Latent",
-    "LatentCode",
+    "LatentConfig",
+    "LatentLinear",
+    "LatentSpace",
     "MLPDecoder",
     "MLPEncoder",
-    "ObservationHead",
+    "MLPEncoderConfig",
+    "ObservationReward",
+    "ObservationRewardConfig",
     "PointDistances",
-    "RandomEpisodes",
+    "PolicyConfig",
+    "PriorDynamics",
+    "RewardConfig",
+    "RewardHead",
+    "Rollout",
     "StackedLinear",
     "StackedMLP",
     "StackedNormSiLU",
@@ -63,13 +94,13 @@ __all__ = [
     "TeammatePredictor",
     "TeammatePredictorBase",
     "Transformer",
+    "Transition",
     "TwoHot",
     "WorldModel",
     "WorldModelConfig",
     "WorldModelFeatures",
     "WorldModelPolicy",
+    "build_parts",
     "make_actor",
     "make_critic",
-    "make_latent",
-    "read_latent",
 ]

@@ -8,59 +8,59 @@ from torchrl.data import Composite, Unbounded
 from torchrl.envs import Transform
 
 from matwm_rl import keys
-from matwm_rl.modules.state_estimator import CONTEXT_KEYS, StateEstimator
+from matwm_rl.modules.state_estimator import HISTORY_KEYS, PolicyConfig, StateEstimator
 from matwm_rl.modules.world_model import WorldModel
 
 
 class WorldModelFeatures(Transform):
-    """A transform of the environment that writes s_t (section 3) of every agent beside its observation.
+    """A transform of the environment that adds s_t of every agent to its observation.
 
     Any policy, value network and loss can then read what the world model knows of the present observation and of the
     episode so far; values bootstrap from the features under ``"next"``. :class:`StateEstimator` computes them, without
     gradient. Put the model in ``eval`` mode. Features of stored steps are those of the model as it was when they were
     collected.
 
-    The environment also carries the context of the episode, under ``"context"``: leave it out of what is stored,
-    ``batch.exclude("context", ("next", "context"))``.
+    The environment also carries the history of the episode, under ``"history"``: leave it out of what is stored,
+    ``batch.exclude("history", ("next", "history"))``.
 
     Args:
         world_model: the shared world model.
-        context_length: steps of history that are seen at most.
+        history_length: W, steps of history that are seen at most.
 
     Keys read: ``("agents", "observation" | "action")``.
     Keys written, at every reset and under ``"next"`` at every step: ``("agents", "latent" | "hidden" |
-    "teammate_logits")``, of a multi-hot code ``("agents", "latent_ones")`` too, and
-    ``("context", "code" | "action" | "length")``.
+    "teammate_logits")`` and ``("history", "code" | "action" | "length")``.
 
     Raises:
-        ValueError: if ``context_length`` is below 1, or an entry has another shape.
+        ValueError: if ``history_length`` is below 1, or an entry has another shape.
         KeyError: if an entry is missing.
 
     Examples:
+        >>> from matwm_rl import presets
         >>> from matwm_rl.envs import make_env
         >>> env = make_env("mock", seed=0)
-        >>> world_model = WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4).eval()
+        >>> world_model = WorldModel.from_env(env, presets.tiny().world_model).eval()
         >>> env = env.append_transform(WorldModelFeatures(world_model))
         >>> rollout = env.rollout(3)
         >>> rollout["agents", "latent"].shape, rollout["next", "agents", "hidden"].shape
         (torch.Size([3, 3, 16]), torch.Size([3, 3, 32]))
     """
 
-    def __init__(self, world_model: WorldModel, *, context_length: int = 16) -> None:
-        estimator = StateEstimator(world_model, context_length=context_length)
-        super().__init__(in_keys=[keys.OBSERVATION, keys.ACTION], out_keys=[*estimator.out_keys, *CONTEXT_KEYS])
+    def __init__(self, world_model: WorldModel, *, history_length: int = PolicyConfig.history_length) -> None:
+        estimator = StateEstimator(world_model, history_length=history_length)
+        super().__init__(in_keys=[keys.OBSERVATION, keys.ACTION], out_keys=[*estimator.out_keys, *HISTORY_KEYS])
         self.estimator = estimator
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Add the features and the context."""
-        return self._add(observation_spec, {**self._feature_specs(), **self.estimator.context_specs()})
+        """Add the features and the history."""
+        return self._add(observation_spec, {**self._feature_specs(), **self.estimator.history_specs()})
 
     def transform_input_spec(self, input_spec: Composite) -> Composite:
-        """Add the context to what a step reads."""
+        """Add the history to what a step reads."""
         state_spec = input_spec["full_state_spec"]
         if state_spec is None:
             state_spec = Composite(shape=input_spec.shape, device=input_spec.device)
-        input_spec["full_state_spec"] = self._add(state_spec, self.estimator.context_specs())
+        input_spec["full_state_spec"] = self._add(state_spec, self.estimator.history_specs())
         return input_spec
 
     @staticmethod
@@ -73,20 +73,15 @@ class WorldModelFeatures(Transform):
         model = self.estimator.world_model
         others = 0 if model.teammates is None else model.num_agents - 1
         shapes: dict[NestedKey, tuple[int, ...]] = {
-            keys.LATENT: (model.latent.latent_size,),
-            keys.HIDDEN: (model.transformer.features,),
-            keys.TEAMMATE_LOGITS: (others, model.num_actions),
-            keys.LATENT_ONES: (model.latent.num_dims,),
+            keys.LATENT: (model.num_agents, model.latent.latent_size),
+            keys.HIDDEN: (model.num_agents, model.transformer.features),
+            keys.TEAMMATE_LOGITS: (model.num_agents, others, model.num_actions),
         }
-        dtypes = {keys.LATENT_ONES: torch.int64}
-        return {
-            key: Unbounded((model.num_agents, *shapes[key]), dtype=dtypes.get(key, torch.float32))
-            for key in model.state_keys
-        }
+        return {key: Unbounded(shape, dtype=torch.float32) for key, shape in shapes.items()}
 
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         # Of environments that are not reset, TorchRL keeps what they had.
-        for key, spec in self.estimator.context_specs().items():
+        for key, spec in self.estimator.history_specs().items():
             zeros = torch.zeros((*tensordict_reset.batch_size, *spec.shape), dtype=spec.dtype)
             tensordict_reset.set(key, zeros.to(tensordict_reset.get(keys.OBSERVATION).device))
         return self.estimator(tensordict_reset)

@@ -1,4 +1,4 @@
-"""Imagination (Algorithm 1): context prefill, then a horizon of imagined steps, all agents and starts batched."""
+"""Imagination (Algorithm 1): from replayed starts, a horizon of imagined steps, all agents and starts batched."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from matwm_rl import keys
 from matwm_rl.checks import read_optional
 from matwm_rl.functional import agents_first, agents_last, autocast
 from matwm_rl.modules.actor_critic import check_actor, read_action
-from matwm_rl.modules.world_model import State, WorldModel
+from matwm_rl.modules.state import STATE_KEYS, State
+from matwm_rl.modules.world_model import WorldModel
 
 
 class Imagination(TensorDictModuleBase):
-    """Let every agent dream alone from replayed starts, with teammates as predicted behaviour (section 4).
+    """Let every agent dream alone from replayed starts, with teammates as predicted behaviour (Algorithm 1).
 
     No gradient flows through the rollout. Actions are sampled, whatever the exploration type outside.
 
@@ -37,19 +38,19 @@ class Imagination(TensorDictModuleBase):
     ``("agents", "observation" | "action")``, ``("next", "agents", "done")``, optionally ``("agents", "alive")``.
 
     Keys written to the returned tensordict (batch ``[*S, H]``): s_t as ``("agents", "latent" | "hidden" |
-    "teammate_logits")`` and, of a multi-hot code, ``("agents", "latent_ones")``;
-    ``("agents", "action" | "action_mask")``, s_{t+1} under ``"next"``,
+    "teammate_logits")``, ``("agents", "action" | "action_mask")``, s_{t+1} under ``"next"``,
     ``("next", "agents", "reward" | "continuation")`` as ``[*S, H, N, 1]``, and ``("agents", "alive")`` ``[*S, H, N]``:
     false where the start was of a dead agent.
 
     Examples:
-        >>> from matwm_rl.data import to_focal
+        >>> from matwm_rl import presets
+        >>> from matwm_rl.data import add_agent_entries
         >>> from matwm_rl.envs import make_env
         >>> from matwm_rl.modules import make_actor
         >>> env = make_env("mock", seed=0)
-        >>> world_model = WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
-        >>> imagination = Imagination(world_model, make_actor(world_model, num_cells=16), horizon=5)
-        >>> starts = to_focal(env.rollout(9, break_when_any_done=False).unsqueeze(0))
+        >>> world_model = WorldModel.from_env(env, presets.tiny().world_model)
+        >>> imagination = Imagination(world_model, make_actor(world_model), horizon=5)
+        >>> starts = add_agent_entries(env.rollout(9, break_when_any_done=False).unsqueeze(0))
         >>> imagination(starts)["next", "agents", "reward"].shape
         torch.Size([1, 5, 3, 1])
     """
@@ -59,19 +60,19 @@ class Imagination(TensorDictModuleBase):
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1, got {horizon}")
         autocast(torch.device("cpu"), precision)  # refuses what is no precision
-        check_actor(actor, world_model)
+        check_actor(actor)
         self.world_model = world_model
         self.actor = actor
         self.horizon = horizon
         self.precision = precision
         self.in_keys: list[NestedKey] = [keys.OBSERVATION, keys.ACTION, keys.AGENT_DONE, keys.ALIVE]
-        state = world_model.state_keys
+        following: list[NestedKey] = [("next", *key) for key in STATE_KEYS]
         self.out_keys: list[NestedKey] = [
-            *state,
+            *STATE_KEYS,
             keys.ACTION,
             keys.ACTION_MASK,
             keys.ALIVE,
-            *(("next", *key) for key in state),
+            *following,
             keys.REWARD,
             keys.CONTINUATION,
         ]
@@ -83,38 +84,16 @@ class Imagination(TensorDictModuleBase):
         with autocast(self.world_model.legal.device, self.precision), set_exploration_type(ExplorationType.RANDOM):
             # torch.compile cannot trace inference tensors.
             with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode():
-                steps = self._dream(tensordict)
-            # Stacked here: inference tensors would be refused by the backward pass of whoever learns from them.
-            states = State.stack(steps[0], 2)
-            actions, masks = torch.stack(steps[1], 2), torch.stack(steps[2], 2)
-            reward, continuation = self.world_model.outcome(states[:, :, 1:])
-
-        batch = (states.hidden.shape[1], self.horizon)
-        imagined = TensorDict({}, batch_size=batch, device=tensordict.device)
-        for key, whole in states.entries().items():
-            imagined.set(key, whole[:, :-1])
-            imagined.set(("next", *key), whole[:, 1:])
-        imagined.set(keys.ACTION, agents_last(actions, 0))
-        imagined.set(keys.ACTION_MASK, agents_last(masks))
-        imagined.set(keys.REWARD, agents_last(reward, 0).unsqueeze(-1))
-        imagined.set(keys.CONTINUATION, agents_last(continuation, 0).unsqueeze(-1))
+                state, caches = self.world_model.start_from(tensordict, self.horizon)
+                rollout = self.world_model.imagine(state, caches, self._act, self.horizon)
+            # Packed out here: the backward pass of whoever learns from it would refuse inference tensors.
+            imagined = rollout.pack()
         starts = tensordict.get(keys.ACTION).shape
         imagined = imagined.reshape(*starts[:-2], self.horizon)
         alive = read_optional(tensordict, keys.ALIVE, self, starts)
         alive = torch.ones_like(imagined[keys.ACTION], dtype=torch.bool) if alive is None else alive[..., -1:, :]
         return imagined.set(keys.ALIVE, alive.expand(*imagined.shape, -1))
 
-    def _dream(self, starts: TensorDictBase) -> tuple[list[State], list[Tensor], list[Tensor]]:
-        """States ``[N, S]`` of steps 0 .. H, actions and legal actions of steps 0 .. H-1."""
-        model = self.world_model
-        state, context = model.start_from(starts, self.horizon)
-        states, actions, masks = [state], [], []
-        for _ in range(self.horizon):
-            mask = model.legal_actions(state.latent)
-            inputs = TensorDict({**state.entries(), keys.ACTION_MASK: agents_last(mask)}, batch_size=mask.shape[1:2])
-            action = agents_first(read_action(self.actor(inputs), self.actor, mask.shape[1::-1]), 0)
-            state = model.step(state, action, context)
-            states.append(state)
-            actions.append(action)
-            masks.append(mask)
-        return states, actions, masks
+    def _act(self, state: State, mask: Tensor) -> Tensor:
+        inputs = TensorDict({**state.entries(), keys.ACTION_MASK: agents_last(mask)}, batch_size=mask.shape[1:2])
+        return agents_first(read_action(self.actor(inputs), self.actor, self.world_model.actions, inputs.batch_size), 0)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from matwm_rl.functional import at_least_float32
+from matwm_rl.functional import at_least_float32, may_need_gradient, one_hot_classes
 
 EPSILON = 1e-5
 """Of the layer norms; PyTorch's default."""
@@ -86,23 +86,64 @@ class StackedLinear(nn.Module):
             ]
         )
 
-    def from_ones(self, ones: Tensor, behind: Tensor | None = None) -> Tensor:
+    def forward_multi_hot(self, index: Tensor, extra: Tensor | None = None) -> Tensor:
         """Apply the layer to a multi-hot input by adding up rows of weights: a hundredth of the arithmetic.
 
         Args:
-            ones: int64 ``[N, *batch, K]``, positions of the ones in the input's first part.
-            behind: ``[N, *batch, R]``, the input's last R features, if it has any besides.
+            index: int64 ``[N, *batch, K]``, positions of the ones in the input's first part.
+            extra: ``[N, *batch, R]``, the input's last R features, if it has any besides.
         """
-        index, (_, in_features, out_features) = self.stack_index, self.weight.shape
-        rows = ones.reshape(len(index), -1, ones.shape[-1]) + (index * in_features).view(-1, 1, 1)
+        stack, (_, in_features, out_features) = self.stack_index, self.weight.shape
+        rows = index.reshape(len(stack), -1, index.shape[-1]) + (stack * in_features).view(-1, 1, 1)
         out = nn.functional.embedding_bag(rows.flatten(0, 1), self.weight.flatten(0, 1), mode="sum")
         # In place, and then as the summand of the product: a fresh tensor costs as much as its arithmetic.
-        out = out.view(len(index), -1, out_features).add_(self.bias[index].unsqueeze(1))
-        if behind is not None:
-            size = behind.shape[-1]
-            weight = self.weight if self.per_agent else self.weight[index]
-            out = torch.baddbmm(out, behind.reshape(len(index), -1, size), weight[:, in_features - size :])
-        return out.view(*ones.shape[:-1], out_features)
+        out = out.view(len(stack), -1, out_features).add_(self.bias[stack].unsqueeze(1))
+        if extra is not None:
+            size = extra.shape[-1]
+            weight = self.weight if self.per_agent else self.weight[stack]
+            out = torch.baddbmm(out, extra.reshape(len(stack), -1, size), weight[:, in_features - size :])
+        return out.view(*index.shape[:-1], out_features)
+
+
+class LatentLinear(StackedLinear):
+    """First layer of a network that reads latents; it looks rows up where z is made of one-hot vectors.
+
+    It multiplies where a gradient may be wanted through z.
+
+    Args:
+        latent_size: Z.
+        out_features: size of the output.
+        stack_index: see :class:`StackedLinear`.
+        num_classes: C, where z is ``Z // C`` one-hot vectors; ``None`` for any other z.
+        extra_features: R, size of what is read beside z.
+        zero_init: see :class:`StackedLinear`.
+
+    Examples:
+        >>> layer = LatentLinear(8, 3, [0], num_classes=4)
+        >>> z = torch.zeros(1, 5, 8).index_fill(-1, torch.tensor([1, 7]), 1.0)
+        >>> torch.allclose(layer(z), StackedLinear.forward(layer, z), atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        latent_size: int,
+        out_features: int,
+        stack_index: Sequence[int],
+        *,
+        num_classes: int | None,
+        extra_features: int = 0,
+        zero_init: bool = False,
+    ) -> None:
+        super().__init__(latent_size + extra_features, out_features, stack_index, zero_init=zero_init)
+        self.latent_size, self.num_classes = latent_size, num_classes
+
+    def forward(self, latent: Tensor, extra: Tensor | None = None) -> Tensor:
+        """Map z ``[N, *batch, Z]`` and what is read beside it ``[N, *batch, R]`` to ``[N, *batch, out]``."""
+        if self.num_classes is None or may_need_gradient(latent):
+            return super().forward(latent if extra is None else torch.cat([latent, extra], -1))
+        first = torch.arange(0, self.latent_size, self.num_classes, device=latent.device)
+        return self.forward_multi_hot(one_hot_classes(latent, self.num_classes) + first, extra)
 
 
 class _NormSiLU(torch.autograd.Function):
@@ -192,7 +233,7 @@ class StackedMLP(nn.Sequential):
         depth: number of hidden layers.
 
     Examples:
-        >>> StackedMLP(3, 2, stack_index=range(4), num_cells=8)(torch.zeros(4, 5, 3)).shape
+        >>> StackedMLP(3, 2, stack_index=range(4), num_cells=8, depth=2)(torch.zeros(4, 5, 3)).shape
         torch.Size([4, 5, 2])
     """
 
@@ -202,8 +243,8 @@ class StackedMLP(nn.Sequential):
         out_features: int,
         *,
         stack_index: Sequence[int],
-        num_cells: int = 512,
-        depth: int = 2,
+        num_cells: int,
+        depth: int,
     ) -> None:
         layers: list[nn.Module] = []
         for _ in range(depth):
@@ -212,14 +253,6 @@ class StackedMLP(nn.Sequential):
         # Zero: the policy starts uniform and the value at 0, whatever the seed.
         layers.append(StackedLinear(in_features, out_features, stack_index, zero_init=True))
         super().__init__(*layers)
-
-    def forward(self, x: Tensor, ones: Tensor | None = None) -> Tensor:
-        """Apply agent n's MLP to ``x[n]``; with ``ones``, to a multi-hot part and ``x[n]`` behind it."""
-        first, *rest = self.children()
-        x = first(x) if ones is None else cast(StackedLinear, first).from_ones(ones, x)
-        for layer in rest:
-            x = layer(x)
-        return x
 
 
 def mlp(in_features: int, num_cells: int, depth: int) -> nn.Sequential:

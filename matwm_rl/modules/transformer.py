@@ -35,7 +35,7 @@ class KVCache:
         length: number of positions written so far.
 
     Raises:
-        ValueError: by :meth:`graft`, if a new past is too long.
+        ValueError: by :meth:`replace_rows`, if a new past is too long.
 
     Examples:
         >>> transformer = Transformer(16, num_layers=1, num_heads=2).eval()
@@ -54,29 +54,29 @@ class KVCache:
     rotary: Tensor
     length: int = 0
 
-    def graft(self, rows: Tensor, fresh: KVCache) -> None:
+    def replace_rows(self, rows: Tensor, new: KVCache) -> None:
         """Give some sequences another past, as if its last position had just been written; in place.
 
-        Nothing that they had before stays visible to them, and the other sequences are not touched.
+        Nothing that they had before stays visible to them. The other sequences are not touched.
 
         Args:
             rows: bool ``[M]``, which sequences.
-            fresh: the new past of these sequences alone, in their order.
+            new: the new past of these sequences alone, in their order.
 
         Raises:
             ValueError: if the new past is longer than the cache's.
         """
-        first = self.length - fresh.length
+        first = self.length - new.length
         if first < 0:
-            raise ValueError(f"cannot graft {fresh.length} positions onto a cache of {self.length}")
+            raise ValueError(f"cannot put {new.length} positions into a cache of {self.length}")
         index = rows.nonzero().squeeze(-1)
         self.bias[:first, index] = MASKED
-        if fresh.length:
-            written, new = slice(first, self.length), slice(fresh.length)
+        if new.length:
+            written, read = slice(first, self.length), slice(new.length)
             # Rotations add up: keys move on by as many positions as their new place is further along.
-            self.key[:, written, index] = _rotate(fresh.key[:, new], self.rotary[:, first])
-            self.value[:, written, index] = fresh.value[:, new]
-            self.bias[written, index] = fresh.bias[new]
+            self.key[:, written, index] = _rotate(new.key[:, read], self.rotary[:, first])
+            self.value[:, written, index] = new.value[:, read]
+            self.bias[written, index] = new.bias[read]
 
     def make_room(self, keep: int) -> None:
         """Where no position is left, forget all but the last ``keep``; in place."""
@@ -169,7 +169,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Causal transformer (section 2) with rotary positions: a whole sequence at once, or step by step over a cache.
+    """Causal transformer with rotary positions: a whole sequence at once, or step by step over a cache.
 
     Attention depends on relative positions alone: where it is masked to an episode, positions count within it, and a
     context may roll on for ever.
@@ -201,10 +201,10 @@ class Transformer(nn.Module):
         self,
         features: int,
         *,
-        num_layers: int = 2,
-        num_heads: int = 8,
+        num_layers: int,
+        num_heads: int,
         feedforward: int | None = None,
-        dropout: float = 0.1,
+        dropout: float = 0.0,
         final_norm: bool = True,
     ) -> None:
         super().__init__()

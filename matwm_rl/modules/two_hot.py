@@ -1,6 +1,8 @@
-"""Scalars as categoricals: the 255-bin two-hot code of rewards and values (section 2)."""
+"""Scalars as distributions over bins: rewards and values (docs/algorithm.md, World model)."""
 
 from __future__ import annotations
+
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -8,17 +10,22 @@ from torchrl.modules import SymExpTwoHot
 from torchrl.modules.functional import symexp, symlog
 
 
-class TwoHot(SymExpTwoHot):
-    """Two-hot code over bins that are evenly spaced in symlog space (section 2).
+class Interpolation(StrEnum):
+    """In which space a target is split between its two bins, and bins are averaged."""
 
-    With ``interpolation="raw"`` (TorchRL's and DreamerV3's form) a target is split between its two bins in raw space,
-    and decoding is the raw expectation, which is unbiased: a reward of 10 with probability 0.1 decodes to 1. With
-    ``"symlog"`` (STORM's, hence the paper's) both happen in symlog space, and the same reward decodes to 0.27.
+    raw = "raw"
+    """TorchRL's and DreamerV3's. The average is unbiased: a reward of 10 with probability 0.1 decodes to 1."""
+    symlog = "symlog"
+    """STORM's, hence the paper's. The same reward decodes to 0.27."""
+
+
+class TwoHot(SymExpTwoHot):
+    """Two-hot distributions over 255 bins that are evenly spaced in symlog space.
 
     Args:
         num_bins: number of bins.
         limit: the bins span ``symexp(-limit)`` to ``symexp(limit)``; targets beyond saturate.
-        interpolation: ``"raw"`` or ``"symlog"``.
+        interpolation: ``"raw"`` or ``"symlog"``; see :class:`Interpolation`.
 
     Raises:
         ValueError: for any other interpolation; by :meth:`loss`, if targets do not fit the logits.
@@ -34,13 +41,13 @@ class TwoHot(SymExpTwoHot):
         tensor(2.3166)
     """
 
-    def __init__(self, num_bins: int = 255, *, limit: float = 20.0, interpolation: str = "raw") -> None:
+    def __init__(self, num_bins: int = 255, *, limit: float = 20.0, interpolation: str = Interpolation.raw) -> None:
         super().__init__(num_bins)
-        if interpolation not in ("raw", "symlog"):
+        if interpolation not in list(Interpolation):
             raise ValueError(f"interpolation must be 'raw' or 'symlog', got {interpolation!r}")
-        self.interpolation = interpolation
+        self.interpolation = Interpolation(interpolation)
         grid = torch.linspace(-limit, limit, num_bins, dtype=torch.float64)
-        bins = symexp(grid) if interpolation == "raw" else grid
+        bins = symexp(grid) if interpolation == Interpolation.raw else grid
         # Constants, rebuilt by the constructor: kept out of checkpoints, where every head would store them again.
         self.register_buffer("bins", bins.to(torch.get_default_dtype()), persistent=False)
 
@@ -57,7 +64,7 @@ class TwoHot(SymExpTwoHot):
     def decode(self, logits: Tensor) -> Tensor:
         """Raw scalars ``[...]`` of logits ``[..., num_bins]``."""
         value = super().decode(logits)
-        return value if self.interpolation == "raw" else symexp(value)
+        return value if self.interpolation == Interpolation.raw else symexp(value)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy ``[...]`` of logits ``[..., num_bins]`` against raw targets, ``[...]`` or ``[..., 1]``.
@@ -74,7 +81,7 @@ class TwoHot(SymExpTwoHot):
     def _place(self, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The upper one of the two bins of raw targets ``[...]``, and its weight."""
         bins = self.bins.to(dtype)
-        target = target if self.interpolation == "raw" else symlog(target)
+        target = target if self.interpolation == Interpolation.raw else symlog(target)
         target = target.to(dtype).clamp(bins[0], bins[-1]).contiguous()
         upper = torch.bucketize(target, bins).clamp(1, self.num_bins - 1)
         low, high = bins[upper - 1], bins[upper]

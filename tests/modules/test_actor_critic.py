@@ -6,68 +6,96 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch.nn.functional import layer_norm, silu
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MaskedCategorical
 
 from matwm_rl import keys
-from matwm_rl.modules import ActionDistribution, StateMLP, TwoHot, make_actor, make_critic
-from tests.helpers import COUNTS, LATENTS, STATE_KEYS, grads, make_model, random_imagined, randomize, read_keys
+from matwm_rl.action_space import ActionDistribution, DiscreteActions
+from matwm_rl.modules import (
+    STATE_KEYS,
+    ActorCriticConfig,
+    LatentLinear,
+    StackedLinear,
+    StateMLP,
+    TwoHot,
+    make_actor,
+    make_critic,
+)
+from matwm_rl.modules.actor_critic import check_actor, read_action
+from tests.helpers import COUNTS, LATENTS, grads, make_model, random_imagined, randomize
 
 N = len(COUNTS)
+SMALL, SHARED = (ActorCriticConfig(num_cells=8, share_by_group=shared) for shared in (False, True))
 
 
 def slow_state_mlp(net: StateMLP, n: int, state: torch.Tensor) -> torch.Tensor:
     """Agent n's own network on ``[size]``."""
-    *hidden, last = net.mlp
-    for layer in hidden:
-        if layer.weight.ndim == 3:
+    layers = [module for module in net.modules() if not list(module.children())]
+    for layer in layers:
+        if isinstance(layer, StackedLinear):
             state = state @ layer.weight[n] + layer.bias[n]
         else:
             state = silu(layer_norm(state, state.shape, layer.weight[n], layer.bias[n]))
-    return state @ last.weight[n] + last.bias[n]
+    return state
+
+
+def of_state(net: TensorDictSequential, td: TensorDict) -> torch.Tensor:
+    """Logits of an actor or a critic."""
+    return net[0](td.clone())[net[0].out_keys[0]]
 
 
 @pytest.mark.parametrize("latent", LATENTS)
 def test_each_agent_has_its_own_network_on_all_of_its_own_state(float64: None, latent: str) -> None:
     model = make_model(latent=latent)
-    actor = randomize(make_actor(model, num_cells=8))
+    actor = randomize(make_actor(model, SMALL))
     td = random_imagined(model=model)
     logits = actor.get_dist(td.clone()) and actor(td.clone())[keys.LOGITS]
     net = actor[0].module
     for s, h, n in itertools.product(range(4), range(5), range(N)):
-        # The latent's numbers, whether or not the network looks rows up by the positions of its ones.
         latent, hidden, teammates = (td[key][s, h, n] for key in STATE_KEYS)
         state = torch.cat([latent, hidden, teammates.softmax(-1).flatten()])
         torch.testing.assert_close(logits[s, h, n], slow_state_mlp(net, n, state))
 
 
 @pytest.mark.parametrize("num_agents", [1, 3])
-def test_a_latent_may_be_given_as_numbers_or_as_positions_of_its_ones(float64: None, num_agents: int) -> None:
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_latents_are_looked_up_without_gradient_and_multiplied_with_one(
+    float64: None, num_agents: int, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(COUNTS[:num_agents], [0] * num_agents)
-    net = randomize(make_actor(model, num_cells=8))[0].module
+    net = randomize(make_actor(model, ActorCriticConfig(num_cells=8, depth=depth)))[0].module
     td = random_imagined(model=model)
-    numbers, positions = (
-        net(td[key], td[keys.HIDDEN], td[keys.TEAMMATE_LOGITS]) for key in (keys.LATENT, keys.LATENT_ONES)
-    )
-    torch.testing.assert_close(positions, numbers)
-    weight = torch.randn_like(numbers)
-    dense, looked_up = (grads((weight * out).sum(), net.parameters()) for out in (numbers, positions))
-    for one, other in zip(looked_up, dense, strict=True):
+    looked_up: list[LatentLinear] = []
+    look_up = LatentLinear.forward_multi_hot
+
+    def counted(layer: LatentLinear, *inputs: torch.Tensor | None) -> torch.Tensor:
+        looked_up.append(layer)
+        return look_up(layer, *inputs)
+
+    monkeypatch.setattr(LatentLinear, "forward_multi_hot", counted)
+    fast = net(*(td[key] for key in STATE_KEYS))
+    assert looked_up == [net.input]
+    dense = net(*(td[key].requires_grad_() for key in STATE_KEYS))
+    assert looked_up == [net.input]
+    torch.testing.assert_close(fast, dense)
+    weight = torch.randn_like(fast)
+    for one, other in zip(*(grads((weight * out).sum(), net.parameters()) for out in (fast, dense)), strict=True):
         assert other.any()
         torch.testing.assert_close(one, other)
+    # And what wants a gradient gets it.
+    assert all(grad.any() for grad in grads((weight * dense).sum(), [td[key] for key in STATE_KEYS[:2]]))
 
 
 @pytest.mark.parametrize("make", [make_actor, make_critic])
-@pytest.mark.parametrize("latent", LATENTS)
-def test_only_multi_hot_latents_are_read_by_their_ones(make: type, latent: str) -> None:
-    model = make_model(latent=latent)
-    net = randomize(make(model, num_cells=8))
+def test_the_whole_state_is_read_and_nothing_else(make: type) -> None:
+    model = make_model()
+    net = randomize(make(model, SMALL))
     td = random_imagined(model=model)
     expected = net(td.clone())[net.out_keys[0]]
-    assert set(read_keys(model)) <= set(net.in_keys) <= {*read_keys(model), keys.ACTION_MASK}
-    for key in read_keys(model):
+    assert set(STATE_KEYS) <= set(net.in_keys) <= {*STATE_KEYS, keys.ACTION_MASK}
+    for key in STATE_KEYS:
         other = td.clone()
         other[key] = td[key].flip(0)
         assert not torch.equal(net(other)[net.out_keys[0]], expected), key
@@ -79,11 +107,11 @@ def test_only_multi_hot_latents_are_read_by_their_ones(make: type, latent: str) 
 @pytest.mark.parametrize("latent", LATENTS)
 def test_an_agents_output_and_parameters_are_its_own(make: type, latent: str) -> None:
     model = make_model(latent=latent)
-    net = randomize(make(model, num_cells=8))
+    net = randomize(make(model, SMALL))
     td = random_imagined(model=model)
-    inputs = [td[key].requires_grad_() for key in read_keys(model) if td[key].is_floating_point()]
-    out = net[0](td)[net[0].out_keys[0]]
-    assert len(inputs) == (2 if model.latent.multi_hot else 3)
+    looked_up = of_state(net, td)
+    inputs = [td[key].requires_grad_() for key in STATE_KEYS]
+    out = of_state(net, td)
     for n in range(N):
         loss = out[..., n, :].square().sum()
         for grad in grads(loss, inputs):
@@ -92,17 +120,17 @@ def test_an_agents_output_and_parameters_are_its_own(make: type, latent: str) ->
             assert not grad[:, :, :n].any() and not grad[:, :, n + 1 :].any()
         for grad in grads(loss, net.parameters()):
             assert grad[n].any() and not grad[:n].any() and not grad[n + 1 :].any()
-        # Positions have no gradient: what changes with them shows who reads them.
-        for key in read_keys(model):
-            other = td.clone()
+        # A look-up has no gradient to z: what changes with z shows who reads it.
+        for key in STATE_KEYS:
+            other = td.detach().clone()
             other[key][:, :, n] = random_imagined(model=model)[key][:, :, n]
-            differs = (net[0](other)[net[0].out_keys[0]] != out).any(-1)
+            differs = (of_state(net, other) != looked_up).any(-1)
             assert differs[:, :, n].all() and differs.sum() == differs[:, :, n].sum(), key
 
 
 def test_actor_samples_legal_actions_by_their_probabilities() -> None:
     model = make_model()
-    actor = randomize(make_actor(model, num_cells=8))
+    actor = randomize(make_actor(model, SMALL))
     td = random_imagined(1, 1, model=model).expand(20_000, 1).clone()
     with set_exploration_type(ExplorationType.RANDOM):
         out = actor(td)
@@ -117,7 +145,7 @@ def test_actor_samples_legal_actions_by_their_probabilities() -> None:
 
 def test_deterministic_actor_takes_the_likeliest_legal_action() -> None:
     model = make_model()
-    actor = randomize(make_actor(model, num_cells=8))
+    actor = randomize(make_actor(model, SMALL))
     td = random_imagined(20, model=model)
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         out = actor(td.clone())
@@ -150,7 +178,7 @@ def test_actions_are_drawn_by_their_probabilities_in_any_shape() -> None:
 
 def test_one_legal_action_is_certain_with_finite_gradients() -> None:
     model = make_model()
-    actor = randomize(make_actor(model, num_cells=8))
+    actor = randomize(make_actor(model, SMALL))
     td = random_imagined(model=model)
     td[keys.ACTION_MASK] = torch.arange(model.num_actions).expand_as(td[keys.ACTION_MASK]) == 2
     dist = actor.get_dist(td)
@@ -164,7 +192,7 @@ def test_one_legal_action_is_certain_with_finite_gradients() -> None:
 @pytest.mark.parametrize("interpolation", ["raw", "symlog"])
 def test_critic_decodes_its_logits(interpolation: str) -> None:
     model, two_hot = make_model(), TwoHot(interpolation=interpolation)
-    critic = randomize(make_critic(model, num_cells=8, two_hot=two_hot))
+    critic = randomize(make_critic(model, SMALL, two_hot=two_hot))
     out = critic(random_imagined(model=model))
     assert out[keys.STATE_VALUE_LOGITS].shape == (4, 5, N, 255)
     torch.testing.assert_close(out[keys.STATE_VALUE], two_hot.decode(out[keys.STATE_VALUE_LOGITS]).unsqueeze(-1))
@@ -173,7 +201,7 @@ def test_critic_decodes_its_logits(interpolation: str) -> None:
 @pytest.mark.parametrize("interpolation", ["raw", "symlog"])
 def test_values_are_coded_as_the_world_models_rewards(interpolation: str) -> None:
     model = make_model(reward_interpolation=interpolation)
-    out = randomize(make_critic(model, num_cells=8))(random_imagined(model=model))
+    out = randomize(make_critic(model, SMALL))(random_imagined(model=model))
     expected = TwoHot(interpolation=interpolation).decode(out[keys.STATE_VALUE_LOGITS])
     torch.testing.assert_close(out[keys.STATE_VALUE].squeeze(-1), expected)
 
@@ -181,7 +209,7 @@ def test_values_are_coded_as_the_world_models_rewards(interpolation: str) -> Non
 def test_untrained_policy_is_uniform_and_value_zero() -> None:
     model = make_model()
     td = random_imagined(model=model)
-    td = make_critic(model, num_cells=8)(make_actor(model, num_cells=8)(td))
+    td = make_critic(model, SMALL)(make_actor(model, SMALL)(td))
     assert not td[keys.LOGITS].any()
     assert td[keys.STATE_VALUE].abs().max() < 1e-4
 
@@ -191,20 +219,15 @@ def test_untrained_policy_is_uniform_and_value_zero() -> None:
 GROUPINGS = [(0, 0, 1), (0, 1, 0), (0, 0, 0), (0, 1, 2)]
 
 
-def of_state(net: TensorDictSequential, td: TensorDict) -> torch.Tensor:
-    """Logits of an actor or a critic."""
-    return net[0](td.clone())[net[0].out_keys[0]]
-
-
 @pytest.mark.parametrize("make", [make_actor, make_critic])
 @pytest.mark.parametrize("latent", LATENTS)
 @pytest.mark.parametrize("group_index", GROUPINGS, ids=str)
 def test_agents_of_a_group_do_the_same_in_the_same_state(make: type, latent: str, group_index: tuple[int, ...]) -> None:
     model = make_model(group_index=group_index, latent=latent)
-    net = randomize(make(model, num_cells=8, share_by_group=True))
+    net = randomize(make(model, SHARED))
     assert all(p.shape[0] == len(set(group_index)) for p in net.parameters())
     td = random_imagined(model=model)
-    for key in read_keys(model):
+    for key in STATE_KEYS:
         td[key] = td[key][:, :, :1].expand_as(td[key]).contiguous()
     out = of_state(net, td)
     for n, m in itertools.combinations(range(N), 2):
@@ -220,7 +243,7 @@ def test_a_shared_networks_gradient_is_the_sum_over_its_agents(
 ) -> None:
     """Against one agent, one state at a time, each agent through the network of its group."""
     model = make_model(group_index=group_index, latent=latent)
-    net = randomize(make(model, num_cells=8, share_by_group=True))
+    net = randomize(make(model, SHARED))
     td, parameters = random_imagined(2, 3, model=model), list(net.parameters())
     out = of_state(net, td)
     weight = torch.randn_like(out)
@@ -245,15 +268,47 @@ def test_a_shared_network_is_as_large_for_any_number_of_agents_alike(make: type)
     sizes = []
     for num_agents in (2, 5):
         model = make_model([4] * num_agents, [0] * num_agents, teammate_predictor=False)
-        sizes.append(sum(p.numel() for p in make(model, num_cells=8, share_by_group=True).parameters()))
+        sizes.append(sum(p.numel() for p in make(model, SHARED).parameters()))
     assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize("make", [make_actor, make_critic])
-@pytest.mark.parametrize("switches", [{"teammate_predictor": False}, {}, {"latent": "fsq"}])
+@pytest.mark.parametrize("switches", [{"teammate_predictor": False}, {}, {"latent": "gaussian"}])
 def test_networks_hold_nothing_of_the_world_model(make: type, switches: dict) -> None:
     model = make_model(**switches)
-    net = make(model, num_cells=8)
+    net = make(model, SMALL)
     assert not {id(p) for p in net.parameters()} & {id(p) for p in model.parameters()}
     assert all(p.shape[0] == N for p in net.parameters())
     assert net(random_imagined(model=model))[net.out_keys[0]].shape[:3] == (4, 5, N)
+
+
+# -- actors of a user ------------------------------------------------------------------------------------------------
+
+
+def test_an_actor_that_reads_or_writes_something_else_is_named() -> None:
+    def module(in_keys: list, out_keys: list) -> TensorDictModule:
+        return TensorDictModule(torch.nn.Identity(), in_keys=in_keys, out_keys=out_keys)
+
+    check_actor(module(STATE_KEYS, [keys.ACTION]))
+    check_actor(torch.nn.Identity())
+    with pytest.raises(ValueError, match=r"the actor, a TensorDictModule, reads \[\('agents', 'observation'\)\]"):
+        check_actor(module([keys.OBSERVATION], [keys.ACTION]))
+    with pytest.raises(ValueError, match=r"the actor, a TensorDictModule, must write \[\('agents', 'action'\)\]"):
+        check_actor(module(STATE_KEYS, [keys.LOGITS]))
+
+
+def test_actions_of_another_shape_or_type_are_named() -> None:
+    actor, actions = torch.nn.Identity(), DiscreteActions(list(COUNTS))
+
+    def read(action: torch.Tensor | None) -> torch.Tensor:
+        td = TensorDict({} if action is None else {keys.ACTION: action}, batch_size=[5])
+        return read_action(td, actor, actions, [5])
+
+    action = torch.randint(3, (5, N))
+    assert torch.equal(read(action), action)
+    with pytest.raises(KeyError, match=r"Identity must write \('agents', 'action'\), which is missing"):
+        read(None)
+    with pytest.raises(ValueError, match=r"of shape \[5, 3\], found \[5, 3, 4\].*of one-hot actions write argmax"):
+        read(torch.zeros(5, N, 4))
+    with pytest.raises(ValueError, match=r"Identity must write \('agents', 'action'\) as torch.int64, found torch.fl"):
+        read(action.float())

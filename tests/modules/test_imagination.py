@@ -8,21 +8,29 @@ from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import keys
-from matwm_rl.modules import Imagination, Latent, WorldModel, make_actor
+from matwm_rl.modules import (
+    STATE_KEYS,
+    ActorCriticConfig,
+    CoordinateEncoderConfig,
+    Imagination,
+    ObservationRewardConfig,
+    WorldModel,
+    make_actor,
+)
 from matwm_rl.modules import transformer as transformer_module
-from tests.helpers import COUNTS, EXACT, LATENTS, STATE_KEYS, make_model, mock_replay, random_batch, randomize
+from tests.helpers import COUNTS, LATENTS, make_model, mock_replay, random_batch, randomize
 
 N, S, C, H = len(COUNTS), 6, 3, 4
 
 
-def make_exact(latent: str = "fsq") -> WorldModel:
+def make_exact() -> WorldModel:
     """A model that encodes without chance, so that two passes over the same data agree."""
-    return make_model(latent=latent, num_classes=32).eval()
+    return make_model(latent="gaussian").eval()
 
 
 def make_imagination(model: WorldModel | None = None, horizon: int = H, **kwargs: str) -> Imagination:
     model = make_exact() if model is None else model
-    return Imagination(model, randomize(make_actor(model, num_cells=8)), horizon=horizon, **kwargs)
+    return Imagination(model, randomize(make_actor(model, ActorCriticConfig(num_cells=8))), horizon=horizon, **kwargs)
 
 
 def starts(end: int | None = None, **kwargs: object) -> TensorDict:
@@ -47,15 +55,8 @@ def test_layout(latent: str) -> None:
     assert imagined[keys.REWARD].shape == imagined[keys.CONTINUATION].shape == (S, H, N, 1)
     assert imagined[keys.ACTION].shape == imagined[keys.ALIVE].shape == (S, H, N)
     assert set(imagination.out_keys) == set(imagined.keys(True, True))
-    multi_hot = latent == "categorical"
-    assert (keys.LATENT_ONES in imagination.out_keys) is (("next", *keys.LATENT_ONES) in imagination.out_keys)
-    assert (keys.LATENT_ONES in imagination.out_keys) is multi_hot
-    for key in [*STATE_KEYS, *([keys.LATENT_ONES] if multi_hot else [])]:
+    for key in STATE_KEYS:
         assert torch.equal(imagined["next", *key][:, :-1], imagined[key][:, 1:])
-    for td in (imagined, imagined["next"]) if multi_hot else ():
-        ones = td[keys.LATENT_ONES]
-        assert ones.shape == (S, H, N, 4) and ones.dtype == torch.int64
-        assert torch.equal(torch.zeros_like(td[keys.LATENT]).scatter(-1, ones, 1.0), td[keys.LATENT])
     assert ((imagined[keys.CONTINUATION] > 0) & (imagined[keys.CONTINUATION] < 1)).all()
 
 
@@ -67,10 +68,9 @@ def test_no_gradient_flows_through_the_rollout() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("latent", EXACT)
 @pytest.mark.parametrize("end", [None, 0, 1, 2])
-def test_dreams_start_from_the_state_of_the_sequence_pass(end: int | None, latent: str) -> None:
-    imagination, td = make_imagination(make_exact(latent)), starts(end)
+def test_dreams_start_from_the_state_of_the_sequence_pass(end: int | None) -> None:
+    imagination, td = make_imagination(make_exact()), starts(end)
     imagined = dream(imagination, td)
     real = imagination.world_model(td.clone())
     for key in STATE_KEYS:
@@ -79,29 +79,28 @@ def test_dreams_start_from_the_state_of_the_sequence_pass(end: int | None, laten
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("latent", EXACT)
 @pytest.mark.parametrize("end", [None, 0, 1, 2])
 @pytest.mark.parametrize("in_cache", [transformer_module.IN_CACHE, 0], ids=["small", "large"])
 def test_dreams_go_on_by_the_models_own_rules(
-    float64: None, end: int | None, in_cache: int, latent: str, monkeypatch: pytest.MonkeyPatch
+    float64: None, end: int | None, in_cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Context and dream put together are one sequence, on which the parallel pass must agree."""
     monkeypatch.setattr(transformer_module, "IN_CACHE", in_cache)
-    imagination, td = make_imagination(make_exact(latent)), starts(end)
+    imagination, td = make_imagination(make_exact()), starts(end)
     model = imagination.world_model
     imagined = dream(imagination, td)
     first = 0 if end is None else end + 1
     context = model.encode(td[keys.OBSERVATION].permute(2, 0, 1, 3))[:, :, first:C]
-    sequence = Latent(torch.cat([context.value, imagined[keys.LATENT].permute(2, 0, 1, 3)], 2))
+    sequence = torch.cat([context, imagined[keys.LATENT].permute(2, 0, 1, 3)], 2)
     action = torch.cat([td[keys.ACTION][:, first:C], imagined[keys.ACTION]], 1).permute(2, 0, 1)
-    length = sequence.value.shape[2]
+    length = sequence.shape[2]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     hidden = model.transformer(model.action_mixer(sequence, action).flatten(0, 1), causal)
     hidden = hidden.view(N, S, -1, hidden.shape[-1])[:, :, -H:]
     teammates = model.teammates(sequence, causal)[:, :, -H:]
     expected = {
         ("next", *keys.HIDDEN): hidden,
-        keys.REWARD: model.two_hot.decode(model.reward(hidden)).unsqueeze(-1),
+        keys.REWARD: model.two_hot.decode(model.reward.head(hidden)).unsqueeze(-1),
         keys.CONTINUATION: model.continuation(hidden).sigmoid(),
         keys.TEAMMATE_LOGITS: teammates,
         keys.ACTION_MASK: torch.stack([model.legal_actions(sequence[:, :, t - H]) for t in range(H)], 2),
@@ -112,13 +111,13 @@ def test_dreams_go_on_by_the_models_own_rules(
 
 @torch.no_grad()
 def test_actions_are_sampled_from_the_actor_under_the_predicted_mask() -> None:
-    model = make_model(latent="fsq", num_classes=32)
+    model = make_exact()
     imagination = make_imagination(model, horizon=1)
     one = starts()[:1]
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         imagined = dream(imagination, one.expand(3_000, C + 1))
     dist = imagination.actor.get_dist(imagined[:1].clone())
-    mask = model.legal_actions(Latent(imagined[keys.LATENT][:1, 0].movedim(1, 0)))[:, 0]
+    mask = model.legal_actions(imagined[keys.LATENT][:1, 0].movedim(1, 0))[:, 0]
     for n in range(N):
         drawn = torch.bincount(imagined[keys.ACTION][:, 0, n], minlength=model.num_actions) / 3_000
         probs = dist.probs[0, 0, n] * mask[n]
@@ -180,11 +179,15 @@ def test_replayed_starts_of_any_context(context: int) -> None:
     [
         {"action_counts": (3,), "group_index": (0,)},
         {"teammate_predictor": False},
-        {"action_scaling": False, "group_layers": False, "predict_mask": False},
-        {"observation_shape": (3, 32, 32), "channels": 4},
-        {"reward_input": "next_latent", "reward_interpolation": "symlog"},
-        {"latent": "fsq", "reward_input": "next_observation", "fourier_features": 2, "reencode": True},
-        {"latent": "gaussian", "reward_input": "next_observation", "linear_skips": True, "reencode": True},
+        {"action_scaling": False, "group_layers": False, "has_action_mask": False},
+        {"observation_shape": (3, 32, 32)},
+        {"reward": ObservationRewardConfig(), "reward_interpolation": "symlog"},
+        {
+            "latent": "gaussian",
+            "encoder": CoordinateEncoderConfig(),
+            "reward": ObservationRewardConfig(),
+            "reencode": True,
+        },
     ],
     ids=str,
 )
@@ -204,11 +207,11 @@ def test_bfloat16_gives_float32_states_near_those_of_float32(
     latent: str, in_cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transformer_module, "IN_CACHE", in_cache)
-    model, td = make_model(latent=latent, reward_input="hidden"), starts(end=0).expand(20, S, C + 1).reshape(-1, C + 1)
+    model, td = make_model(latent=latent), starts(end=0).expand(20, S, C + 1).reshape(-1, C + 1)
     precise = make_imagination(model)
     rough = Imagination(model, precise.actor, horizon=H, precision="bfloat16")
     products: list[torch.dtype] = []
-    model.dynamics.trunk.register_forward_hook(lambda _module, _inputs, out: products.append(out.dtype))
+    model.dynamics.head.trunk.register_forward_hook(lambda _module, _inputs, out: products.append(out.dtype))
     expected, imagined = dream(precise, td), dream(rough, td)
     assert products == [torch.float32] * H + [torch.bfloat16] * H
     for key, value in imagined.items(True, True):

@@ -14,64 +14,61 @@ from torch import nn
 
 from matwm_rl import keys
 from matwm_rl.modules import (
+    ActorCriticConfig,
     Imagination,
-    RandomEpisodes,
     StateEstimator,
     WorldModelFeatures,
     WorldModelPolicy,
     make_actor,
     make_critic,
 )
-from matwm_rl.modules.exploration import ROLE
 from matwm_rl.objectives import LambdaReturn
 from tests.helpers import COUNTS, SIZE, make_model, mock_env, random_batch, random_imagined, randomize
 
-N, CONTEXT = len(COUNTS), 4
-STEPWISE = ["estimator", "policy", "exploring"]
-"""What acts, one step at a time, with a context that is carried."""
+N, HISTORY = len(COUNTS), 4
+KINDS = ["world_model", "estimator", "policy", "actor", "critic", "imagination", "returns"]
 
-every_module = pytest.mark.parametrize("kind", ["world_model", *STEPWISE, "actor", "critic", "imagination", "returns"])
+every_module = pytest.mark.parametrize("kind", KINDS)
 
 
-def make_module(kind: str) -> TensorDictModuleBase:
-    """A module whose only chance is that of actions."""
-    model = make_model(latent="fsq").eval()
-    actor, critic = (randomize(make(model, num_cells=8)) for make in (make_actor, make_critic))
-    policy = WorldModelPolicy(model, actor, context_length=CONTEXT)
+LATENT = {kind: "categorical" if kind in ("actor", "critic", "returns") else "gaussian" for kind in KINDS}
+"""Where latents are given, they are looked up; the others encode without chance."""
+
+
+def make_module(kind: str, latent: str | None = None) -> TensorDictModuleBase:
+    model = make_model(latent=latent or LATENT[kind], num_layers=1).eval()
+    actor, critic = (randomize(make(model, ActorCriticConfig(num_cells=8))) for make in (make_actor, make_critic))
+    policy = WorldModelPolicy(model, actor, history_length=HISTORY)
     modules = {
         "world_model": model,
-        "estimator": StateEstimator(model, context_length=CONTEXT),
+        "estimator": StateEstimator(model, history_length=HISTORY),
         "policy": policy,
-        "exploring": RandomEpisodes(policy, probability=0.5),
         "actor": actor,
         "critic": critic,
-        "imagination": Imagination(model, actor, horizon=3),
+        "imagination": Imagination(model, actor, horizon=2),
         "returns": LambdaReturn(critic),
     }
     return modules[kind]
 
 
 def make_batch(kind: str) -> TensorDict:
-    model = make_model(latent="fsq")
+    model = make_model(latent=LATENT[kind])
     if kind in ("world_model", "imagination"):
         return random_batch(3, 5)
     if kind in ("actor", "critic", "returns"):
         return random_imagined(3, 5, model=model).exclude(
             keys.ACTION, keys.STATE_VALUE, keys.LAMBDA_RETURN, keys.WEIGHT
         )
-    steps = TensorDict(
+    return TensorDict(
         {
             keys.OBSERVATION: torch.randn(5, N, SIZE),
             keys.ACTION_MASK: model.legal.expand(5, -1, -1).clone(),
-            ("context", "code"): torch.randint(SIZE, (5, N, CONTEXT, model.latent.num_dims)).to(
-                model.latent.code_dtype
-            ),
-            ("context", "action"): torch.randint(min(COUNTS), (5, N, CONTEXT)),
-            ("context", "length"): torch.randint(CONTEXT + 1, (5, N)),
+            ("history", "code"): torch.randn(5, N, HISTORY, model.latent.num_dims),
+            ("history", "action"): torch.randint(min(COUNTS), (5, N, HISTORY)),
+            ("history", "length"): torch.randint(HISTORY + 1, (5, N)),
         },
         batch_size=[5],
     )
-    return steps.set(ROLE, torch.randint(3, (5, N))) if kind == "exploring" else steps
 
 
 def call(module: nn.Module, batch: TensorDictBase) -> TensorDictBase:
@@ -137,8 +134,8 @@ def test_a_copy_is_a_module_of_its_own(kind: str, copied: Callable[[nn.Module], 
 
 
 def test_what_is_copied_together_still_shares_its_model() -> None:
-    model = make_model(latent="fsq")
-    actor = make_actor(model, num_cells=8)
+    model = make_model(latent="gaussian")
+    actor = make_actor(model, ActorCriticConfig(num_cells=8))
     owners = model, WorldModelPolicy(model, actor), Imagination(model, actor, horizon=3), WorldModelFeatures(model)
     for copied in (copy.deepcopy(owners), pickle.loads(pickle.dumps(owners))):
         model_, policy, imagination, features = copied
@@ -147,7 +144,7 @@ def test_what_is_copied_together_still_shares_its_model() -> None:
 
 
 def test_copied_features_are_the_same() -> None:
-    features = WorldModelFeatures(make_model(latent="fsq").eval(), context_length=CONTEXT)
+    features = WorldModelFeatures(make_model(latent="gaussian").eval(), history_length=HISTORY)
     rollouts = []
     for copied in (pickle.loads(pickle.dumps(features)), copy.deepcopy(features), features):
         env = mock_env().append_transform(copied)
@@ -165,7 +162,7 @@ def test_double_precision(kind: str) -> None:
     module = module.to(torch.float64)
     out = call(module, wide)
     assert all(out[key].dtype == torch.float64 for key in module.out_keys if out[key].is_floating_point())
-    # Imagined levels lie elsewhere where a random number falls between others.
+    # Imagined latents lie elsewhere: other random numbers are drawn.
     if kind != "imagination":
         assert_same(out.float(), expected.float(), module.out_keys, rtol=1e-3, atol=1e-3)
 
@@ -219,9 +216,10 @@ def test_calls_with_other_parameters(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented:UserWarning")
-@every_module
-def test_an_ensemble_gives_what_its_members_give(kind: str) -> None:
-    modules, batch, skeleton = [make_module(kind) for _ in range(2)], make_batch(kind), make_module(kind)
+@pytest.mark.parametrize(("kind", "latent"), [*LATENT.items(), ("world_model", "categorical")])
+def test_an_ensemble_gives_what_its_members_give(kind: str, latent: str) -> None:
+    modules, skeleton = [make_module(kind, latent) for _ in range(2)], make_module(kind, latent)
+    batch = make_batch(kind)
 
     def run(params: TensorDictBase) -> TensorDictBase:
         with params.to_module(skeleton):
@@ -233,9 +231,18 @@ def test_an_ensemble_gives_what_its_members_give(kind: str) -> None:
         assert_same(out[i], call(module, batch), module.out_keys, rtol=1e-4, atol=1e-4)
 
 
-@every_module
-def test_a_module_compiles_as_one_graph(kind: str) -> None:
-    module, batch = make_module(kind), make_batch(kind)
+# The others are parts of these.
+@pytest.mark.parametrize(
+    ("kind", "latent"),
+    [
+        ("world_model", "categorical"),
+        ("imagination", "categorical"),
+        ("policy", "gaussian"),
+        ("returns", "categorical"),
+    ],
+)
+def test_a_module_compiles_as_one_graph(kind: str, latent: str) -> None:
+    module, batch = make_module(kind, latent), make_batch(kind)
     expected = call(module, batch)
     torch._dynamo.reset()
     out = call(torch.compile(module, backend="aot_eager", fullgraph=True), batch)

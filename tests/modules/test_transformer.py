@@ -207,14 +207,14 @@ def test_full_cache_says_so() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [0, 1, 3])
-def test_grafted_sequences_go_on_from_their_new_past_and_the_others_from_theirs(
+def test_replaced_sequences_go_on_from_their_new_past_and_the_others_from_theirs(
     float64: None, once_form: None, length: int
 ) -> None:
     model, x = make_transformer(), torch.randn(3, 9, 16)
     past, rows = torch.randn(2, length, 16), torch.tensor([True, False, True])
     _, cache = model.prefill(x[:, :4], causal(4), room=5)
-    fresh = prefill(model, past, causal(length), room=2)[1]
-    cache.graft(rows, fresh)
+    new = prefill(model, past, causal(length), room=2)[1]
+    cache.replace_rows(rows, new)
     outputs = torch.stack([model.step(x[:, t], cache) for t in range(4, 9)], 1)
     torch.testing.assert_close(outputs[1:2], model(x[1:2], causal(9))[:, 4:], rtol=1e-10, atol=1e-12)
     alone = model(torch.cat([past, x[rows, 4:]], 1), causal(length + 5))
@@ -223,22 +223,22 @@ def test_grafted_sequences_go_on_from_their_new_past_and_the_others_from_theirs(
 
 
 @torch.no_grad()
-def test_a_graft_keeps_what_its_own_past_may_not_see(float64: None) -> None:
+def test_a_new_past_keeps_what_it_may_not_see(float64: None) -> None:
     model, x, past = make_transformer(), torch.randn(2, 8, 16), torch.randn(1, 3, 16)
     _, cache = model.prefill(x[:, :4], causal(4), room=4)
     visible = causal_segment_mask(torch.tensor([0, 1, 1]))
-    cache.graft(torch.tensor([False, True]), model.prefill(past, visible, room=0)[1])
+    cache.replace_rows(torch.tensor([False, True]), model.prefill(past, visible, room=0)[1])
     outputs = torch.stack([model.step(x[:, t], cache) for t in range(4, 8)], 1)
     alone = model(torch.cat([past[:, 1:], x[1:, 4:]], 1), causal(6))
     torch.testing.assert_close(outputs[1:], alone[:, 2:], rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
-def test_a_longer_past_is_not_grafted() -> None:
+def test_a_longer_past_does_not_fit() -> None:
     model, x = make_transformer(), torch.randn(2, 3, 16)
     cache = model.prefill(x[:, :2], causal(2), room=4)[1]
-    with pytest.raises(ValueError, match="3 positions onto a cache of 2"):
-        cache.graft(torch.tensor([True, True]), model.prefill(x, causal(3), room=0)[1])
+    with pytest.raises(ValueError, match="cannot put 3 positions into a cache of 2"):
+        cache.replace_rows(torch.tensor([True, True]), model.prefill(x, causal(3), room=0)[1])
 
 
 @torch.no_grad()
@@ -281,4 +281,4 @@ def test_dropout_acts_in_training_and_never_on_a_cache() -> None:
 
 def test_odd_head_size_is_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 2"):
-        Transformer(12, num_heads=4)
+        Transformer(12, num_layers=1, num_heads=4)

@@ -1,0 +1,284 @@
+"""Reward heads: what a transition is rewarded with (docs/algorithm.md, World model).
+
+All tensors are agent-major: ``[N, *batch, F]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from matwm_rl.functional import at_least_float32
+from matwm_rl.modules.encoders.features import FourierFeatures, PointDistances
+from matwm_rl.modules.heads import Head
+from matwm_rl.modules.stacked import StackedLinear, mlp
+
+
+class Transition:
+    """The steps from t to t+1 of N agents. A reward head reads from it what it needs.
+
+    What takes a computation is computed when it is read for the first time.
+
+    Args:
+        latent: z_t, ``[N, *batch, Z]``.
+        action: a_t, ``[N, *batch]``.
+        hidden: h after (z_t, a_t), ``[N, *batch, F]``.
+        next_latent: gives z_{t+1}, ``[N, *batch, Z]``.
+        observation: gives o_t, ``[N, *batch, *O]``: the true one in training, z_t decoded in imagination.
+        next_observation: gives o_{t+1}, the same.
+
+    Examples:
+        >>> zero = torch.zeros(3, 2, 4)
+        >>> step = Transition(zero, zero[..., 0].long(), zero, lambda: zero, lambda: zero, lambda: zero + 1)
+        >>> (step.next_observation - step.observation).mean()
+        tensor(1.)
+    """
+
+    def __init__(
+        self,
+        latent: Tensor,
+        action: Tensor,
+        hidden: Tensor,
+        next_latent: Callable[[], Tensor],
+        observation: Callable[[], Tensor],
+        next_observation: Callable[[], Tensor],
+    ) -> None:
+        self.latent, self.action, self.hidden = latent, action, hidden
+        self._next_latent, self._observation, self._next_observation = next_latent, observation, next_observation
+
+    @cached_property
+    def next_latent(self) -> Tensor:
+        """z_{t+1}, ``[N, *batch, Z]``."""
+        return self._next_latent()
+
+    @cached_property
+    def observation(self) -> Tensor:
+        """o_t, ``[N, *batch, *O]``."""
+        return self._observation()
+
+    @cached_property
+    def next_observation(self) -> Tensor:
+        """o_{t+1}, ``[N, *batch, *O]``."""
+        return self._next_observation()
+
+
+class RewardHead(nn.Module):
+    """Interface: logits of the reward of a transition.
+
+    Give an object of a subclass to :meth:`WorldModel.from_env(env, reward=...)
+    <matwm_rl.modules.WorldModel.from_env>` for a reward head of your own.
+
+    Its outputs should be zero at the start (``Head(zero_init=True)``): the outermost bins stand for very large rewards.
+
+    Attributes:
+        reads_successor: whether the head reads z_{t+1} or o_{t+1}. An agent has no successor after its last step, so
+            the world model then has a second head, which reads h, for the reward of last steps.
+
+    Examples:
+        >>> class FromMovement(RewardHead):
+        ...     reads_successor = True
+        ...
+        ...     def __init__(self, observation_size: int, num_bins: int) -> None:
+        ...         super().__init__()
+        ...         self.linear = nn.Linear(observation_size, num_bins)
+        ...
+        ...     def forward(self, transition: Transition) -> Tensor:
+        ...         return self.linear(transition.next_observation - transition.observation)
+        >>> zero = torch.zeros(3, 2, 4)
+        >>> step = Transition(zero, zero[..., 0].long(), zero, lambda: zero, lambda: zero, lambda: zero)
+        >>> FromMovement(4, 6)(step).shape
+        torch.Size([3, 2, 6])
+    """
+
+    reads_successor = False
+
+    def forward(self, transition: Transition) -> Tensor:
+        """Logits ``[N, *batch, bins]``."""
+        raise NotImplementedError
+
+
+class HiddenReward(RewardHead):
+    """The paper's reward predictor, which reads h.
+
+    Args:
+        head: ``[N, *batch, F]`` to ``[N, *batch, bins]``.
+
+    Examples:
+        >>> zero = torch.zeros(3, 2, 4)
+        >>> step = Transition(zero, zero[..., 0].long(), zero, lambda: zero, lambda: zero, lambda: zero)
+        >>> HiddenReward(nn.Linear(4, 6))(step).shape
+        torch.Size([3, 2, 6])
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, transition: Transition) -> Tensor:
+        """Logits ``[N, *batch, bins]``."""
+        return self.head(transition.hidden)
+
+
+class ObservationReward(RewardHead):
+    """Reads the next observation (ours): a reward predictor that reads the history memorises it.
+
+    The first and the last layer are each group's own; the outputs start at zero.
+
+    Args:
+        observation_size: D, size of the zero-padded observation.
+        num_bins: number of outputs.
+        group_index: group of each of the N agents.
+        num_cells: width of the hidden layers.
+        depth: number of hidden layers.
+        fourier_features: frequencies of :class:`FourierFeatures` before the first layer.
+        point_size: with 1 or more, :class:`PointDistances` of points with so many coordinates stand beside the
+            coordinates, and have the Fourier features in their place.
+
+    Examples:
+        >>> head = ObservationReward(
+        ...     4, 6, group_index=[0, 0, 1], num_cells=8, depth=1, fourier_features=0, point_size=2
+        ... )
+        >>> zero = torch.zeros(3, 5, 4)
+        >>> head(Transition(zero, zero[..., 0].long(), zero, lambda: zero, lambda: zero, lambda: zero)).shape
+        torch.Size([3, 5, 6])
+    """
+
+    reads_successor = True
+
+    def __init__(
+        self,
+        observation_size: int,
+        num_bins: int,
+        *,
+        group_index: Sequence[int],
+        num_cells: int,
+        depth: int,
+        fourier_features: int,
+        point_size: int,
+    ) -> None:
+        super().__init__()
+        self.features = FourierFeatures(fourier_features)
+        self.distances = PointDistances(observation_size, size=point_size) if point_size else None
+        size = observation_size if self.distances is None else self.distances.num_distances
+        features = size * self.features.size_factor + (0 if self.distances is None else observation_size)
+        self.input = StackedLinear(features, num_cells, group_index)
+        self.trunk = nn.Sequential(nn.LayerNorm(num_cells), nn.SiLU(), mlp(num_cells, num_cells, depth - 1))
+        self.output = StackedLinear(num_cells, num_bins, group_index, zero_init=True)
+
+    def forward(self, transition: Transition) -> Tensor:
+        """Logits ``[N, *batch, bins]``."""
+        observation = transition.next_observation
+        if self.distances is None:
+            features = self.features(observation)
+        else:
+            features = torch.cat([observation, self.features(self.distances(observation))], -1)
+        return at_least_float32(self.output(self.trunk(self.input(features))))
+
+
+@dataclass(kw_only=True)
+class RewardConfig:
+    """Settings of a reward head; a subclass for each kind. Yours can be another subclass.
+
+    Examples:
+        >>> @dataclass(kw_only=True)
+        ... class LinearRewardConfig(RewardConfig):
+        ...     def build(self, observation_shape, hidden_size, num_bins, *, group_index, depth):
+        ...         return HiddenReward(nn.Linear(hidden_size, num_bins))
+        >>> LinearRewardConfig().build([5], 8, 6, group_index=[0, 0, 1], depth=1).head
+        Linear(in_features=8, out_features=6, bias=True)
+    """
+
+    def build(
+        self,
+        observation_shape: Sequence[int],
+        hidden_size: int,
+        num_bins: int,
+        *,
+        group_index: Sequence[int],
+        depth: int,
+    ) -> RewardHead:
+        """Build the reward head.
+
+        Args:
+            observation_shape: ``[D]`` or ``[channels, S, S]``.
+            hidden_size: F, also the width of hidden layers.
+            num_bins: number of outputs.
+            group_index: group of each of the N agents.
+            depth: number of hidden layers of a head that reads h.
+
+        Raises:
+            ValueError: if the head does not fit the observations.
+        """
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class HiddenRewardConfig(RewardConfig):
+    """The paper's reward predictor has no settings of its own; see :class:`HiddenReward`.
+
+    Examples:
+        >>> HiddenRewardConfig().build([5], 8, 6, group_index=[0, 0, 1], depth=1).reads_successor
+        False
+    """
+
+    def build(
+        self,
+        observation_shape: Sequence[int],
+        hidden_size: int,
+        num_bins: int,
+        *,
+        group_index: Sequence[int],
+        depth: int,
+    ) -> RewardHead:
+        """Build the reward head."""
+        return HiddenReward(
+            Head(hidden_size, num_bins, group_index=group_index, num_cells=hidden_size, depth=depth, zero_init=True)
+        )
+
+
+@dataclass(kw_only=True)
+class ObservationRewardConfig(RewardConfig):
+    """Settings of :class:`ObservationReward`.
+
+    Attributes:
+        depth: number of hidden layers.
+        fourier_features: frequencies of the sines and cosines that it also reads.
+        point_size: coordinates of a point, whose distances it also reads; 0: none.
+
+    Raises:
+        ValueError: by :meth:`build`, if observations are images.
+
+    Examples:
+        >>> ObservationRewardConfig(depth=1).build([4], 8, 6, group_index=[0, 0, 1], depth=1).reads_successor
+        True
+    """
+
+    depth: int = 2
+    fourier_features: int = 4
+    point_size: int = 2
+
+    def build(
+        self,
+        observation_shape: Sequence[int],
+        hidden_size: int,
+        num_bins: int,
+        *,
+        group_index: Sequence[int],
+        depth: int,
+    ) -> RewardHead:
+        """Build the reward head."""
+        if len(observation_shape) != 1:
+            raise ValueError("ObservationRewardConfig is for vector observations; for images take HiddenRewardConfig")
+        return ObservationReward(
+            observation_shape[0],
+            num_bins,
+            group_index=group_index,
+            num_cells=hidden_size,
+            depth=self.depth,
+            fourier_features=self.fourier_features,
+            point_size=self.point_size,
+        )
