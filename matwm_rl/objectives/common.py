@@ -13,6 +13,8 @@ from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
+from matwm_rl.torchrl_internals import padding_masks, show_out_keys
+
 
 class KeyedLoss(LossModule):
     """A ``LossModule`` that knows its keys: ``in_keys`` and ``out_keys`` follow :meth:`set_keys`.
@@ -39,7 +41,7 @@ class KeyedLoss(LossModule):
         before = (self.out_keys_source, self.out_keys) if hasattr(self, "_out_keys") else ((), ())  # type: ignore[has-type]
         self.in_keys = self._read_keys()
         self.out_keys = self._written_keys()
-        self._out_keys_apparent = [key for key in self.out_keys if key in before[1] or key not in before[0]]
+        show_out_keys(self, [key for key in self.out_keys if key in before[1] or key not in before[0]])
 
     def select_out_keys(self, *out_keys: NestedKey) -> KeyedLoss:
         """Choose what :meth:`forward` writes; :meth:`reset_out_keys` takes the choice back.
@@ -52,28 +54,27 @@ class KeyedLoss(LossModule):
         selected = unravel_key_list(list(out_keys))
         if unknown := [key for key in selected if key not in self.out_keys_source]:
             raise ValueError(f"{type(self).__name__} does not write {unknown}; it writes {self.out_keys_source}")
-        self._out_keys_apparent = selected
+        show_out_keys(self, selected)
         return self
 
     def reset_out_keys(self) -> KeyedLoss:
         """Write everything again."""
-        self._out_keys_apparent = self.out_keys_source
+        show_out_keys(self, self.out_keys_source)
         return self
 
     def _written(self, outputs: dict[str, Tensor]) -> TensorDictBase:
         return TensorDict({key: outputs[key] for key in self.out_keys})
 
-    def _counted(self, tensordict: TensorDictBase, alive: NestedKey, like: Tensor) -> Tensor:
-        """Which steps of which agents count, bool as ``like [*batch, N]``: of living agents, and no padding."""
-        counted = tensordict.get(alive, None)
-        counted = torch.ones_like(like, dtype=torch.bool) if counted is None else counted
-        for key in self._loss_mask_keys():
-            if (mask := tensordict.get(key, None)) is not None:
-                counted = counted & self._expand_loss_mask(mask, like)
-        return counted
+    def _valid_mask(self, tensordict: TensorDictBase, alive: NestedKey, like: Tensor) -> Tensor:
+        """Return which steps of which agents count, bool as ``like [*batch, N]``: of living agents, and no padding."""
+        valid = tensordict.get(alive, None)
+        valid = torch.ones_like(like, dtype=torch.bool) if valid is None else valid
+        for mask in padding_masks(self, tensordict, like):
+            valid = valid & mask
+        return valid
 
     def _hold_two_hot(self, two_hot: nn.Module, network: nn.Module) -> None:
-        """Register a code of the loss's own; one that is the network's stays its, and is not listed twice."""
+        """Register the loss's own two-hot module; one that belongs to the network is not listed twice."""
         if any(two_hot is module for module in network.modules()):
             self.__dict__["two_hot"] = two_hot
         else:
@@ -82,7 +83,7 @@ class KeyedLoss(LossModule):
     def _functional(self) -> Iterator[tuple[str, TensorDictModuleBase, TensorDictParams]]:
         """Names, networks and parameters of what ``convert_to_functional`` took apart."""
         for name, network in self.__dict__.items():
-            if (params := self._modules.get(f"{name}_params")) is not None:
+            if (params := dict(self.named_children()).get(f"{name}_params")) is not None:
                 yield name, network, params
 
     @staticmethod
@@ -122,8 +123,8 @@ class KeyedLoss(LossModule):
         for name, network, params in self._functional():
             with self._using(params, network):
                 network.reset_parameters_recursive()
-            if (target := self._modules.get(f"target_{name}_params")) is not None:
+            if (target := dict(self.named_children()).get(f"target_{name}_params")) is not None:
                 target.data.update_(params.data)
-        for module in self._modules.values():
+        for module in self.children():
             if isinstance(module, TensorDictModuleBase):
                 module.reset_parameters_recursive()

@@ -1,4 +1,4 @@
-"""What the actor and the critic learn from: lambda-returns of imagined rollouts, and their scale (section 5)."""
+"""What the actor and the critic learn from: lambda-returns of imagined rollouts, and their scale."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from torchrl.modules import PercentileValueNorm
 from matwm_rl import keys
 from matwm_rl.checks import batch_shape, check_writes, read_entry, read_output
 from matwm_rl.functional import lambda_return
+from matwm_rl.torchrl_internals import percentile_levels
+
+GAMMA = 0.985
+"""Discount factor (Table C.6)."""
+LMBDA = 0.95
+"""Lambda of the return (Table C.6)."""
 
 
 def _next(key: NestedKey) -> NestedKey:
@@ -18,7 +24,7 @@ def _next(key: NestedKey) -> NestedKey:
 
 
 class LambdaReturn(TensorDictModuleBase):
-    """Evaluate an imagined rollout once, for both losses (section 5).
+    """Evaluate an imagined rollout once, for both losses (docs/algorithm.md, Actor and critic losses).
 
     Args:
         critic: writes ``("agents", "state_value")``.
@@ -48,7 +54,7 @@ class LambdaReturn(TensorDictModuleBase):
         [1.75, 1.5, 1.0]
     """
 
-    def __init__(self, critic: TensorDictModuleBase, *, gamma: float = 0.985, lmbda: float = 0.95) -> None:
+    def __init__(self, critic: TensorDictModuleBase, *, gamma: float = GAMMA, lmbda: float = LMBDA) -> None:
         super().__init__()
         for name, value in (("gamma", gamma), ("lmbda", lmbda)):
             if not 0 <= value <= 1:
@@ -89,7 +95,7 @@ class LambdaReturn(TensorDictModuleBase):
 
 
 class ReturnScale(PercentileValueNorm):
-    """EMA of the 95th minus the 5th percentile of the returns, one per agent (section 5).
+    """EMA of the 95th minus the 5th percentile of the returns, one per agent (Eq. 13).
 
     TorchRL's ``PercentileValueNorm`` with two additions: values of dead agents do not count, and an agent's
     first update sets its percentiles instead of moving them by 1% from zero.
@@ -117,7 +123,7 @@ class ReturnScale(PercentileValueNorm):
         flat = value_target.detach().reshape(-1, *self.shape)
         if mask is not None:
             flat = torch.where(mask.reshape(flat.shape), flat, torch.nan)
-        low, high = torch.nanquantile(flat, self._q.to(flat), dim=0).to(self.low)
+        low, high = torch.nanquantile(flat, percentile_levels(self).to(flat), dim=0).to(self.low)
         rate = torch.where(self.seen, self.rate, 1.0).to(self.low)
         for average, batch in ((self.low, low), (self.high, high)):
             # An agent that is dead in the whole batch keeps its scale.

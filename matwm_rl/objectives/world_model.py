@@ -1,4 +1,4 @@
-"""The world-model loss of section 2."""
+"""The loss of the world model (docs/algorithm.md, World model)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from matwm_rl.objectives.common import KeyedLoss
 
 @dataclass(kw_only=True)
 class WorldModelLossWeights:
-    """Factor of every term (section 2); the defaults are the paper's: b1 = 0.5 for mask and dynamics, b2 = 0.1.
+    """Weights of the terms; the defaults are the paper's: b1 = 0.5 for mask and dynamics, b2 = 0.1.
 
     Attributes:
         reconstruction: of L_rec, the squared error of the decoded observation.
@@ -46,7 +46,7 @@ class WorldModelLossWeights:
 
 
 class WorldModelLoss(KeyedLoss):
-    """Loss of the shared world model (section 2), and the only loss that holds its parameters.
+    """Loss of the shared world model, and the only loss that holds its parameters (docs/algorithm.md, World model).
 
     ``L = L_rec + L_rew + L_con + L_team + b1 (L_mask + L_dyn) + b2 L_rep``, each a mean over sequences, steps and
     living agents. Nothing is asked for across an episode's end; a truncated episode goes on (c = 1); the death of the
@@ -54,11 +54,13 @@ class WorldModelLoss(KeyedLoss):
     step, these are asked for where c = 0, and the others, like the KL terms, where c = 1.
 
     Args:
-        world_model: any module with the keys of :class:`~matwm_rl.modules.WorldModel`. Where it has no
-            ``latent.balanced_kl``, posterior and prior are log-probabilities ``[..., K, C]``.
-        two_hot: code of the reward logits; by default ``world_model.two_hot``, else TorchRL's ``SymExpTwoHot``.
-        weights: factors of the terms.
-        free_nats: clamp of each KL element.
+        world_model: any module with the keys of :class:`~matwm_rl.modules.WorldModel`. One that does not write
+            ``("next", "agents", "dynamics_kl" | "representation_kl")`` must write posterior and prior as
+            log-probabilities ``[..., K, C]``.
+        two_hot: turns rewards into targets of the logits; by default ``world_model.two_hot``, else TorchRL's
+            ``SymExpTwoHot``.
+        weights: weights of the terms.
+        free_nats: lower bound of each KL element, in nats.
 
     Keys read besides the world model's own: ``("agents", "teammate_action" | "alive" | "teammate_alive" |
     "action_mask")``, ``("next", "agents", "reward" | "terminated" | "alive")``. The alive entries are optional, the
@@ -70,15 +72,16 @@ class WorldModelLoss(KeyedLoss):
 
     Raises:
         KeyError: if an entry of the batch is missing, or one that the world model was to write.
-        ValueError: if one has another shape.
+        ValueError: if one has another shape, or ``free_nats`` is negative.
 
     Examples:
-        >>> from matwm_rl.data import to_focal
+        >>> from matwm_rl import presets
+        >>> from matwm_rl.data import add_agent_entries
         >>> from matwm_rl.envs import make_env
         >>> from matwm_rl.modules import WorldModel
         >>> env = make_env("mock", seed=0)
-        >>> loss = WorldModelLoss(WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4))
-        >>> losses = loss(to_focal(env.rollout(6, break_when_any_done=False)))
+        >>> loss = WorldModelLoss(WorldModel.from_env(env, presets.tiny().world_model))
+        >>> losses = loss(add_agent_entries(env.rollout(6, break_when_any_done=False)))
         >>> total = sum(value for key, value in losses.items() if key.startswith("loss_"))
         >>> total.backward()
     """
@@ -101,6 +104,8 @@ class WorldModelLoss(KeyedLoss):
         teammate_logits: NestedKey = keys.TEAMMATE_LOGITS
         posterior: NestedKey = keys.POSTERIOR
         prior: NestedKey = keys.PRIOR
+        dynamics_kl: NestedKey = keys.DYNAMICS_KL
+        representation_kl: NestedKey = keys.REPRESENTATION_KL
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
@@ -115,6 +120,8 @@ class WorldModelLoss(KeyedLoss):
         weights: WorldModelLossWeights | None = None,
         free_nats: float = 1.0,
     ) -> None:
+        if not free_nats >= 0:
+            raise ValueError(f"free_nats must not be negative, got {free_nats}")
         super().__init__()
         self.world_model = world_model
         self._hold_two_hot(two_hot or getattr(world_model, "two_hot", None) or SymExpTwoHot(), world_model)
@@ -138,7 +145,7 @@ class WorldModelLoss(KeyedLoss):
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Weighted losses of a focal batch ``[*B, T]``."""
+        """Return the weighted losses of a batch ``[*B, T]``."""
         k = self.tensor_keys
         model = self.world_model(tensordict.copy())
         reward_logits = read_output(model, k.reward_logits, self.world_model, None)
@@ -146,7 +153,7 @@ class WorldModelLoss(KeyedLoss):
         reward = read_entry(tensordict, k.reward, self, (*shape, 1))
         living = read_optional(tensordict, k.alive, self, shape)
         survives = read_optional(tensordict, k.next_alive, self, shape)
-        alive = self._counted(tensordict, k.alive, reward.squeeze(-1))
+        alive = self._valid_mask(tensordict, k.alive, reward.squeeze(-1))
         ended = read_entry(tensordict, k.terminated, self, (*shape, 1)).squeeze(-1)
         if living is not None and survives is not None:
             ended = ended | (living & ~survives)
@@ -170,11 +177,7 @@ class WorldModelLoss(KeyedLoss):
         survived = alive if survives is None else alive & survives
         if reads_ends:
             survived = survived & ~ended
-        posterior = read_output(model, k.posterior, self.world_model, (*shape, None, None))
-        prior = read_output(model, k.prior, self.world_model, posterior.shape)
-        # The code knows what its parameters are; those of any other model are log-probabilities.
-        kl = getattr(getattr(self.world_model, "latent", None), "balanced_kl", balanced_kl)
-        dynamics, representation = kl(posterior, prior)
+        dynamics, representation = self._kl(model, shape)
         losses["dynamics"] = masked_mean(dynamics.clamp(min=self.free_nats), survived)
         losses["representation"] = masked_mean(representation.clamp(min=self.free_nats), survived)
 
@@ -182,6 +185,15 @@ class WorldModelLoss(KeyedLoss):
         out = {f"loss_{name}": weights[name] * value for name, value in losses.items()}
         out["kl"] = masked_mean(dynamics.detach(), survived)
         return self._written(out)
+
+    def _kl(self, model: TensorDictBase, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """KL ``[*B, T, N]`` of posterior and prior, in nats: once to move the prior only, once the posterior only."""
+        k, who = self.tensor_keys, self.world_model
+        if k.dynamics_kl in who.out_keys:
+            dynamics = read_output(model, k.dynamics_kl, who, (*shape, 1)).squeeze(-1)
+            return dynamics, read_output(model, k.representation_kl, who, (*shape, 1)).squeeze(-1)
+        posterior = read_output(model, k.posterior, who, (*shape, None, None))
+        return balanced_kl(posterior, read_output(model, k.prior, who, posterior.shape))
 
     def _reconstruction(self, model: TensorDictBase) -> Tensor:
         """Squared error ``[*B, T, N]``, summed over the observation; images count from 0 to 1."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl.objectives.value.functional import td_lambda_return_estimate
 
 from matwm_rl import keys
-from matwm_rl.modules import make_critic
+from matwm_rl.modules import ActorCriticConfig, make_critic
 from matwm_rl.objectives import LambdaReturn, ReturnScale
 from tests.helpers import COUNTS, make_model, random_imagined, randomize
 from tests.test_functional import slow_lambda_return
@@ -76,7 +76,7 @@ def test_a_predicted_end_cuts_the_return_and_the_weight() -> None:
 
 def test_the_real_critic_is_asked_for_the_last_successor_without_gradient() -> None:
     model = make_model()
-    critic = randomize(make_critic(model, num_cells=8))
+    critic = randomize(make_critic(model, ActorCriticConfig(num_cells=8)))
     td = random_imagined(model=model).exclude(keys.STATE_VALUE, keys.LAMBDA_RETURN, keys.WEIGHT)
     out = LambdaReturn(critic, gamma=1.0, lmbda=1.0)(td.clone())
     last = critic(td["next"].select(*critic.in_keys))[keys.STATE_VALUE][:, -1]

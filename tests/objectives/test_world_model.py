@@ -13,11 +13,21 @@ from torch import Tensor
 from torchrl.modules import SymExpTwoHot
 
 from matwm_rl import keys
-from matwm_rl.data import to_focal
+from matwm_rl.data import add_agent_entries
 from matwm_rl.functional import categorical_kl
-from matwm_rl.modules import GaussianLatent, WorldModel
+from matwm_rl.modules import (
+    CoordinateEncoderConfig,
+    EncoderConfig,
+    GaussianLatent,
+    GaussianLatentConfig,
+    HiddenRewardConfig,
+    MLPEncoderConfig,
+    ObservationRewardConfig,
+    RewardConfig,
+    WorldModel,
+)
 from matwm_rl.objectives import WorldModelLoss, WorldModelLossWeights
-from tests.helpers import COUNTS, EXACT, LATENTS, grad_norm, grads, make_model, mock_env, others, random_batch, total
+from tests.helpers import COUNTS, LATENTS, grad_norm, grads, make_model, mock_env, others, random_batch, total
 from tests.modules.test_two_hot import slow_encode
 
 N = len(COUNTS)
@@ -55,7 +65,7 @@ def slow_gaussian_kl(q: Tensor, p: Tensor) -> float:
 
 
 def slow_losses(model: WorldModel, batch: TensorDict, free_nats: float = 1.0) -> dict[str, float]:
-    """Section 2's loss, one step of one agent at a time. Terms are unweighted; ``kl`` is unclamped."""
+    """The loss, one step of one agent at a time. Terms are unweighted; ``kl`` is unclamped."""
     torch.manual_seed(3)
     with torch.no_grad():
         out = model(batch.copy())
@@ -75,7 +85,7 @@ def slow_losses(model: WorldModel, batch: TensorDict, free_nats: float = 1.0) ->
 
         target = slow_encode(float(at(keys.REWARD)), 255, model.two_hot.interpolation)
         ends = bool(at(keys.AGENT_TERMINATED)) or not bool(at(keys.NEXT_ALIVE))
-        apart = ends and model.reward_input != "hidden"
+        apart = ends and model.reward.reads_successor
         log_probs = log_softmax(at(keys.END_REWARD_LOGITS if apart else keys.REWARD_LOGITS).tolist())
         sums["reward"] -= sum(p * q for p, q in zip(target, log_probs, strict=True))
 
@@ -101,16 +111,18 @@ def slow_losses(model: WorldModel, batch: TensorDict, free_nats: float = 1.0) ->
     return {name: value / steps[name] for name, value in sums.items()}
 
 
-@pytest.mark.parametrize(("interpolation", "reward_input"), [("raw", "hidden"), ("symlog", "next_observation")])
+@pytest.mark.parametrize(
+    ("interpolation", "reward"), [("raw", HiddenRewardConfig()), ("symlog", ObservationRewardConfig())], ids=repr
+)
 @pytest.mark.parametrize(
     ("latent", "free_nats"),
-    # Of the Gaussian code's KL, which is larger, some elements lie on either side of 40.
+    # Of the Gaussian latent's KL, which is larger, some elements lie on either side of 40.
     [("categorical", 0.0), ("categorical", 1.0), ("categorical", 2.0), ("gaussian", 0.0), ("gaussian", 40.0)],
 )
 def test_every_term_is_that_of_slow_loops(
-    float64: None, interpolation: str, reward_input: str, latent: str, free_nats: float
+    float64: None, interpolation: str, reward: RewardConfig, latent: str, free_nats: float
 ) -> None:
-    switches = {"reward_interpolation": interpolation, "reward_input": reward_input, "latent": latent}
+    switches = {"reward_interpolation": interpolation, "reward": reward, "latent": latent}
     model, batch = make_model(**switches), random_batch(3, 6)
     weights = WorldModelLossWeights()
     losses = losses_of(model, batch, free_nats=free_nats)
@@ -138,7 +150,7 @@ def test_weights_scale_their_terms_alone() -> None:
 
 
 def test_images_are_reconstructed_as_numbers_from_0_to_1() -> None:
-    model = make_model(observation_shape=(3, 32, 32), channels=4)
+    model = make_model(observation_shape=(3, 32, 32))
     batch = random_batch(2, 3, observation_shape=(3, 32, 32))
     torch.manual_seed(3)
     rebuilt = model(batch.copy())[keys.RECONSTRUCTION].detach()
@@ -166,7 +178,7 @@ def changed(batch: TensorDict, key: tuple[str, ...], where: Tensor, value: objec
     return batch
 
 
-@pytest.mark.parametrize("latent", EXACT)
+@pytest.mark.parametrize("latent", LATENTS)
 def test_dead_agents_and_dead_teammates_count_for_nothing(latent: str) -> None:
     model, batch = make_model(latent=latent), random_batch(done=torch.zeros(3, 7, N, dtype=torch.bool))
     losses = losses_of(model, batch)
@@ -193,7 +205,7 @@ def test_truncation_goes_on_termination_and_death_end() -> None:
     means = {}
     for ending in ("truncate", "terminate"):
         rollout = mock_env(ending=ending, death_step=3, episode_length=6).rollout(24, break_when_any_done=False)
-        batch = to_focal(rollout).unsqueeze(0)
+        batch = add_agent_entries(rollout).unsqueeze(0)
         torch.manual_seed(3)
         logits = model(batch.copy())[keys.CONTINUATION_LOGITS][0, ..., 0].detach()
         error, steps = 0.0, 0
@@ -232,8 +244,8 @@ def test_each_term_trains_its_parts(latent: str) -> None:
 
 
 def test_the_reward_of_the_next_observation_trains_its_head_alone() -> None:
-    switches = {"latent": "fsq", "num_dims": 12, "linear_skips": True, "coordinate_code": True}
-    model, batch = make_model(reward_input="next_observation", **switches), random_batch()
+    switches = {"latent": GaussianLatentConfig(num_dims=12), "encoder": CoordinateEncoderConfig()}
+    model, batch = make_model(reward=ObservationRewardConfig(), **switches), random_batch()
     ended = batch[keys.AGENT_TERMINATED].squeeze(-1) | (batch[keys.ALIVE] & ~batch[keys.NEXT_ALIVE])
     assert ended.any()
     loss = losses_of(model, batch)["loss_reward"]
@@ -290,10 +302,13 @@ def test_free_bits_stop_the_gradient_of_each_element_apart(float64: None) -> Non
         torch.testing.assert_close(grad, slow)
 
 
-@pytest.mark.parametrize("switches", [{}, {"linear_skips": True}], ids=str)
-@pytest.mark.parametrize("latent", LATENTS)
-def test_observations_far_out_break_nothing(latent: str, switches: dict[str, bool]) -> None:
-    model, batch = make_model(latent=latent, **switches), random_batch()
+@pytest.mark.parametrize(
+    ("latent", "encoder"),
+    [("categorical", MLPEncoderConfig()), ("gaussian", MLPEncoderConfig()), ("gaussian", CoordinateEncoderConfig())],
+    ids=str,
+)
+def test_observations_far_out_break_nothing(latent: str, encoder: EncoderConfig) -> None:
+    model, batch = make_model(latent=latent, encoder=encoder), random_batch()
     for key in (keys.OBSERVATION, keys.NEXT_OBSERVATION):
         batch[key] *= 1e3
     losses = losses_of(model, batch)

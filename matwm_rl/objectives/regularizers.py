@@ -1,0 +1,136 @@
+"""Bonuses on what the actors do, to be added to :class:`~matwm_rl.objectives.ActorLoss` (ours)."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from matwm_rl import keys
+from matwm_rl.checks import read_entry
+from matwm_rl.functional import per_agent_mean, per_agent_sum
+
+
+class Regularizer(nn.Module):
+    """Interface: a bonus for every agent, which the actor loss subtracts with the weight ``coeff``.
+
+    Args:
+        coeff: weight of the bonus.
+
+    Attributes:
+        in_keys: what it reads of the imagined rollout.
+
+    Raises:
+        ValueError: if ``coeff`` is negative or not a number.
+
+    Examples:
+        >>> class FirstAction(Regularizer):
+        ...     def forward(self, tensordict, dist, weight, valid):
+        ...         return per_agent_mean(dist.probs[..., 0], weight, valid)
+        >>> FirstAction(0.5).coeff
+        0.5
+    """
+
+    in_keys: list[NestedKey] = []
+
+    def __init__(self, coeff: float) -> None:
+        super().__init__()
+        if not coeff >= 0:
+            raise ValueError(f"the weight of {type(self).__name__} must not be negative, got {coeff}")
+        self.coeff = coeff
+
+    def forward(self, tensordict: TensorDictBase, dist: Distribution, weight: Tensor, valid: Tensor) -> Tensor:
+        """Return the bonus of every agent.
+
+        Args:
+            tensordict: the imagined rollout ``[*S, H]``.
+            dist: the actors' distribution in its states, ``[*S, H, N]``.
+            weight: ``[*S, H, N]``, probability that the rollout reached the step.
+            valid: bool ``[*S, H, N]``, which steps count.
+
+        Returns:
+            ``[N]``.
+        """
+        raise NotImplementedError
+
+
+class MeanPolicyEntropy(Regularizer):
+    """Entropy of every agent's mean policy over the batch (after arXiv:1912.05676).
+
+    Unlike the entropy of each state's policy it costs nothing to act one way in one state and another way in the next.
+    An agent whose dreams do not show what its actions are for, such as a speaker, then does not come to do the same in
+    all states. For discrete actions.
+
+    Args:
+        coeff: weight of the bonus.
+
+    Examples:
+        >>> from torch.distributions import Categorical
+        >>> probs = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])  # one start, two steps, one agent, two actions
+        >>> one = torch.ones(1, 2, 1)
+        >>> MeanPolicyEntropy(0.1)(None, Categorical(probs=probs), one, one.bool())
+        tensor([0.6931])
+    """
+
+    def forward(self, tensordict: TensorDictBase, dist: Distribution, weight: Tensor, valid: Tensor) -> Tensor:
+        """Return the entropies ``[N]``, in nats."""
+        return _mean_policy_entropy(_probs(dist, self), weight, valid)
+
+
+class Signalling(Regularizer):
+    """How much an agent's actions tell of what it sees, over steps at which it sees nothing change.
+
+    After positive signalling (arXiv:1912.05676). An agent that sees nothing of what its actions do, such as a speaker,
+    learns nothing from its own dreams. With this bonus it comes to do one thing where it sees one thing, and others can
+    learn to read it. Agents whose observations move are left alone. For discrete actions.
+
+    The bonus is twice the entropy of the mean policy, less the cross-entropy of a step's policy with the one before:
+    time, which the hidden state tells, is no information. The entropy counts twice, since with the mutual information
+    itself two observations may share an action for ever while another action is free.
+
+    Args:
+        coeff: weight of the bonus.
+        tolerance: root mean square of z_{t+1} - z_t below which nothing has changed.
+
+    Raises:
+        ValueError: if ``coeff`` or ``tolerance`` is negative or not a number.
+
+    Examples:
+        >>> Signalling(1.0).tolerance
+        0.02
+    """
+
+    in_keys: list[NestedKey] = [keys.LATENT]
+
+    def __init__(self, coeff: float, *, tolerance: float = 0.02) -> None:
+        super().__init__(coeff)
+        if not tolerance >= 0:
+            raise ValueError(f"tolerance must not be negative, got {tolerance}")
+        self.tolerance = tolerance
+
+    def forward(self, tensordict: TensorDictBase, dist: Distribution, weight: Tensor, valid: Tensor) -> Tensor:
+        """Return the bonus ``[N]`` in nats, a mean over the steps ``[*S, H - 1]``; 0 where an agent sees movement."""
+        latent = read_entry(tensordict, keys.LATENT, self, (*weight.shape, None))
+        probs = _probs(dist, self)
+        unchanged = latent.diff(dim=-3).square().mean(-1).sqrt() < self.tolerance
+        now, after, weight, valid = probs[..., :-1, :, :], probs[..., 1:, :, :], weight[..., :-1, :], valid[..., :-1, :]
+        spread = _mean_policy_entropy(now, weight, valid & unchanged)
+        told = 2 * spread + (after * now.clamp(min=1e-8).log()).sum(-1)
+        return per_agent_mean(torch.where(unchanged, told, 0.0), weight, valid)
+
+
+def _probs(dist: Distribution, reader: Regularizer) -> Tensor:
+    probs = getattr(dist, "probs", None)
+    if probs is None:
+        raise TypeError(f"{type(reader).__name__} needs the probabilities of discrete actions, got {dist}")
+    assert isinstance(probs, Tensor)
+    return probs
+
+
+def _mean_policy_entropy(probs: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
+    """Entropy ``[N]`` in nats of every agent's policy ``[*S, H, N, A]``, averaged over the valid steps."""
+    weight = torch.where(valid, weight, 0.0).unsqueeze(-1)
+    mean = per_agent_sum(probs * weight, 1) / per_agent_sum(weight, 1).clamp(min=1e-6)
+    # Clamped: the slope of torch.special.entr at 0, where actions are illegal, is infinite.
+    return -(mean * mean.clamp(min=1e-8).log()).sum(-1)
