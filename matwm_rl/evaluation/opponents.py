@@ -1,0 +1,97 @@
+"""Opponents for trained agents: random actions, and matches between two policies.
+
+Any TensorDict module that writes ``("agents", "action")`` can be an opponent: :class:`CrossPlay` lets it act for some
+of the agents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
+from torch import Tensor
+
+from matwm_rl import keys
+from matwm_rl.checks import read_entry
+from matwm_rl.envs import AgentLayout
+
+
+class RandomActions(TensorDictModuleBase):
+    """Policy that draws every agent's action uniformly from its legal actions.
+
+    Keys read: ``("agents", "action_mask")``; written: ``("agents", "action")``.
+
+    Raises:
+        KeyError: if there is no action mask.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> make_env("mock", seed=0).rollout(3, RandomActions())["agents", "action"].shape
+        torch.Size([3, 3])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_keys: list[NestedKey] = [keys.ACTION_MASK]
+        self.out_keys: list[NestedKey] = [keys.ACTION]
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write random legal actions."""
+        mask = read_entry(tensordict, keys.ACTION_MASK, self)
+        action = torch.multinomial(mask.flatten(0, -2).float(), 1).view(mask.shape[:-1])
+        return tensordict.set(keys.ACTION, action)
+
+
+class CrossPlay(TensorDictModuleBase):
+    """Policy in which some agents act by one policy and all others by another.
+
+    Args:
+        policy: acts for the agents of ``groups``.
+        opponents: acts for all other agents; any module that writes ``("agents", "action")``.
+        layout: layout of the environment.
+        groups: names of original groups of the environment.
+
+    Keys read: those of both; the opponents get the entries they read and no others. Keys written:
+    ``("agents", "action")``, and whatever else ``policy`` writes.
+
+    Raises:
+        ValueError: if a group does not exist.
+        KeyError: if an entry that is read is missing.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.evaluation import TagScript
+        >>> env = make_env("mpe2/simple_tag_v3", seed=0)
+        >>> chasers = CrossPlay(TagScript(env.layout), RandomActions(), env.layout, ["adversary"])
+        >>> env.rollout(3, chasers)["agents", "action"].shape
+        torch.Size([3, 4])
+    """
+
+    acts: Tensor
+
+    def __init__(
+        self,
+        policy: TensorDictModuleBase,
+        opponents: TensorDictModuleBase,
+        layout: AgentLayout,
+        groups: Sequence[str],
+    ) -> None:
+        super().__init__()
+        names = list(layout.group_map)
+        if unknown := [group for group in groups if group not in names]:
+            raise ValueError(f"unknown groups {unknown}; the environment has {names}")
+        self.policy, self.opponents = policy, opponents
+        acts = torch.tensor([names[index] in groups for index in layout.group_index])
+        self.register_buffer("acts", acts, persistent=False)
+        self.in_keys = list(dict.fromkeys([*policy.in_keys, *opponents.in_keys]))
+        self.out_keys = list(policy.out_keys)
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the actions of both sides."""
+        theirs = self.opponents(tensordict.select(*self.opponents.in_keys)).get(keys.ACTION)
+        ours = self.policy(tensordict).get(keys.ACTION)
+        return tensordict.set(keys.ACTION, torch.where(self.acts, ours, theirs))

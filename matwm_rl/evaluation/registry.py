@@ -1,0 +1,136 @@
+"""How each environment is evaluated and drawn, registered by the name that ``make_env`` is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType
+
+from matwm_rl.envs import AgentLayout
+from matwm_rl.evaluation.gif import Frame
+from matwm_rl.evaluation.returns import EvaluationConfig, Matches, evaluate
+
+
+class Play(Protocol):
+    """Play all matches of an evaluation."""
+
+    def __call__(
+        self, env: EnvBase, policy: TensorDictModuleBase, *, episodes: int, exploration: ExplorationType
+    ) -> Matches:
+        """Return the returns of ``episodes`` episodes of every match."""
+        ...
+
+
+def self_play(
+    env: EnvBase, policy: TensorDictModuleBase, *, episodes: int, exploration: ExplorationType = ExplorationType.RANDOM
+) -> Matches:
+    """Play one match, ``"self_play"``, in which the policy acts for all agents; see :func:`evaluate`."""
+    return Matches({"self_play": evaluate(env, policy, episodes=episodes, exploration=exploration)}, {})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How an environment is evaluated and drawn; by default in self-play, drawn by the environment itself.
+
+    Attributes:
+        play: called as ``play(env, policy, episodes=..., exploration=...)``, returns a :class:`Matches`. ``env.layout``
+            tells which agents there are.
+        draw: given the environment's layout, returns what :func:`record_gif` takes as ``draw``, for environments that
+            cannot render themselves.
+        references: known returns for :func:`plot_learning_curves`, as ``{match: {label: value}}``.
+
+    Examples:
+        >>> Evaluation(references={"self_play": {"random": -1.0}}).play.__name__
+        'self_play'
+    """
+
+    play: Play = self_play
+    draw: Callable[[AgentLayout], Callable[[TensorDictBase], Frame]] | None = None
+    references: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+_REGISTERED: list[tuple[str, Evaluation]] = []
+
+
+def register_evaluation(pattern: str, evaluation: Evaluation) -> None:
+    """Set how the environments whose names match a pattern are evaluated and drawn.
+
+    If several patterns match a name, the one registered last applies.
+
+    Args:
+        pattern: for names as given to :func:`~matwm_rl.envs.make_env`, with the wildcards of :mod:`fnmatch`, for
+            example ``"*/simple_tag*"``. Upper and lower case differ.
+        evaluation: what to do for these environments.
+
+    Examples:
+        Evaluate trained hunters against random prey. Any TensorDict module that writes the action can be the opponent:
+
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.evaluation import CrossPlay, RandomActions, evaluate_matches
+        >>> def play(env, policy, *, episodes, exploration):
+        ...     hunters = CrossPlay(policy, RandomActions(), env.layout, ["hunter"])
+        ...     returns = evaluate(env, hunters, episodes=episodes, exploration=exploration)
+        ...     return Matches({"hunters_vs_random": returns}, {"hunters_vs_random": "hunter"})
+        >>> register_evaluation("mine/hunt*", Evaluation(play))
+        >>> env = make_env("mock", seed=0)
+        >>> evaluate_matches("mine/hunt_v0", env, RandomActions(), episodes=2).summary().keys()
+        dict_keys(['hunters_vs_random'])
+    """
+    _REGISTERED.append((pattern, evaluation))
+
+
+def find_evaluation(env_name: str) -> Evaluation:
+    """Return the evaluation registered for an environment.
+
+    Args:
+        env_name: as given to :func:`~matwm_rl.envs.make_env`.
+
+    Returns:
+        the last one registered with a pattern that matches, ``Evaluation()`` if there is none.
+
+    Examples:
+        >>> find_evaluation("vmas/simple_tag").draw
+        <class 'matwm_rl.evaluation.simple_tag.DrawTag'>
+        >>> find_evaluation("mock") == Evaluation()
+        True
+    """
+    matching = (found for pattern, found in reversed(_REGISTERED) if fnmatchcase(env_name, pattern))
+    return next(matching, Evaluation())
+
+
+def evaluate_matches(
+    env_name: str,
+    env: EnvBase,
+    policy: TensorDictModuleBase,
+    *,
+    episodes: int = EvaluationConfig.episodes,
+    exploration: ExplorationType = ExplorationType.RANDOM,
+) -> Matches:
+    """Play the matches that are registered for an environment, self-play if there are none.
+
+    Args:
+        env_name: as given to :func:`~matwm_rl.envs.make_env`.
+        env: see :func:`evaluate`.
+        policy: see :func:`evaluate`.
+        episodes: episodes of every match; see :func:`evaluate`.
+        exploration: see :func:`evaluate`.
+
+    Returns:
+        the returns of every match, and the group that each is judged by.
+
+    Raises:
+        ValueError: if ``episodes`` is below 1.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.evaluation import RandomActions
+        >>> evaluate_matches("mock", make_env("mock", seed=0), RandomActions(), episodes=2).summary().keys()
+        dict_keys(['hunter', 'prey'])
+    """
+    return find_evaluation(env_name).play(env, policy, episodes=episodes, exploration=exploration)

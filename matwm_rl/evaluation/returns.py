@@ -1,0 +1,174 @@
+"""Undiscounted returns over whole episodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from matwm_rl import keys
+from matwm_rl.envs import AgentLayout
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """How a run is evaluated.
+
+    Attributes:
+        every: env steps between evaluations.
+        episodes: of every match, while training.
+        final_episodes: of every match, at the end.
+        num_envs: environments that play side by side.
+        keep_policies: save the policy at every evaluation, as ``policies/STEPS.pt``.
+
+    Examples:
+        >>> EvaluationConfig(every=1000).episodes
+        50
+    """
+
+    every: int = 5000
+    episodes: int = 50
+    final_episodes: int = 100
+    num_envs: int = 10
+    keep_policies: bool = False
+
+
+@dataclass(frozen=True)
+class Returns:
+    """Undiscounted returns of whole episodes.
+
+    Attributes:
+        values: ``[episodes, N]``.
+        layout: layout of the environment, with the names and groups of its agents.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> returns = Returns(torch.tensor([[1.0, 3.0, 5.0], [3.0, 5.0, 7.0]]), make_env("mock").layout)
+        >>> returns.per_agent(), returns.per_group()
+        ({'hunter_0': 2.0, 'hunter_1': 4.0, 'prey_0': 6.0}, {'hunter': 3.0, 'prey': 6.0})
+    """
+
+    values: Tensor
+    layout: AgentLayout
+
+    def per_agent(self) -> dict[str, float]:
+        """Return each agent's mean return, by the agent's name."""
+        return dict(zip(self.layout.agent_names, self.values.mean(0).tolist(), strict=True))
+
+    def per_group(self) -> dict[str, float]:
+        """Return the mean return of an agent of each original group, by the group's name."""
+        means = self.per_agent()
+        return {
+            group: sum(means[name] for name in names) / len(names) for group, names in self.layout.group_map.items()
+        }
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Returns of all matches of an evaluation.
+
+    Attributes:
+        returns: the returns of every match, by the match's name.
+        judged: for a match in which only one group is tested, the group whose return is the result.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> returns = Returns(torch.tensor([[1.0, 3.0, 5.0], [3.0, 5.0, 7.0]]), make_env("mock").layout)
+        >>> print(Matches({"self_play": returns, "against_random_prey": returns}, {"against_random_prey": "hunter"}))
+        hunter 3.0, prey 6.0, against_random_prey 3.0
+    """
+
+    returns: dict[str, Returns]
+    judged: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def episodes(self) -> int:
+        """Number of episodes of every match."""
+        return min(len(returns.values) for returns in self.returns.values())
+
+    def summary(self) -> dict[str, float]:
+        """Return one flat table of mean returns.
+
+        A match that is judged by a group has one entry, ``match``. Any other has one for every group: ``group``, or
+        ``match/group`` if there are several such matches.
+        """
+        several = len(self.returns.keys() - self.judged.keys()) > 1
+        out: dict[str, float] = {}
+        for match, returns in self.returns.items():
+            groups = returns.per_group()
+            if match in self.judged:
+                out[match] = groups[self.judged[match]]
+            else:
+                out.update({f"{match}/{group}" if several else group: value for group, value in groups.items()})
+        return out
+
+    def metrics(self) -> dict[str, float]:
+        """Return the mean returns of all groups under the names for the log: ``evaluation/<match>/<group>``."""
+        return {
+            f"evaluation/{match}/{group}": value
+            for match, returns in self.returns.items()
+            for group, value in returns.per_group().items()
+        }
+
+    def per_agent(self) -> dict[str, dict[str, float]]:
+        """Return every agent's mean return in every match, as ``{match: {agent: return}}``."""
+        return {match: returns.per_agent() for match, returns in self.returns.items()}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.1f}" for name, value in self.summary().items())
+
+
+@torch.no_grad()
+def evaluate(
+    env: EnvBase,
+    policy: TensorDictModuleBase,
+    *,
+    episodes: int = EvaluationConfig.episodes,
+    exploration: ExplorationType = ExplorationType.RANDOM,
+) -> Returns:
+    """Play whole episodes.
+
+    Every environment of a batch plays the same number of episodes, so that short episodes are not over-represented.
+
+    Args:
+        env: made by :func:`~matwm_rl.envs.make_env`, one or a batch, with the policy's primer if it has one.
+        policy: writes ``("agents", "action")``.
+        episodes: smallest number of episodes; rounded up to a multiple of the number of environments.
+        exploration: sample actions (default) or take the most probable (``ExplorationType.DETERMINISTIC``).
+
+    Returns:
+        the returns of all episodes.
+
+    Raises:
+        ValueError: if ``episodes`` is below 1.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.evaluation import RandomActions
+        >>> env = make_env("mock", seed=0)
+        >>> evaluate(env, RandomActions(), episodes=2).values.shape
+        torch.Size([2, 3])
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    num_envs = env.batch_size.numel()
+    quota = -(-episodes // num_envs)
+    layout: AgentLayout = env.layout
+    returns = torch.zeros(num_envs, quota, layout.num_agents)
+    played = torch.zeros(num_envs, dtype=torch.long)
+    running = torch.zeros(num_envs, layout.num_agents)
+    tensordict = env.reset()
+    with set_exploration_type(exploration):
+        while bool((played < quota).any()):
+            step, tensordict = env.step_and_maybe_reset(policy(tensordict))
+            running += step.get(keys.REWARD).reshape(num_envs, -1).cpu()
+            done = step.get(keys.DONE).reshape(num_envs).cpu()
+            ended = (done & (played < quota)).nonzero().squeeze(-1)
+            returns[ended, played[ended]] = running[ended]
+            played += done
+            running[done] = 0.0
+    return Returns(returns.flatten(0, 1), layout)

@@ -1,0 +1,263 @@
+"""The log of a run: scalars in ``metrics.csv`` and TensorBoard, a progress bar, a summary."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.record.loggers import Logger
+
+from matwm_rl.files import import_optional, write_text
+
+METRICS_FILE = "metrics.csv"
+SUMMARY_FILE = "summary.json"
+EVALUATION = "evaluation/"
+"""Prefix of the names of evaluation returns: ``evaluation/<match>/<group>`` or ``evaluation/<group>``."""
+COLUMNS = ("env_steps", "name", "value")
+
+Scalar = float | Tensor
+
+
+class RunLog:
+    """Log of a run's scalars: to ``metrics.csv``, TensorBoard and the progress bar.
+
+    ``run_dir/metrics.csv`` is one tidy table with the columns ``env_steps, name, value``. It opens in a spreadsheet;
+    ``pandas.read_csv(path).pivot(index="env_steps", columns="name", values="value")`` makes it wide. TorchRL's
+    ``CSVLogger`` writes one file without header per scalar instead, and repeats rows after resuming.
+
+    Args:
+        run_dir: folder of the run; created if it does not exist.
+        total_steps: env steps of the whole run, for the bar.
+        resume_from: env steps at which an interrupted run resumes. Rows beyond them are dropped, because the resumed
+            run logs these steps again. ``None`` starts a new run.
+        progress: show the bar (needs ``tqdm``).
+        tensorboard: write TensorBoard events to ``run_dir/tensorboard`` (needs ``tensorboard``).
+        loggers: further TorchRL loggers, for example ``WandbLogger``.
+        shown: names of the metrics that the progress bar shows.
+
+    Raises:
+        FileExistsError: if a new run is started in a folder that holds the metrics of another.
+        ImportError: if a package of the extra ``matwm_rl[train]`` is missing.
+
+    Examples:
+        >>> import tempfile
+        >>> run_dir = tempfile.mkdtemp()
+        >>> with RunLog(run_dir, total_steps=100, progress=False, tensorboard=False) as log:
+        ...     log.accumulate({"loss_reward": torch.tensor(1.0)})
+        ...     log.accumulate({"loss_reward": torch.tensor(2.0)})
+        ...     log.advance(10)
+        ...     log.write(env_steps=10)
+        >>> read_metrics(run_dir)
+        {'loss_reward': [(10, 1.5)]}
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        total_steps: int,
+        resume_from: int | None = None,
+        progress: bool,
+        tensorboard: bool = True,
+        loggers: Sequence[Logger] = (),
+        shown: Sequence[str] = ("loss_reward", "kl", "entropy", "imagined_reward"),
+    ) -> None:
+        # Imported before anything is written, so that a missing package leaves no files behind.
+        bar = import_optional("tqdm").tqdm if progress else None
+        if tensorboard:
+            import_optional("tensorboard")
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._metrics_path = self.run_dir / METRICS_FILE
+        self._start_metrics(resume_from)
+        self.loggers: list[Logger] = [*loggers]
+        self._tensorboard = _tensorboard_logger(self.run_dir, resume_from) if tensorboard else None
+        if self._tensorboard is not None:
+            self.loggers.append(self._tensorboard)
+        self._shown = {name: "" for name in shown}
+        self._bar = bar and bar(total=total_steps, initial=resume_from or 0, unit="step", dynamic_ncols=True)
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def _start_metrics(self, resume_from: int | None) -> None:
+        rows: list[tuple[int, str, float]] = []
+        if self._metrics_path.exists():
+            if resume_from is None:
+                raise FileExistsError(
+                    f"{self._metrics_path} belongs to an earlier run: choose another run_dir, or resume that run"
+                )
+            rows = [row for row in _read_rows(self._metrics_path) if row[0] <= resume_from]
+        lines = [",".join(COLUMNS), *(_line(*row) for row in rows)]
+        write_text(self._metrics_path, "\n".join(lines) + "\n")
+
+    def accumulate(self, metrics: Mapping[str, Scalar] | TensorDictBase) -> None:
+        """Add one update's metrics to the averages that :meth:`write` will write.
+
+        Values stay on their device, so that an update does not wait for the GPU.
+
+        Args:
+            metrics: value of every metric, by name; the mean is taken of a tensor with several elements.
+        """
+        for name, value in metrics.items():
+            value = value.detach().float().mean() if isinstance(value, Tensor) else torch.tensor(float(value))
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def write(self, env_steps: int) -> None:
+        """Write the means of the metrics accumulated since the last call, and reset them.
+
+        Args:
+            env_steps: env steps so far.
+        """
+        if not self._sums:
+            return
+        # One transfer for all metrics, because every transfer waits for the GPU.
+        device = max((total.device for total in self._sums.values()), key=lambda device: device.type != "cpu")
+        totals = torch.stack([total.to(device) for total in self._sums.values()]).tolist()
+        means = {name: total / self._counts[name] for name, total in zip(self._sums, totals, strict=True)}
+        self._sums, self._counts = {}, {}
+        self.log(means, env_steps)
+
+    def log(self, metrics: Mapping[str, Scalar] | TensorDictBase, env_steps: int) -> None:
+        """Write metrics at once, without averaging; names of an evaluation begin with ``evaluation/``.
+
+        Args:
+            metrics: value of every metric, by name; the mean is taken of a tensor with several elements.
+            env_steps: env steps so far.
+
+        Raises:
+            ValueError: if a name contains a comma, a quote or a line break.
+        """
+        values = {
+            name: float(value.float().mean() if isinstance(value, Tensor) else value) for name, value in metrics.items()
+        }
+        lines = [_line(env_steps, name, value) for name, value in values.items()]
+        with self._metrics_path.open("a", encoding="utf-8", newline="") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+        for logger in self.loggers:
+            for name, value in values.items():
+                logger.log_scalar(name, value, step=env_steps)
+        self._shown.update({name: f"{value:.3g}" for name, value in values.items() if name in self._shown})
+        if self._bar is not None:
+            self._bar.set_postfix({name: text for name, text in self._shown.items() if text}, refresh=False)
+
+    def advance(self, num_steps: int) -> None:
+        """Advance the progress bar by ``num_steps`` env steps."""
+        if self._bar is not None:
+            self._bar.update(num_steps)
+
+    def note(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``run_dir/summary.json``, atomically replacing an older one.
+
+        Args:
+            summary: values by name, which may be nested. Tensors and NumPy numbers are converted, and numbers that are
+                not finite become ``null``.
+
+        Raises:
+            TypeError: if a value is not a number, text, list or mapping.
+        """
+        write_text(self.run_dir / SUMMARY_FILE, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Flush all loggers and close the progress bar; the loggers given to the constructor stay open."""
+        for logger in self.loggers:
+            logger.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """Read the metrics of a run.
+
+    Args:
+        run_dir: folder of a run, or its ``metrics.csv``.
+
+    Returns:
+        the values of every metric, as ``(env_steps, value)`` in the order in which they were written.
+
+    Raises:
+        FileNotFoundError: if the run has no metrics file.
+        ValueError: if the file is not a table of metrics.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as run_dir:
+        ...     with RunLog(run_dir, total_steps=20, progress=False, tensorboard=False) as log:
+        ...         log.log({"kl": 2.5}, env_steps=10)
+        ...         log.log({"kl": 1.5}, env_steps=20)
+        ...     read_metrics(run_dir)
+        {'kl': [(10, 2.5), (20, 1.5)]}
+    """
+    path = Path(run_dir)
+    path = path / METRICS_FILE if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"no metrics at {path}: expected the folder of a run, or its {METRICS_FILE}")
+    metrics: dict[str, list[tuple[int, float]]] = {}
+    for env_steps, name, value in _read_rows(path):
+        metrics.setdefault(name, []).append((env_steps, value))
+    return metrics
+
+
+def _line(env_steps: int, name: str, value: float) -> str:
+    if any(character in name for character in ',"\r\n'):
+        raise ValueError(f"the name of a metric must not contain commas, quotes or line breaks, got {name!r}")
+    return f"{env_steps},{name},{value:.7g}"
+
+
+def _read_rows(path: Path) -> list[tuple[int, str, float]]:
+    # The last line of a run that was killed while writing is incomplete, and its number may lack digits.
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    header, *rows = list(csv.reader(whole.splitlines())) or [[]]
+    if tuple(header) != COLUMNS:
+        raise ValueError(f"{path} should begin with the columns {','.join(COLUMNS)}, found {','.join(header)!r}")
+    return [(int(env_steps), name, float(value)) for env_steps, name, value in rows]
+
+
+def _tensorboard_logger(run_dir: Path, resume_from: int | None) -> Logger:
+    from torchrl.record.loggers import TensorboardLogger
+
+    logger = TensorboardLogger("tensorboard", log_dir=str(run_dir))
+    if resume_from is not None:
+        # Makes TensorBoard discard later steps of the interrupted run; TorchRL's logger has no argument for it.
+        event_pb2 = import_optional("tensorboard.compat.proto.event_pb2")
+        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        logger.experiment.file_writer.add_event(event_pb2.Event(session_log=session), step=resume_from + 1)
+    return logger
+
+
+def _plain(value: Any) -> Any:
+    """Return a JSON value: numbers become Python's, and those that are not finite become None."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

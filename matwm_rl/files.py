@@ -1,0 +1,104 @@
+"""Atomic writes of files and folders, and imports of optional packages."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+PARTIAL = ".partial-"
+"""Prefix of the names of files and folders that are being written or deleted."""
+
+
+def import_optional(name: str) -> ModuleType:
+    """Import a module of the extra ``matwm_rl[train]``.
+
+    Raises:
+        ImportError: if the package is not installed; the message says how to install it.
+
+    Examples:
+        >>> import_optional("json").__name__
+        'json'
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f'this needs the package {name.partition(".")[0]!r}: pip install "matwm_rl[train]" ({error})'
+        ) from error
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """Write or replace a file atomically: if the block is interrupted, the old file stays.
+
+    Args:
+        path: the file; its folder must exist.
+
+    Yields:
+        a temporary path to write to; it is renamed to ``path`` when the block ends without an error.
+    """
+    path = Path(path)
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write or replace a text file atomically, see :func:`new_file`."""
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Create a folder atomically: it appears under its name when the block ends without an error.
+
+    Args:
+        path: the folder, which must not exist; its parent must.
+
+    Yields:
+        a temporary folder to write into.
+
+    Raises:
+        FileExistsError: if the folder exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} already exists")
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        # Only their owner can read temporary folders. The umask can be read only by setting it.
+        umask = os.umask(0o022)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def remove_folder(path: str | Path) -> None:
+    """Rename a folder, then delete it, so that no reader finds it half-deleted under its name."""
+    path = Path(path)
+    shutil.rmtree(path.rename(path.with_name(PARTIAL + path.name)), ignore_errors=True)
+
+
+def _sync(file: Path) -> None:
+    # The rename may reach the disk before the data: after a power cut, the file under the new name would be empty.
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.record.loggers import Logger
+
+from matwm_rl import files
+from matwm_rl.evaluation.run_log import RunLog, read_metrics
+
+
+def quiet(run_dir: Path, **kwargs: object) -> RunLog:
+    return RunLog(run_dir, **{"total_steps": 100, "progress": False, "tensorboard": False, **kwargs})
+
+
+def tensorboard_scalars(run_dir: Path, name: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+class Recorder(Logger):
+    """A TorchRL logger that remembers what it is given."""
+
+    def __init__(self) -> None:
+        self.scalars: list[tuple[str, float, int | None]] = []
+        super().__init__(exp_name="recorder", log_dir="")
+
+    def _create_experiment(self) -> object:
+        return object()
+
+    def log_scalar(self, name: str, value: float, step: int | None = None) -> None:
+        self.scalars.append((name, value, step))
+
+    def log_video(self, name: str, video: Tensor, step: int | None = None, **kwargs: object) -> None: ...
+
+    def log_hparams(self, cfg: object) -> None: ...
+
+    def log_histogram(self, name: str, data: object, **kwargs: object) -> None: ...
+
+    def __repr__(self) -> str:
+        return "Recorder()"
+
+
+def test_accumulated_metrics_are_averaged_since_the_last_write(tmp_path: Path) -> None:
+    log = quiet(tmp_path)
+    log.accumulate(TensorDict({"loss": torch.tensor(1.0), "scale": torch.tensor([1.0, 3.0])}))
+    log.accumulate(TensorDict({"loss": torch.tensor(4.0)}))
+    log.accumulate({"loss": 4.0})
+    log.write(10)
+    log.accumulate({"loss": torch.tensor(7.0)})
+    log.write(20)
+    log.write(30)
+    assert read_metrics(tmp_path) == {"loss": [(10, 3.0), (20, 7.0)], "scale": [(10, 2.0)]}
+
+
+def test_accumulating_changes_no_tensor_of_the_caller_and_keeps_no_graph(tmp_path: Path) -> None:
+    log = quiet(tmp_path)
+    weight = torch.tensor(2.0, requires_grad=True)
+    loss = weight * 1.0
+    log.accumulate({"loss": loss})
+    log.accumulate({"loss": loss})
+    assert loss.item() == 2.0
+    assert not any(total.requires_grad for total in log._sums.values())
+
+
+def test_metrics_csv_is_one_tidy_table(tmp_path: Path) -> None:
+    log = quiet(tmp_path)
+    log.log({"evaluation/prey": torch.tensor(0.1), "loss": 1e-12}, env_steps=5)
+    text = (tmp_path / "metrics.csv").read_text()
+    assert text == "env_steps,name,value\n5,evaluation/prey,0.1\n5,loss,1e-12\n"
+
+
+def test_not_finite_values_survive_the_table(tmp_path: Path) -> None:
+    quiet(tmp_path).log({"a": float("nan"), "b": float("inf")}, 1)
+    metrics = read_metrics(tmp_path / "metrics.csv")
+    assert math.isnan(metrics["a"][0][1]) and metrics["b"] == [(1, math.inf)]
+
+
+@pytest.mark.parametrize("name", ["a,b", 'a"b', "a\nb"])
+def test_names_that_would_break_the_table_are_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    log = quiet(tmp_path)
+    with pytest.raises(ValueError, match="must not contain commas"):
+        log.log({"good": 1.0, name: 1.0}, 1)
+    assert read_metrics(tmp_path) == {}
+
+
+def test_resuming_repeats_no_row(tmp_path: Path) -> None:
+    with RunLog(tmp_path, total_steps=100, progress=False) as log:
+        for step in (10, 20, 30):
+            log.log({"loss": float(step)}, step)
+    with RunLog(tmp_path, total_steps=100, progress=False, resume_from=20) as log:
+        log.log({"loss": -30.0}, 30)
+        log.log({"loss": -40.0}, 40)
+    expected = [(10, 10.0), (20, 20.0), (30, -30.0), (40, -40.0)]
+    assert read_metrics(tmp_path) == {"loss": expected}
+    assert tensorboard_scalars(tmp_path, "loss") == expected
+
+
+def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path: Path) -> None:
+    log = quiet(tmp_path)
+    log.log({"loss": 1.0}, 1)
+    path = tmp_path / "metrics.csv"
+    path.write_text(path.read_text() + "2,loss,1.2")
+    assert read_metrics(tmp_path) == {"loss": [(1, 1.0)]}
+    quiet(tmp_path, resume_from=2).log({"loss": 3.0}, 3)
+    assert read_metrics(tmp_path) == {"loss": [(1, 1.0), (3, 3.0)]}
+
+
+def test_a_new_run_does_not_write_into_an_old_one(tmp_path: Path) -> None:
+    quiet(tmp_path).log({"loss": 1.0}, 1)
+    with pytest.raises(FileExistsError, match="choose another run_dir"):
+        quiet(tmp_path)
+    assert read_metrics(tmp_path) == {"loss": [(1, 1.0)]}
+
+
+def test_reading_what_is_no_table_of_metrics(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="folder of a run"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="env_steps,name,value"):
+        read_metrics(tmp_path)
+
+
+def test_every_logger_gets_every_scalar(tmp_path: Path) -> None:
+    recorder = Recorder()
+    log = quiet(tmp_path, loggers=[recorder])
+    log.accumulate({"loss": 2.0})
+    log.write(10)
+    log.log({"evaluation/prey": 3.0}, 10)
+    log.close()
+    assert recorder.scalars == [("loss", 2.0, 10), ("evaluation/prey", 3.0, 10)]
+
+
+def test_the_bar_shows_steps_and_the_chosen_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, total_steps=60, progress=True, tensorboard=False, shown=("kl",), resume_from=20)
+    log.log({"kl": 1.25, "hidden": 3.0}, 30)
+    log.advance(30)
+    log.note("half-way")
+    log.close()
+    out, err = capfd.readouterr()
+    assert "50/60" in err and "kl=1.25" in err and "hidden" not in err
+    assert "half-way" in out
+
+
+def test_summary_is_plain_json_and_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = quiet(tmp_path)
+    log.write_summary({"returns": {"prey": torch.tensor(1.5)}, "list": [torch.ones(2), float("nan")], "env": "mock"})
+    path = tmp_path / "summary.json"
+    whole = {"returns": {"prey": 1.5}, "list": [[1.0, 1.0], None], "env": "mock"}
+    assert json.loads(path.read_text()) == whole
+    with pytest.raises(TypeError):
+        log.write_summary({"a": object()})
+
+    def crash(file: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_sync", crash)
+    with pytest.raises(KeyboardInterrupt):
+        log.write_summary({"a": 1})
+    assert json.loads(path.read_text()) == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.csv", "summary.json"]
+
+
+def test_whoever_reads_while_it_is_replaced_sees_a_whole_file(tmp_path: Path) -> None:
+    path, reader = tmp_path / "a.txt", tmp_path / "reader"
+    files.write_text(path, "old")
+    # A second name stands for a reader who has opened the file: writing into it would change what is read.
+    reader.hardlink_to(path)
+    files.write_text(path, "new")
+    assert (reader.read_text(), path.read_text()) == ("old", "new")
+
+
+@pytest.mark.parametrize(("package", "option"), [("tqdm", "progress"), ("tensorboard", "tensorboard")])
+def test_a_missing_package_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, option: str
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(ImportError, match=rf"'{package}'.*matwm_rl\[train\]"):
+        quiet(tmp_path / "run", **{option: True})
+    assert not (tmp_path / "run").exists()
