@@ -1,6 +1,7 @@
 """MATWM, a multi-agent transformer world model (arXiv:2506.18537), as modular TorchRL components."""
 
-from matwm_rl.data import RecencySliceSampler, Replay, make_replay, to_focal
+from matwm_rl import presets
+from matwm_rl.data import RecencySliceSampler, Replay, ReplayConfig, add_agent_entries, make_replay
 from matwm_rl.envs import ImaginationEnv, MultiAgentEnv, make_env
 from matwm_rl.modules import Imagination, WorldModel, WorldModelConfig, WorldModelPolicy, make_actor, make_critic
 from matwm_rl.objectives import ActorLoss, CriticLoss, LambdaReturn, WorldModelLoss, WorldModelLossWeights
@@ -19,14 +20,16 @@ __all__ = [
     "MultiAgentEnv",
     "RecencySliceSampler",
     "Replay",
+    "ReplayConfig",
     "WorldModel",
     "WorldModelConfig",
     "WorldModelLoss",
     "WorldModelLossWeights",
     "WorldModelPolicy",
+    "add_agent_entries",
     "make_actor",
     "make_critic",
     "make_env",
     "make_replay",
-    "to_focal",
+    "presets",
 ]

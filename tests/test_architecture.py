@@ -1,11 +1,13 @@
-"""Imports run downwards only, and nothing optional is needed to import the package.
+"""Imports run downwards only, nothing optional is needed to import the package, and files are of a size to be read.
 
 Read top down, every room may import from the levels below its own, and from no other room::
 
     examples  benchmarks
-    training
+    presets
+    training  evaluation
     modules  objectives  envs  data
-    functional  keys  checks
+    action_space
+    checks  files  functional  keys  settings  torchrl_internals
 
 so a loss, above all, never knows which network it trains. ``matwm_rl/__init__.py`` gathers the public names: it may
 import any room of the package, and only ``examples`` and ``benchmarks`` may import from it.
@@ -25,9 +27,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "matwm_rl"
 LEVELS = (
     ("examples", "benchmarks"),
-    (f"{PACKAGE}.training",),
+    (f"{PACKAGE}.presets",),
+    (f"{PACKAGE}.training", f"{PACKAGE}.evaluation"),
     (f"{PACKAGE}.modules", f"{PACKAGE}.objectives", f"{PACKAGE}.envs", f"{PACKAGE}.data"),
-    (f"{PACKAGE}.functional", f"{PACKAGE}.keys", f"{PACKAGE}.checks"),
+    (f"{PACKAGE}.action_space",),
+    tuple(f"{PACKAGE}.{name}" for name in ("checks", "files", "functional", "keys", "settings", "torchrl_internals")),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # The public face stands between the scripts that use it and the rooms that it gathers.
@@ -129,14 +133,21 @@ def write(root: Path, name: str, text: str) -> None:
 @pytest.fixture
 def clean_tree(tmp_path: Path) -> Path:
     """Return a small tree in which every import is as it should be."""
-    write(tmp_path, f"{PACKAGE}/__init__.py", "from matwm_rl.training.learner import Learner\nfrom . import keys\n")
+    write(
+        tmp_path,
+        f"{PACKAGE}/__init__.py",
+        "from matwm_rl.training.learner import Learner\nfrom . import keys, presets\n",
+    )
     write(tmp_path, f"{PACKAGE}/keys.py", "import torch\n")
     write(tmp_path, f"{PACKAGE}/functional.py", "import torch\n")
     write(tmp_path, f"{PACKAGE}/modules/__init__.py", "from .latent import Latent\n")
+    write(tmp_path, f"{PACKAGE}/presets.py", "from matwm_rl.training.learner import Learner\nfrom . import modules\n")
     write(tmp_path, f"{PACKAGE}/modules/latent.py", "from matwm_rl.functional import kl\nfrom .. import keys\n")
     write(tmp_path, f"{PACKAGE}/objectives/actor.py", "from matwm_rl import functional, keys\n")
     write(tmp_path, f"{PACKAGE}/envs/factory.py", "def make():\n    import mpe2\n")
     write(tmp_path, f"{PACKAGE}/training/learner.py", "import matwm_rl.modules\nfrom ..objectives import actor\n")
+    write(tmp_path, f"{PACKAGE}/evaluation/returns.py", "from matwm_rl.envs import make\nfrom .. import files\n")
+    write(tmp_path, f"{PACKAGE}/files.py", "import os\n")
     write(tmp_path, "examples/simple_tag.py", "import hydra\nfrom matwm_rl import Learner, envs\n")
     return tmp_path
 
@@ -158,7 +169,14 @@ def test_the_checkers_pass_a_clean_tree(clean_tree: Path) -> None:
         ("matwm_rl/envs/model.py", "if TYPE_CHECKING:\n    from matwm_rl.modules import W", "imports matwm_rl.modules"),
         ("matwm_rl/data/sampler.py", "from matwm_rl.training.learner import L", "imports matwm_rl.training.learner"),
         ("matwm_rl/functional.py", "from matwm_rl.data import sampler", "imports matwm_rl.data"),
+        ("matwm_rl/evaluation/run.py", "from matwm_rl.training import Learner", "imports matwm_rl.training"),
+        ("matwm_rl/training/run.py", "from ..evaluation import evaluate", "imports matwm_rl.evaluation"),
+        ("matwm_rl/files.py", "from matwm_rl import evaluation", "imports matwm_rl.evaluation"),
         ("matwm_rl/training/run.py", "from matwm_rl import Learner", "imports matwm_rl"),
+        ("matwm_rl/training/run.py", "from matwm_rl import presets", "imports matwm_rl.presets"),
+        ("matwm_rl/evaluation/run.py", "from ..presets import paper", "imports matwm_rl.presets"),
+        ("matwm_rl/settings.py", "from matwm_rl.action_space import A", "imports matwm_rl.action_space"),
+        ("matwm_rl/files.py", "from matwm_rl import functional", "imports matwm_rl.functional"),
         ("matwm_rl/training/run.py", "from examples.simple_tag import main", "imports examples.simple_tag"),
         ("matwm_rl/training/run.py", "import tests.conftest", "imports tests.conftest"),
         ("benchmarks/speed.py", "import examples.simple_tag", "imports examples.simple_tag"),
@@ -211,3 +229,34 @@ def test_every_module_imports_without_the_extras() -> None:
     )
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+# -- files of a size to be read --------------------------------------------------------------------------------------
+
+MOST_LINES = 350
+
+
+def docstring_lines(source: str) -> int:
+    """Count the lines of all docstrings, those of constants included."""
+    return sum(
+        node.end_lineno - node.lineno + 1
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    )
+
+
+def is_too_long(source: str) -> bool:
+    lines = len(source.splitlines())
+    return lines > MOST_LINES and docstring_lines(source) <= lines / 2
+
+
+def test_no_file_is_too_long_unless_most_of_it_is_documentation() -> None:
+    long = [path for path in sources(ROOT) if is_too_long(path.read_text(encoding="utf-8"))]
+    assert not long, f"more than {MOST_LINES} lines, and less than half of them documentation"
+
+
+def test_long_files_are_found() -> None:
+    code = "x = 1\n" * (MOST_LINES + 1)
+    assert is_too_long(code) and not is_too_long(code[:-6])
+    assert not is_too_long('"""\n' + "words\n" * (MOST_LINES + 1) + '"""\n' + code)
+    assert is_too_long("# a comment is no documentation\n" * MOST_LINES + code)

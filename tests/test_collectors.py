@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing.reduction
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,10 @@ from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, Transform, TransformedEnv
 
-from matwm_rl import keys
-from matwm_rl.data import Replay, make_replay
+from matwm_rl import keys, presets
+from matwm_rl.data import Replay, ReplayConfig, make_replay
 from matwm_rl.envs import make_env
-from matwm_rl.modules import RandomEpisodes, StackedLinear, WorldModel, WorldModelPolicy, make_actor
+from matwm_rl.modules import ActorCriticConfig, StackedLinear, WorldModel, WorldModelPolicy, make_actor
 
 MAX_STEPS = 7
 
@@ -45,8 +46,8 @@ def first_with_same_memory(module: nn.Module) -> list[int]:
 
 
 def make_policy(env: EnvBase, hidden_size: int = 32) -> Telling:
-    model = WorldModel.from_env(env, hidden_size=hidden_size, num_heads=2, num_dims=4, num_classes=4)
-    return Telling(model, make_actor(model, num_cells=16), context_length=4)
+    model = WorldModel.from_env(env, replace(presets.tiny().world_model, hidden_size=hidden_size))
+    return Telling(model, make_actor(model, ActorCriticConfig(num_cells=16)), history_length=4)
 
 
 @torch.no_grad()
@@ -74,8 +75,8 @@ def collecting(make: EnvBase | list[Callable[[], EnvBase]], policy: nn.Module, *
 
 
 def make_small_replay(env: EnvBase, num_envs: int = 1) -> Replay:
-    sizes = {"sequences_per_agent": 2, "starts_per_agent": 4, "sequence_length": 8, "context_length": 2}
-    return make_replay(num_agents=env.layout.num_agents, num_envs=num_envs, capacity=600, seed=0, **sizes)
+    config = ReplayConfig(capacity=600, sequences=6, sequence_length=8, starts_per_agent=4, context_length=2)
+    return make_replay(env.layout.num_agents, config, num_envs=num_envs, seed=0)
 
 
 def assert_unbroken(replay: Replay) -> None:
@@ -157,7 +158,7 @@ def test_workers_at_their_own_pace() -> None:
             for episode in episodes_of(data):
                 length = len(episode)
                 steps = torch.arange(length).clamp(max=4).unsqueeze(-1)
-                assert (episode["context", "length"] == steps).all()
+                assert (episode["history", "length"] == steps).all()
                 new = insists_on(episode, 1)
                 # A worker that has heard of new weights does not return to the old ones.
                 assert new.all() or not renewed[length]
@@ -178,7 +179,7 @@ def test_environments_in_processes_of_their_own() -> None:
     env = make_env("mpe2/simple_tag_v3", num_envs=2, parallel=True, seed=0, max_cycles=MAX_STEPS)
     policy = make_policy(env)
     replay = make_small_replay(env, num_envs=2)
-    with collecting(env, RandomEpisodes(policy, probability=0.2), frames_per_batch=10) as collector:
+    with collecting(env, policy, frames_per_batch=10) as collector:
         batches = iter(collector)
         for index in range(4):
             data = next(batches)
@@ -191,10 +192,9 @@ def test_environments_in_processes_of_their_own() -> None:
     assert_unbroken(replay)
 
 
-@pytest.mark.parametrize("wrap", [lambda policy: policy, partial(RandomEpisodes, probability=0.5)], ids=["", "random"])
-def test_collectors_find_the_primer_themselves(wrap: Callable[[WorldModelPolicy], Any]) -> None:
+def test_collectors_find_the_primer_themselves() -> None:
     """With ``auto_register_policy_transforms=True``, from TorchRL 0.15 on the default, as with the primer appended."""
-    policy = wrap(make_policy(make_env("mock", seed=0)))
+    policy = make_policy(make_env("mock", seed=0))
     with_primer = TransformedEnv(make_env("mock", seed=0), policy.make_tensordict_primer())
     data = []
     for env in (make_env("mock", seed=0), with_primer):
@@ -204,7 +204,7 @@ def test_collectors_find_the_primer_themselves(wrap: Callable[[WorldModelPolicy]
     found, given = data
     assert set(given.keys(True, True)) <= set(found.keys(True, True))
     assert all(torch.equal(found[key], given[key]) for key in given.keys(True, True))
-    assert given["context", "length"].max() == 4
+    assert given["history", "length"].max() == 4
 
 
 def test_a_collector_fills_replay_itself() -> None:

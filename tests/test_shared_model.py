@@ -1,4 +1,4 @@
-"""The invariant that everything hangs on: one world model, trained once, by all agents, for all agents (section 0)."""
+"""The invariant that everything hangs on: one world model, trained once, by all agents, for all agents."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ from tests.helpers import (
     random_batch,
     total,
 )
+from tests.training.helpers import update
 
 N = len(COUNTS)
 
 
 def make_policy(learner: Learner) -> WorldModelPolicy:
-    return WorldModelPolicy(learner.world_model, learner.actor, context_length=4)
+    return WorldModelPolicy(learner.world_model, learner.actor, history_length=4)
 
 
 def tensors(tree: Any) -> Iterable[Tensor]:
@@ -112,7 +113,7 @@ def test_parameters_stand_once_in_the_optimizers() -> None:
 
 def test_a_checkpoint_stores_every_tensor_once() -> None:
     learner, replay = make_learner(), mock_replay()
-    learner.update(replay)
+    update(learner, replay)
     for state in (learner.state_dict(), through_file(learner.state_dict())):
         assert max(storages(tensors(state)).values()) == 1
         trained = ("world_model", "actor", "critic")
@@ -131,7 +132,7 @@ def test_a_checkpoint_stores_every_tensor_once() -> None:
 
 def test_after_resuming_it_is_still_one_model() -> None:
     trained, replay = make_learner(), mock_replay()
-    trained.update(replay)
+    update(trained, replay)
     resumed = make_learner()
     policy = make_policy(resumed)
     resumed.load_state_dict(through_file(trained.state_dict()))
@@ -140,7 +141,7 @@ def test_after_resuming_it_is_still_one_model() -> None:
     assert max(storages(listed_parameters(resumed)).values()) == 1
     assert max(storages(tensors(resumed.state_dict())).values()) == 1
     assert_same_behaviour(resumed, policy, trained, make_policy(trained), same=True)
-    resumed.update(replay)
+    update(resumed, replay)
     assert_same_behaviour(resumed, policy, trained, make_policy(trained), same=False)
 
 
@@ -150,14 +151,14 @@ def test_after_resuming_it_is_still_one_model() -> None:
 def act(policy: WorldModelPolicy) -> Tensor:
     """Action logits [32, N] of random observations and histories, the same at every call."""
     generator = torch.Generator().manual_seed(11)
-    model, length = policy.world_model, policy.context_length
+    model, length = policy.world_model, policy.history_length
     td = TensorDict(
         {
             keys.OBSERVATION: torch.randn(32, N, 5, generator=generator),
             keys.ACTION_MASK: model.legal.expand(32, -1, -1),
-            ("context", "code"): torch.randint(5, (32, N, length, 4), generator=generator),
-            ("context", "action"): torch.randint(3, (32, N, length), generator=generator),
-            ("context", "length"): torch.randint(length + 1, (32, 1), generator=generator).expand(32, N),
+            ("history", "code"): torch.randint(5, (32, N, length, 4), generator=generator),
+            ("history", "action"): torch.randint(3, (32, N, length), generator=generator),
+            ("history", "length"): torch.randint(length + 1, (32, 1), generator=generator).expand(32, N),
         },
         batch_size=[32],
     )
@@ -209,12 +210,13 @@ def gradient(model: WorldModel, learner: Learner, batch: TensorDict) -> Tensor:
 
 
 def test_every_agents_share_contributes_and_all_count_the_same(float64: None) -> None:
-    learner = make_learner(free_nats=0.0)
+    learner = make_learner()
+    learner.world_model_loss.free_nats = 0.0
     model, batch = learner.world_model, random_batch(4, 6, deaths=False)
     whole = gradient(model, learner, batch)
     alone = [gradient(model, learner, shares(batch, [n])) for n in range(N)]
     of_everyone = {name: p.numel() for name, p in model.named_parameters()}
-    of_some = ("action_rows", "input.", "output.")
+    of_some = ("action.rows", "input.", "output.")
     shared = torch.cat(
         [torch.full((size,), not any(part in name for part in of_some)) for name, size in of_everyone.items()]
     )
@@ -237,7 +239,7 @@ def test_replayed_batches_hold_an_equal_share_of_every_agent() -> None:
 
 def test_the_model_serves_agents_by_their_place_alone() -> None:
     """Swapping two agents of a group with all they saw and did swaps the outputs but for the action rows."""
-    model = make_model(latent="fsq", action_scaling=False)
+    model = make_model(latent="gaussian", action_scaling=False).eval()
     batch = random_batch(deaths=False).exclude(keys.TEAMMATE_ACTION)
     swap = torch.tensor([1, 0, 2])
     swapped = model(batch.apply(lambda x: x[:, :, swap]))

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from matwm_rl.data import Replay
-from matwm_rl.training.files import PARTIAL, new_folder, remove_folder
+from matwm_rl.files import PARTIAL, new_folder, remove_folder
 from matwm_rl.training.learner import Learner
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.pt"
 REPLAY_FOLDER = "replay"
-VERSION = 3
+VERSION = 4
 
 
 def save_checkpoint(
@@ -55,14 +55,14 @@ def save_checkpoint(
 
     Examples:
         >>> import tempfile
+        >>> from matwm_rl import presets
         >>> from matwm_rl.data import make_replay
         >>> from matwm_rl.envs import make_env
         >>> from matwm_rl.modules import WorldModel, make_actor, make_critic
-        >>> env = make_env("mock", seed=0)
-        >>> model = WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
-        >>> learner = Learner(model, make_actor(model, num_cells=16), make_critic(model, num_cells=16))
-        >>> sizes = {"sequence_length": 8, "sequences_per_agent": 2, "starts_per_agent": 4, "context_length": 2}
-        >>> replay = make_replay(num_agents=3, capacity=100, **sizes)
+        >>> settings, env = presets.tiny(), make_env("mock", seed=0)
+        >>> model = WorldModel.from_env(env, settings.world_model)
+        >>> learner = Learner(model, make_actor(model), make_critic(model), settings.learner)
+        >>> replay = make_replay(env.num_agents, settings.replay)
         >>> replay.extend(env.rollout(50, break_when_any_done=False))
         >>> run_dir = tempfile.mkdtemp()
         >>> folder = save_checkpoint(run_dir, learner=learner, replay=replay, env_steps=50, extra={"due": 0.5})
@@ -136,13 +136,14 @@ def load_checkpoint(
 
     Examples:
         >>> import tempfile
+        >>> from matwm_rl import presets
         >>> from matwm_rl.data import make_replay
         >>> from matwm_rl.envs import make_env
         >>> from matwm_rl.modules import WorldModel, make_actor, make_critic
-        >>> env = make_env("mock", seed=0)
-        >>> world_model = WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
-        >>> learner = Learner(world_model, make_actor(world_model), make_critic(world_model))
-        >>> replay = make_replay(num_agents=3, sequences_per_agent=2, starts_per_agent=4, sequence_length=8)
+        >>> settings, env = presets.tiny(), make_env("mock", seed=0)
+        >>> model = WorldModel.from_env(env, settings.world_model)
+        >>> learner = Learner(model, make_actor(model), make_critic(model), settings.learner)
+        >>> replay = make_replay(env.num_agents, settings.replay)
         >>> replay.extend(env.rollout(50, break_when_any_done=False))
         >>> with tempfile.TemporaryDirectory() as run_dir:
         ...     _ = save_checkpoint(run_dir, learner=learner, replay=replay, env_steps=50)

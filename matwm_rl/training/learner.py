@@ -1,9 +1,10 @@
-"""Algorithm 2's update: the world model once, then all agents."""
+"""Algorithm 2's two updates: of the world model, and of all agents inside it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -13,10 +14,25 @@ from torch import Tensor
 from torchrl.objectives import LossModule, SoftUpdate
 
 from matwm_rl import keys
-from matwm_rl.data import Replay
 from matwm_rl.functional import autocast, clip_grad_norm_per_agent_
 from matwm_rl.modules import Imagination, WorldModel
-from matwm_rl.objectives import ActorLoss, CriticLoss, LambdaReturn, WorldModelLoss, WorldModelLossWeights
+from matwm_rl.objectives import (
+    ActorLoss,
+    ActorLossConfig,
+    CriticLoss,
+    LambdaReturn,
+    PolicyObjective,
+    WorldModelLoss,
+    WorldModelLossWeights,
+)
+from matwm_rl.objectives.returns import GAMMA, LMBDA
+
+
+class Precision(StrEnum):
+    """Of matrix products; weights, losses and optimizers stay float32."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 @dataclass(kw_only=True)
@@ -26,33 +42,27 @@ class LearnerConfig:
     Attributes:
         world_model_lr: learning rate of the world model.
         world_model_clip: largest gradient norm of the world model.
-        actor_critic_lr: learning rate of actors and critics.
-        critic_lr: learning rate of critics (ours); ``None``: that of the actors.
-        actor_critic_clip: largest gradient norm of each actor, and of each critic, in the stack; of networks that are
-            no stack, all in one.
-        horizon: imagined steps H.
+        loss_weights: weights of the terms of the world-model loss.
+        actor_lr: learning rate of the actors.
+        critic_lr: learning rate of the critics.
+        actor_critic_clip: largest gradient norm of each actor, and of each critic. Networks that are no stack of
+            agents' networks are clipped together.
+        horizon: H, imagined steps; ``None``: by the number of agents, see :func:`horizon_by_agents`.
         gamma: discount factor.
         lmbda: lambda of the return.
-        entropy_coeff: weight eta of the entropy bonus.
-        center_advantage: see :class:`~matwm_rl.objectives.ActorLoss`.
-        standardize_advantage: see :class:`~matwm_rl.objectives.ActorLoss`.
-        agent_epochs: steps of every actor and critic on one imagined rollout; beyond one, the actors' are PPO's (ours).
-        clip_epsilon: see :class:`~matwm_rl.objectives.ActorLoss`.
-        mean_policy_entropy_coeff: see :class:`~matwm_rl.objectives.ActorLoss`.
-        signalling_coeff: see :class:`~matwm_rl.objectives.ActorLoss`.
-        signalling_tolerance: see :class:`~matwm_rl.objectives.ActorLoss`; in the units of the latent.
-        world_model_warmup: updates of the world model alone before the first :meth:`Learner.update` (ours), so that
-            agents do not begin by learning in a model that knows nothing.
-        critic_warmup: updates in which the critics learn and the actors do not yet (ours).
-        lr_decay_updates: if given, every learning rate falls with one over the root of 1 + updates / this (ours), so
-            that what Adam's steps scatter averages out, without having to know how long a run will be.
+        actor: settings of the actors' loss.
+        agent_epochs: steps of every actor and critic on one imagined rollout; more than one needs ``actor.objective``
+            ``ppo`` (ours).
         critic_decay: decay of the EMA critic.
-        free_nats: clamp of the KL terms.
-        cuda_graphs: capture the update of the world model, and that of the agents with their imagination, each as one
-            CUDA graph: on a GPU small networks otherwise wait for their hundreds of launches. Batches must not change
-            their shape then.
-        precision: of the matrix products, ``"float32"`` or ``"bfloat16"``; weights, losses and optimizers stay float32.
-        loss_weights: factors of the world-model loss's terms.
+        lr_decay_updates: if given, every learning rate falls with one over the root of 1 + updates / this (ours). What
+            Adam's steps scatter averages out, and the length of a run need not be known.
+        precision: of the matrix products.
+        cuda_graphs: capture each update as one CUDA graph: on a GPU small networks otherwise wait for their hundreds of
+            launches. Batches must then not change their shape.
+
+    Raises:
+        ValueError: if a number must be positive and is not, or several epochs are asked for with another objective than
+            ``ppo``.
 
     Examples:
         >>> config = LearnerConfig(horizon=10, loss_weights=WorldModelLossWeights(reward=50.0))
@@ -62,74 +72,48 @@ class LearnerConfig:
 
     world_model_lr: float = 3e-5
     world_model_clip: float = 1000.0
-    actor_critic_lr: float = 3e-4
-    critic_lr: float | None = None
-    actor_critic_clip: float = 100.0
-    horizon: int = 16
-    gamma: float = 0.985
-    lmbda: float = 0.95
-    entropy_coeff: float = 3e-4
-    center_advantage: bool = False
-    standardize_advantage: bool = False
-    agent_epochs: int = 1
-    clip_epsilon: float = 0.2
-    mean_policy_entropy_coeff: float = 0.0
-    signalling_coeff: float = 0.0
-    signalling_tolerance: float = 0.02
-    world_model_warmup: int = 0
-    critic_warmup: int = 0
-    lr_decay_updates: int | None = None
-    critic_decay: float = 0.98
-    free_nats: float = 1.0
-    precision: str = "float32"
-    cuda_graphs: bool = False
     loss_weights: WorldModelLossWeights = field(default_factory=WorldModelLossWeights)
+    actor_lr: float = 3e-4
+    critic_lr: float = 3e-4
+    actor_critic_clip: float = 100.0
+    horizon: int | None = None
+    gamma: float = GAMMA
+    lmbda: float = LMBDA
+    actor: ActorLossConfig = field(default_factory=ActorLossConfig)
+    agent_epochs: int = 1
+    critic_decay: float = 0.98
+    lr_decay_updates: int | None = None
+    precision: Precision = Precision.float32
+    cuda_graphs: bool = False
 
-    @classmethod
-    def from_dict(cls, entries: Mapping[str, Any]) -> LearnerConfig:
-        """Build from a nested mapping, such as a part of a configuration file.
+    def __post_init__(self) -> None:
+        positive = ("world_model_lr", "world_model_clip", "actor_lr", "critic_lr", "actor_critic_clip")
+        for name in (*positive, "agent_epochs", "lr_decay_updates", "horizon"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.agent_epochs > 1 and self.actor.objective != PolicyObjective.ppo:
+            raise ValueError(
+                f"agent_epochs={self.agent_epochs} takes several steps on one rollout, for which the actors' objective "
+                f"must be 'ppo', got {str(self.actor.objective)!r}"
+            )
 
-        Examples:
-            >>> LearnerConfig.from_dict({"gamma": 0.9, "loss_weights": {"reward": 2.0}}).loss_weights.reward
-            2.0
-        """
-        entries = dict(entries)
-        weights = WorldModelLossWeights(**entries.pop("loss_weights", {}))
-        return cls(loss_weights=weights, **entries)
 
-    @classmethod
-    def small(cls, **overrides: Any) -> LearnerConfig:
-        """What goes with :meth:`~matwm_rl.modules.WorldModelConfig.small`: few environment steps and few updates.
+def horizon_by_agents(num_agents: int) -> int:
+    """The paper's number of imagined steps H (Table C.6).
 
-        Args:
-            **overrides: entries that go before these.
+    Args:
+        num_agents: N.
 
-        Examples:
-            >>> config = LearnerConfig.small(horizon=15)
-            >>> config.agent_epochs, config.world_model_lr, config.horizon
-            (4, 0.003, 15)
-        """
-        entries: dict[str, Any] = {
-            "world_model_lr": 3e-3,
-            "actor_critic_lr": 1e-3,
-            "critic_lr": 3e-3,
-            "lr_decay_updates": 1000,
-            "agent_epochs": 4,
-            "standardize_advantage": True,
-            "entropy_coeff": 0.03,
-            "mean_policy_entropy_coeff": 0.1,
-            "signalling_coeff": 1.0,
-            "world_model_warmup": 200,
-            "critic_warmup": 100,
-            "horizon": 10,
-            "gamma": 0.95,
-            "loss_weights": WorldModelLossWeights(reconstruction=1000.0, reward=50.0),
-        }
-        return cls(**(entries | overrides))
+    Examples:
+        >>> [horizon_by_agents(n) for n in (3, 4, 20)]
+        [16, 12, 8]
+    """
+    return 16 if num_agents <= 3 else 12 if num_agents <= 6 else 8
 
 
 class Learner:
-    """One training step of everything (Algorithm 2), and all the state that it changes.
+    """The updates of Algorithm 2, and all the state that they change.
 
     There is one world model: the object given here is the one that the loss trains, that imagination dreams with and
     that a :class:`~matwm_rl.modules.WorldModelPolicy` over it acts with.
@@ -138,34 +122,35 @@ class Learner:
         world_model: the shared world model.
         actor: actors of all agents; see :func:`~matwm_rl.modules.make_actor` for what they read and write.
         critic: critics of all agents; see :func:`~matwm_rl.modules.make_critic`.
-        config: settings.
+        config: settings; by default the paper's.
 
     Attributes:
         world_model_loss: holds the world model's parameters, alone.
         actor_loss: holds the actors' parameters, alone.
         critic_loss: holds the critics' parameters and their EMA copy, alone.
-        imagination: the imagined rollout.
-        returns: lambda-returns of it.
+        imagination: makes the imagined rollout.
+        returns: writes its lambda-returns.
+        updates: number of :meth:`update_agents` calls.
 
     Raises:
-        ValueError: if a setting does not fit another, the device, or the networks; see also :class:`ActorLoss`,
-            :class:`Imagination` and :class:`LambdaReturn`.
+        ValueError: if a setting does not fit another, the device, or the networks; see also
+            :class:`~matwm_rl.objectives.ActorLoss`, :class:`~matwm_rl.modules.Imagination` and
+            :class:`~matwm_rl.objectives.LambdaReturn`.
         TypeError: if the actor has no ``get_dist``.
 
     Examples:
+        >>> from matwm_rl import presets
         >>> from matwm_rl.data import make_replay
         >>> from matwm_rl.envs import make_env
         >>> from matwm_rl.modules import make_actor, make_critic
-        >>> env = make_env("mock", seed=0)
-        >>> world_model = WorldModel.from_env(env, hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
-        >>> learner = Learner(world_model, make_actor(world_model), make_critic(world_model), LearnerConfig(horizon=3))
-        >>> replay = make_replay(
-        ...     num_agents=3, sequences_per_agent=2, starts_per_agent=4, sequence_length=8, context_length=2
-        ... )
+        >>> settings, env = presets.tiny(), make_env("mock", seed=0)
+        >>> world_model = WorldModel.from_env(env, settings.world_model)
+        >>> learner = Learner(world_model, make_actor(world_model), make_critic(world_model), settings.learner)
+        >>> replay = make_replay(env.num_agents, settings.replay)
         >>> replay.extend(env.rollout(50, break_when_any_done=False))
-        >>> metrics = learner.update(replay)
-        >>> learner.updates, "loss_reward" in metrics
-        (1, True)
+        >>> metrics = learner.update_world_model(replay.sequences.sample())
+        >>> metrics.update(learner.update_agents(replay.starts.sample()))["loss_reward"].shape
+        torch.Size([])
     """
 
     def __init__(
@@ -176,131 +161,115 @@ class Learner:
         config: LearnerConfig | None = None,
     ) -> None:
         self.config = cfg = config or LearnerConfig()
-        _check(cfg)
         self.world_model, self.actor, self.critic = world_model, actor, critic
-        self.world_model_loss = WorldModelLoss(world_model, weights=cfg.loss_weights, free_nats=cfg.free_nats)
-        self.imagination = Imagination(world_model, actor, horizon=cfg.horizon, precision=cfg.precision)
+        agents = world_model.num_agents
+        self.world_model_loss = WorldModelLoss(world_model, weights=cfg.loss_weights)
+        horizon = cfg.horizon or horizon_by_agents(agents)
+        self.imagination = Imagination(world_model, actor, horizon=horizon, precision=cfg.precision)
         self.returns = LambdaReturn(critic, gamma=cfg.gamma, lmbda=cfg.lmbda)
-        self.actor_loss = ActorLoss(
-            actor,
-            num_agents=world_model.num_agents,
-            entropy_coeff=cfg.entropy_coeff,
-            center_advantage=cfg.center_advantage,
-            standardize_advantage=cfg.standardize_advantage,
-            clip_epsilon=cfg.clip_epsilon,
-            mean_policy_entropy_coeff=cfg.mean_policy_entropy_coeff,
-            signalling_coeff=cfg.signalling_coeff,
-            signalling_tolerance=cfg.signalling_tolerance,
-        )
+        self.actor_loss = ActorLoss(actor, num_agents=agents, **cfg.actor.arguments())
         self.critic_loss = CriticLoss(critic)
         device = next(world_model.parameters()).device
         if cfg.cuda_graphs and device.type != "cuda":
             raise ValueError(f"cuda_graphs needs the world model on a CUDA device, it is on {device}")
-        if cfg.cuda_graphs and (cfg.critic_warmup or cfg.lr_decay_updates):
-            raise ValueError(
-                "a CUDA graph repeats one update: with cuda_graphs, critic_warmup must be 0 and lr_decay_updates None"
-            )
+        if cfg.cuda_graphs and cfg.lr_decay_updates:
+            raise ValueError("a CUDA graph repeats one update: with cuda_graphs, lr_decay_updates must be None")
         for loss in (self.actor_loss, self.critic_loss):
             loss.to(device)
         self.world_model_optimizer = self._optimizer(self.world_model_loss, cfg.world_model_lr)
-        self.actor_optimizer = self._optimizer(self.actor_loss, cfg.actor_critic_lr)
-        self.critic_optimizer = self._optimizer(self.critic_loss, cfg.critic_lr or cfg.actor_critic_lr)
+        self.actor_optimizer = self._optimizer(self.actor_loss, cfg.actor_lr)
+        self.critic_optimizer = self._optimizer(self.critic_loss, cfg.critic_lr)
         self.updates = 0
-        self._wire()
+        self._build_callables()
 
-    def _wire(self) -> None:
-        """Make what holds on to other attributes."""
+    def _build_callables(self) -> None:
+        """Build the target updater and the update callables, which refer to other attributes."""
         self.target_updater = SoftUpdate(self.critic_loss, eps=self.config.critic_decay)
-        self._run_world_model = self._graphed(self._step_world_model)
-        self._run_agents = self._graphed(self._step_agents)
+        self._world_model_step = self._graphed(self._step_world_model)
+        self._agents_step = self._graphed(self._step_agents)
 
     def __getstate__(self) -> dict[str, Any]:
-        wired = ("target_updater", "_run_world_model", "_run_agents")
-        return {name: value for name, value in self.__dict__.items() if name not in wired}
+        built = ("target_updater", "_world_model_step", "_agents_step")
+        return {name: value for name, value in self.__dict__.items() if name not in built}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         target = self.critic_loss.target_critic_network_params
         # A new updater starts the EMA anew.
         ema = target.data.clone()
-        self._wire()
+        self._build_callables()
         target.data.update_(ema)
 
     def _optimizer(self, loss: LossModule, lr: float) -> torch.optim.Optimizer:
         trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
         return torch.optim.Adam(trained, lr=lr, fused=True, capturable=self.config.cuda_graphs)
 
-    def _decay_learning_rates(self) -> None:
-        # Not torch's LambdaLR: it warns of actors that do not step yet, and has a state beside the number of updates.
-        if self.config.lr_decay_updates is None:
-            return
-        factor = (1.0 + self.updates / self.config.lr_decay_updates) ** -0.5
-        for optimizer in (self.world_model_optimizer, self.actor_optimizer, self.critic_optimizer):
-            for group in optimizer.param_groups:
-                group["lr"] = factor * optimizer.defaults["lr"]
-
     def _graphed(self, step: Callable[[TensorDictBase], TensorDict]) -> Callable[[TensorDictBase], TensorDict]:
         return CudaGraphModule(step, in_keys=[], out_keys=[]) if self.config.cuda_graphs else step
 
-    def update(self, replay: Replay) -> TensorDict:
-        """One update of the world model, then one of every actor and critic.
+    def update_world_model(self, sequences: TensorDictBase) -> TensorDict:
+        """Take one optimizer step on one combined batch of all agents' sequences.
 
         Args:
-            replay: sampled for both.
+            sequences: ``[B, T]``, of ``replay.sequences.sample()``.
 
         Returns:
-            detached scalars for the log: all losses, ``kl``, ``entropy``, ``value``, ``return_scale``,
-            ``imagined_reward``, the world model's gradient norm. What the actors' loss gives is missing while
-            ``critic_warmup`` lasts.
+            detached scalars for the log: all losses, ``kl``, ``world_model_grad_norm``.
         """
-        self._decay_learning_rates()
-        for _ in range(0 if self.updates else self.config.world_model_warmup):
-            self.update_world_model(replay.sequences.sample())
-        metrics = self.update_world_model(replay.sequences.sample())
-        metrics.update(self.update_agents(replay.starts.sample()))
-        self.updates += 1
-        return metrics
-
-    def update_world_model(self, sequences: TensorDictBase) -> TensorDict:
-        """One optimizer step on one combined batch of all agents' sequences ``[B, T]``."""
+        self._decay_learning_rate(self.world_model_optimizer)
         if self.config.cuda_graphs:
-            self.world_model.successors = sequences.numel()
-        return self._run_world_model(sequences)
+            self.world_model.max_boundaries = sequences.numel()
+        return self._world_model_step(sequences)
 
     def _step_world_model(self, sequences: TensorDictBase) -> TensorDict:
         self.world_model.train()
         with self._autocast():
             losses = self.world_model_loss(sequences)
-        norm = self._step(losses, self.world_model_optimizer, self.config.world_model_clip, per_agent=False)
+        norm = _step(losses, self.world_model_optimizer, torch.nn.utils.clip_grad_norm_, self.config.world_model_clip)
         self.world_model.eval()
         return losses.detach().set("world_model_grad_norm", norm)
 
-    def update_agents(self, starts: TensorDictBase) -> TensorDict:
-        """Imagine from replayed starts ``[S, C+1]``, then one step of every actor and critic."""
-        return self._run_agents(starts)
+    def update_agents(self, starts: TensorDictBase, *, train_actors: bool = True) -> TensorDict:
+        """Imagine from replayed starts, then take ``agent_epochs`` steps of every actor and critic.
 
-    def _step_agents(self, starts: TensorDictBase) -> TensorDict:
-        return self.update_actor_critic(self.imagination(starts))
+        Args:
+            starts: ``[S, C+1]``, of ``replay.starts.sample()``.
+            train_actors: off while the critics warm up: then they alone learn.
 
-    def update_actor_critic(self, imagined: TensorDictBase) -> TensorDict:
-        """Steps of every actor and critic on an imagined rollout ``[S, H]``: ``agent_epochs`` of each."""
+        Returns:
+            detached scalars for the log: ``loss_actor``, ``loss_critic``, ``entropy``, ``value``, ``return_scale``,
+            ``imagined_reward``; what the actors' loss gives is missing while they do not learn.
+
+        Raises:
+            ValueError: with ``cuda_graphs``, if the actors are not to learn: a graph repeats one update.
+        """
+        if self.config.cuda_graphs and not train_actors:
+            raise ValueError("a CUDA graph repeats one update: with cuda_graphs, actors learn from the first update on")
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+            self._decay_learning_rate(optimizer)
+        metrics = self._agents_step(starts) if train_actors else self._step_agents(starts, train_actors=False)
+        self.updates += 1
+        return metrics
+
+    def _step_agents(self, starts: TensorDictBase, *, train_actors: bool = True) -> TensorDict:
         cfg = self.config
+        imagined = self.imagination(starts)
         with self._autocast():
             imagined = self.returns(imagined)
-            if cfg.agent_epochs > 1:
+            if cfg.actor.objective == PolicyObjective.ppo:
                 imagined.set(keys.ACTION_LOG_PROB, self._log_prob(imagined))
+            if cfg.agent_epochs > 1:
                 imagined.set(keys.SLOW_VALUE, self.critic_loss.slow_value(imagined))
         metrics = TensorDict({"imagined_reward": imagined["next", "agents", "reward"].mean()})
-        learning = [(self.critic_loss, self.critic_optimizer)]
-        if self.updates >= cfg.critic_warmup:
-            learning.insert(0, (self.actor_loss, self.actor_optimizer))
+        learning = [(self.actor_loss, self.actor_optimizer)] if train_actors else []
+        learning.append((self.critic_loss, self.critic_optimizer))
         for epoch in range(cfg.agent_epochs):
             # The return scale follows every rollout once.
             self.actor_loss.train(epoch == 0)
             for loss, optimizer in learning:
                 with self._autocast():
                     losses = loss(imagined)
-                self._step(losses, optimizer, cfg.actor_critic_clip, per_agent=True)
+                _step(losses, optimizer, _clip_agents_, cfg.actor_critic_clip)
                 metrics.update(losses.detach())
         self.actor_loss.train()
         self.target_updater.step()
@@ -311,18 +280,14 @@ class Learner:
         """Of the imagined actions under the actors that chose them, ``[S, H, N]``."""
         return self.actor.get_dist(imagined).log_prob(imagined.get(keys.ACTION))
 
+    def _decay_learning_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        # Not torch's LambdaLR: it warns of actors that do not step yet, and has a state beside the number of updates.
+        if self.config.lr_decay_updates is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = (1.0 + self.updates / self.config.lr_decay_updates) ** -0.5 * optimizer.defaults["lr"]
+
     def _autocast(self) -> torch.autocast:
         return autocast(next(self.world_model.parameters()).device, self.config.precision)
-
-    @staticmethod
-    def _step(losses: TensorDict, optimizer: torch.optim.Optimizer, clip: float, *, per_agent: bool) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        torch.stack([value for key, value in losses.items() if key.startswith("loss_")]).sum().backward()
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        clip_ = clip_grad_norm_per_agent_ if per_agent and _is_stack(parameters) else torch.nn.utils.clip_grad_norm_
-        norm = clip_(parameters, clip)
-        optimizer.step()
-        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an update changes; every tensor once. Loads with ``torch.load(weights_only=True)``."""
@@ -356,19 +321,27 @@ class Learner:
         self.world_model.eval()
 
 
-def _check(cfg: LearnerConfig) -> None:
-    """That numbers which no part checks for itself are in their range."""
-    positive = ["world_model_lr", "world_model_clip", "actor_critic_lr", "critic_lr", "actor_critic_clip"]
-    positive += ["agent_epochs", "lr_decay_updates"]
-    for name in positive:
-        value = getattr(cfg, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
-    for name in ("world_model_warmup", "critic_warmup", "free_nats"):
-        if getattr(cfg, name) < 0:
-            raise ValueError(f"{name} must not be negative, got {getattr(cfg, name)}")
+def _step(
+    losses: TensorDict,
+    optimizer: torch.optim.Optimizer,
+    clip_: Callable[[list[Tensor], float], Tensor],
+    max_norm: float,
+) -> Tensor:
+    """Take one optimizer step on the sum of the losses; returns the gradient's norm before clipping."""
+    optimizer.zero_grad(set_to_none=True)
+    torch.stack([value for key, value in losses.items() if key.startswith("loss_")]).sum().backward()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = clip_(parameters, max_norm)
+    optimizer.step()
+    return norm
+
+
+def _clip_agents_(parameters: list[Tensor], max_norm: float) -> Tensor:
+    """Clip each network of a stack on its own; networks that are no stack, all in one."""
+    clip_ = clip_grad_norm_per_agent_ if _is_stack(parameters) else torch.nn.utils.clip_grad_norm_
+    return clip_(parameters, max_norm)
 
 
 def _is_stack(parameters: Sequence[Tensor]) -> bool:
-    """Whether all have networks along their first dimension; a bias of an ordinary layer has one dimension alone."""
+    """Return whether all hold networks along their first dimension; a bias of an ordinary layer has but one."""
     return all(parameter.ndim > 1 and len(parameter) == len(parameters[0]) for parameter in parameters)

@@ -3,46 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from matwm_rl.envs import AgentLayout
-from matwm_rl.modules import WorldModel, WorldModelConfig, WorldModelPolicy, make_actor
+from matwm_rl.files import new_file
+from matwm_rl.modules import ActorCriticConfig, StateMLP, WorldModel, WorldModelConfig, WorldModelPolicy, make_actor
+from matwm_rl.settings import from_plain, to_plain
 from matwm_rl.training.checkpoint import check_same_shapes
-from matwm_rl.training.files import new_file
 
-VERSION = 3
+VERSION = 4
 
 
-def save_world_model(
-    path: str | Path, world_model: WorldModel, *, layout: AgentLayout, config: WorldModelConfig
-) -> None:
+def save_world_model(path: str | Path, world_model: WorldModel) -> None:
     """Save a world model alone.
 
     Args:
         path: the file; replaced as a whole if it exists.
-        world_model: built by :meth:`~matwm_rl.modules.WorldModel.from_env` or ``from_layout``.
-        layout: of the agents it is of.
-        config: the configuration it was built with.
+        world_model: built by :meth:`~matwm_rl.modules.WorldModel.from_env`, without parts of your own.
 
     Raises:
-        ValueError: if the configuration does not give a model of these shapes, as where a part was replaced by one of
-            your own: then save ``world_model.state_dict()`` and build the model yourself.
+        ValueError: if the model has parts of your own, or is not as it was built: then save
+            ``world_model.state_dict()`` and build the model yourself.
 
     Examples:
         >>> import tempfile
+        >>> from matwm_rl import presets
         >>> from matwm_rl.envs import make_env
         >>> env = make_env("mock", seed=0)
-        >>> config = WorldModelConfig(hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
-        >>> path = Path(tempfile.mkdtemp()) / "world_model.pt"
-        >>> save_world_model(path, WorldModel.from_env(env, **asdict(config)), layout=env.layout, config=config)
-        >>> load_world_model(path, layout=env.layout).num_agents
+        >>> world_model = WorldModel.from_env(env, presets.tiny().world_model)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_world_model(f"{folder}/world_model.pt", world_model)
+        ...     load_world_model(f"{folder}/world_model.pt", layout=env.layout).num_agents
         3
     """
-    _save(path, _world_model_build(world_model, layout, config), {"world_model": world_model})
+    _save(path, _recipe(world_model), {"world_model": world_model})
 
 
 def load_world_model(
@@ -52,7 +49,7 @@ def load_world_model(
 
     Args:
         path: the file.
-        layout: of the agents it shall be used for, to be told early if they do not fit.
+        layout: of the agents it shall be used for; an error tells early if they do not fit.
         device: where the weights go.
 
     Raises:
@@ -61,62 +58,56 @@ def load_world_model(
 
     Examples:
         >>> import tempfile
+        >>> from matwm_rl import presets
         >>> from matwm_rl.envs import make_env
-        >>> env = make_env("mock", seed=0)
-        >>> config = WorldModelConfig(hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
-        >>> world_model = WorldModel.from_env(env, config)
+        >>> world_model = WorldModel.from_env(make_env("mock", seed=0), presets.tiny().world_model)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_world_model(f"{folder}/model.pt", world_model, layout=env.layout, config=config)
-        ...     loaded = load_world_model(f"{folder}/model.pt", layout=env.layout)
-        >>> torch.equal(loaded.reward.output.weight, world_model.reward.output.weight), loaded.training
+        ...     save_world_model(f"{folder}/model.pt", world_model)
+        ...     loaded = load_world_model(f"{folder}/model.pt")
+        >>> torch.equal(loaded.encoder.input.weight, world_model.encoder.input.weight), loaded.training
         (True, False)
     """
     saved = _load(path, layout, device)
-    world_model = _build_world_model(saved["build"]).to(device)
+    world_model = _build_world_model(saved["recipe"]).to(device)
     world_model.load_state_dict(saved["state"]["world_model"])
     return world_model.eval()
 
 
-def save_policy(
-    path: str | Path,
-    policy: WorldModelPolicy,
-    *,
-    layout: AgentLayout,
-    world_model: WorldModelConfig,
-    actor: Mapping[str, Any] | None = None,
-) -> None:
+def save_policy(path: str | Path, policy: WorldModelPolicy) -> None:
     """Save what it takes to act, and to imagine: no critics, optimizers or data.
 
     Args:
         path: the file; replaced as a whole if it exists.
-        policy: of a world model and an actor built by :meth:`~matwm_rl.modules.WorldModel.from_env` and
+        policy: of a world model built by :meth:`~matwm_rl.modules.WorldModel.from_env` and an actor built by
             :func:`~matwm_rl.modules.make_actor`.
-        layout: of the environment it was trained in.
-        world_model: the configuration the world model was built with.
-        actor: keyword arguments of :func:`~matwm_rl.modules.make_actor`.
 
     Raises:
-        ValueError: if the configuration does not give networks of the policy's shapes.
+        ValueError: if the world model has parts of your own, or the actor is another.
 
     Examples:
         >>> import tempfile
+        >>> from matwm_rl import presets
         >>> from matwm_rl.envs import make_env
         >>> env = make_env("mock", seed=0)
-        >>> config = WorldModelConfig(hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
-        >>> model = WorldModel.from_env(env, **asdict(config))
-        >>> policy = WorldModelPolicy(model, make_actor(model, num_cells=16), context_length=4)
+        >>> model = WorldModel.from_env(env, presets.tiny().world_model)
         >>> path = Path(tempfile.mkdtemp()) / "policy.pt"
-        >>> save_policy(path, policy, layout=env.layout, world_model=config, actor={"num_cells": 16})
+        >>> save_policy(path, WorldModelPolicy(model, make_actor(model), history_length=4))
         >>> acting = load_policy(path, layout=env.layout)
         >>> env.append_transform(acting.make_tensordict_primer()).rollout(3, acting)["agents", "action"].shape
         torch.Size([3, 3])
     """
-    build = {
-        **_world_model_build(policy.world_model, layout, world_model),
-        "actor": dict(actor or {}),
-        "context_length": policy.context_length,
+    networks = [module for module in policy.actor.modules() if isinstance(module, StateMLP)]
+    if len(networks) != 1:
+        raise ValueError(
+            f"save_policy saves actors of make_actor, got a {type(policy.actor).__name__}; save "
+            "policy.state_dict() and build the policy yourself"
+        )
+    recipe = {
+        **_recipe(policy.world_model),
+        "actor": to_plain(networks[0].config),
+        "history_length": policy.history_length,
     }
-    _save(path, build, {"world_model": policy.world_model, "actor": policy.actor})
+    _save(path, recipe, {"world_model": policy.world_model, "actor": policy.actor})
 
 
 def load_policy(
@@ -128,7 +119,7 @@ def load_policy(
 
     Args:
         path: the file.
-        layout: of the environment it shall act in, to be told early if they do not fit.
+        layout: of the environment it shall act in; an error tells early if they do not fit.
         device: where the weights go.
 
     Raises:
@@ -138,66 +129,61 @@ def load_policy(
 
     Examples:
         >>> import tempfile
+        >>> from matwm_rl import presets
         >>> from matwm_rl.envs import make_env
-        >>> env = make_env("mock", seed=0)
-        >>> config = WorldModelConfig(hidden_size=32, num_heads=2, num_dims=4, num_classes=4)
-        >>> world_model = WorldModel.from_env(env, config)
-        >>> policy = WorldModelPolicy(world_model, make_actor(world_model, num_cells=16), context_length=4)
+        >>> world_model = WorldModel.from_env(make_env("mock", seed=0), presets.tiny().world_model)
+        >>> policy = WorldModelPolicy(world_model, make_actor(world_model), history_length=4)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_policy(
-        ...         f"{folder}/policy.pt", policy, layout=env.layout, world_model=config, actor={"num_cells": 16}
-        ...     )
-        ...     load_policy(f"{folder}/policy.pt", layout=env.layout).context_length
+        ...     save_policy(f"{folder}/policy.pt", policy)
+        ...     load_policy(f"{folder}/policy.pt").history_length
         4
     """
     saved = _load(path, layout, device)
-    if "actor" not in saved["build"]:
+    recipe = saved["recipe"]
+    if "actor" not in recipe:
         raise ValueError(f"{path} holds a world model and no actor; read it with load_world_model")
-    world_model = _build_world_model(saved["build"])
-    actor = make_actor(world_model, **saved["build"]["actor"])
-    policy = WorldModelPolicy(world_model, actor, context_length=saved["build"]["context_length"]).to(device)
+    world_model = _build_world_model(recipe)
+    actor = make_actor(world_model, from_plain(ActorCriticConfig, recipe["actor"]))
+    policy = WorldModelPolicy(world_model, actor, history_length=recipe["history_length"]).to(device)
     policy.world_model.load_state_dict(saved["state"]["world_model"])
     policy.actor.load_state_dict(saved["state"]["actor"])
     return policy.eval()
 
 
-def _world_model_build(world_model: WorldModel, layout: AgentLayout, config: WorldModelConfig) -> dict[str, Any]:
-    # As built, whatever "if the environment has a mask" meant then.
-    predict_mask = world_model.action_mask is not None
-    return {"layout": asdict(layout), "world_model": {**asdict(config), "predict_mask": predict_mask}}
+def _recipe(world_model: WorldModel) -> dict[str, Any]:
+    if world_model.recipe is None:
+        raise ValueError(
+            "the world model has parts of your own, which a file cannot build again: save world_model.state_dict() and "
+            "build the model yourself"
+        )
+    layout, config = world_model.recipe
+    return {"layout": layout.to_dict(), "world_model": to_plain(config)}
 
 
-def _save(path: str | Path, build: Mapping[str, Any], modules: Mapping[str, torch.nn.Module]) -> None:
+def _save(path: str | Path, recipe: Mapping[str, Any], modules: Mapping[str, torch.nn.Module]) -> None:
     state = {name: module.state_dict() for name, module in modules.items()}
     with torch.random.fork_rng(devices=[]):
-        world_model = _build_world_model(build)
-        expected = {"world_model": world_model.state_dict()}
-        if "actor" in modules:
-            expected["actor"] = make_actor(world_model, **build["actor"]).state_dict()
-    check_same_shapes(state, expected, source=f"the {' and '.join(modules)} given with this configuration")
+        expected = {"world_model": _build_world_model(recipe).state_dict()}
+    found = {"world_model": state["world_model"]}
+    check_same_shapes(found, expected, source="the world model, which is no longer as it was built,")
     with new_file(path) as partial:
-        torch.save({"version": VERSION, "build": dict(build), "state": state}, partial)
+        torch.save({"version": VERSION, "recipe": dict(recipe), "state": state}, partial)
 
 
 def _load(path: str | Path, layout: AgentLayout | None, device: torch.device | str) -> dict[str, Any]:
-    saved = torch.load(path, map_location=device, weights_only=True)
+    saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     if saved["version"] != VERSION:
         raise ValueError(f"{path} has version {saved['version']}; this release reads version {VERSION}")
-    trained = saved["build"]["layout"]
-    if layout is not None and (different := [name for name in trained if getattr(layout, name, None) != trained[name]]):
+    trained, here = saved["recipe"]["layout"], None if layout is None else layout.to_dict()
+    if here is not None and (different := [name for name in trained if here[name] != trained[name]]):
         name = different[0]
         raise ValueError(
             f"{path} was trained in an environment with other {', '.join(different)}: {name} was {trained[name]}, "
-            f"here it is {getattr(layout, name, None)}"
+            f"here it is {here[name]}"
         )
     return saved
 
 
-def _build_world_model(build: Mapping[str, Any]) -> WorldModel:
-    layout = build["layout"]
-    return WorldModel.from_layout(
-        observation_shape=layout["observation_shape"],
-        action_counts=layout["action_counts"],
-        group_index=layout["group_index"],
-        config=WorldModelConfig(**build["world_model"]),
-    )
+def _build_world_model(recipe: Mapping[str, Any]) -> WorldModel:
+    config = from_plain(WorldModelConfig, recipe["world_model"])
+    return WorldModel.from_env(AgentLayout.from_dict(recipe["layout"]), config)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from enum import StrEnum
 
 import torch
 
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
+
+
+class MatmulPrecision(StrEnum):
+    """Of float32 matrix products; see ``torch.set_float32_matmul_precision``."""
+
+    highest = "highest"
+    high = "high"
+    medium = "medium"
 
 
 def prepare_process(*, num_threads: int, matmul_precision: str = "highest") -> None:
@@ -21,8 +30,9 @@ def prepare_process(*, num_threads: int, matmul_precision: str = "highest") -> N
       AMX), it may round the factors to bfloat16. On a GPU it allows TensorFloat-32.
     - Denormal numbers count as zero: CPUs compute with them many times slower, and here they mean nothing.
     - Memory that is freed is kept (glibc): given back to the system, it is cleared and mapped anew in every update,
-      which takes a third of the time of an actor-critic update in the ``cpu`` preset. For tensors of many megabytes,
-      as in the ``paper`` preset, set ``THP_MEM_ALLOC_ENABLE=1`` before Python starts: PyTorch asks for huge pages.
+      which takes a third of the time of an actor-critic update with the preset ``vectors``. For tensors of many
+      megabytes, as with the preset ``paper``, set ``THP_MEM_ALLOC_ENABLE=1`` before Python starts: PyTorch then asks
+      for huge pages.
 
     Args:
         num_threads: threads of PyTorch's operations.
@@ -36,10 +46,10 @@ def prepare_process(*, num_threads: int, matmul_precision: str = "highest") -> N
     """
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}")
-    if matmul_precision not in ("highest", "high", "medium"):
+    if matmul_precision not in list(MatmulPrecision):
         raise ValueError(f"matmul_precision must be 'highest', 'high' or 'medium', got {matmul_precision!r}")
     torch.set_num_threads(num_threads)
-    torch.set_float32_matmul_precision(matmul_precision)
+    torch.set_float32_matmul_precision(str(matmul_precision))
     torch.set_flush_denormal(True)
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +9,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from matwm_rl.data import Replay, make_replay
+from matwm_rl.data import Replay, ReplayConfig, make_replay
 from matwm_rl.envs import make_env
-from matwm_rl.modules import WorldModel, WorldModelConfig, make_actor, make_critic
+from matwm_rl.modules import (
+    ActorCriticConfig,
+    ObservationRewardConfig,
+    WorldModel,
+    WorldModelConfig,
+    make_actor,
+    make_critic,
+)
 from matwm_rl.training import checkpoint
 from matwm_rl.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from matwm_rl.training.learner import Learner, LearnerConfig
+from tests.helpers import LATENTS
+from tests.training.helpers import update
 
-CONFIG = WorldModelConfig(hidden_size=16, num_heads=2, num_dims=4, num_classes=4, dropout=0.0)
+CONFIG = WorldModelConfig(hidden_size=16, num_heads=2, latent=LATENTS["categorical"], dropout=0.0)
 
 
 def make_learner(*, share_by_group: bool = False, **overrides: Any) -> Learner:
-    model = WorldModel.from_env(make_env("mock", seed=0), **{**asdict(CONFIG), **overrides})
-    sizes = {"num_cells": 8, "share_by_group": share_by_group}
-    return Learner(model, make_actor(model, **sizes), make_critic(model, **sizes), LearnerConfig(horizon=2))
+    model = WorldModel.from_env(make_env("mock", seed=0), replace(CONFIG, **overrides))
+    sizes = ActorCriticConfig(num_cells=8, share_by_group=share_by_group)
+    return Learner(model, make_actor(model, sizes), make_critic(model, sizes), LearnerConfig(horizon=2))
 
 
 def make_filled_replay(capacity: int = 60, steps: int = 40) -> Replay:
-    sizes = {"sequence_length": 6, "sequences_per_agent": 2, "starts_per_agent": 4, "context_length": 2}
-    replay = make_replay(num_agents=3, capacity=capacity, seed=0, **sizes)
+    config = ReplayConfig(capacity=capacity, sequences=6, sequence_length=6, starts_per_agent=4, context_length=2)
+    replay = make_replay(3, config, seed=0)
     if steps:
         replay.extend(make_env("mock", seed=0).rollout(steps, break_when_any_done=False))
     return replay
@@ -49,18 +58,18 @@ def assert_same(first: Any, second: Any) -> None:
 
 @pytest.mark.parametrize(
     "switches",
-    [{}, {"share_by_group": True, "latent": "fsq", "reward_input": "next_observation"}, {"latent": "gaussian"}],
+    [{}, {"latent": LATENTS["gaussian"]}, {"share_by_group": True, "reward": ObservationRewardConfig()}],
     ids=str,
 )
 def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tmp_path: Path, switches: dict[str, Any]) -> None:
     learner, replay = make_learner(**switches), make_filled_replay()
     for _ in range(3):
-        learner.update(replay)
+        update(learner, replay)
     # What loading does to the newest step; without it the two runs would sample different starts.
     replay.end_episodes()
     save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=40, extra={"due": 0.25, "best": [1, None, "a"]})
     for _ in range(2):
-        learner.update(replay)
+        update(learner, replay)
 
     torch.manual_seed(1)
     resumed, resumed_replay = make_learner(**switches), make_filled_replay(steps=0)
@@ -68,7 +77,7 @@ def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tmp_path: Path, 
     assert info == {"env_steps": 40, "extra": {"due": 0.25, "best": [1, None, "a"]}}
     assert resumed.updates == 3
     for _ in range(2):
-        resumed.update(resumed_replay)
+        update(resumed, resumed_replay)
     assert_same(resumed.state_dict(), learner.state_dict())
 
 

@@ -2,50 +2,62 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
+from torch import Tensor, nn
 
-from matwm_rl.data import to_focal
+from matwm_rl import keys
+from matwm_rl.data import add_agent_entries
 from matwm_rl.envs import make_env
-from matwm_rl.modules import WorldModel, WorldModelConfig, WorldModelPolicy, make_actor
+from matwm_rl.modules import (
+    ActorCriticConfig,
+    CoordinateEncoderConfig,
+    Dynamics,
+    DynamicsLoss,
+    GaussianLatentConfig,
+    ObservationRewardConfig,
+    WorldModel,
+    WorldModelConfig,
+    WorldModelPolicy,
+    make_actor,
+)
 from matwm_rl.training import load_policy, load_world_model, save_policy, save_world_model
-from tests.helpers import mock_env, randomize
+from tests.helpers import LATENTS, mock_env, randomize
 
-CONFIG = WorldModelConfig(hidden_size=16, num_heads=2, num_dims=4, num_classes=4, dropout=0.0)
+CONFIG = WorldModelConfig(hidden_size=16, num_heads=2, latent=LATENTS["categorical"], dropout=0.0)
+GAUSSIAN = replace(CONFIG, latent=LATENTS["gaussian"])
+SWITCHES = replace(
+    CONFIG,
+    latent=GaussianLatentConfig(num_dims=12),
+    encoder=CoordinateEncoderConfig(fourier_features=2),
+    reward=ObservationRewardConfig(point_size=0),
+    reencode=True,
+)
 
-SWITCHES = {
-    "latent": "fsq",
-    "num_dims": 12,
-    "linear_skips": True,
-    "coordinate_code": True,
-    "reward_input": "next_observation",
-}
 
-
-def make_policy(config: WorldModelConfig = CONFIG, **actor: Any) -> WorldModelPolicy:
+def make_policy(config: WorldModelConfig = CONFIG, *, share_by_group: bool = False) -> WorldModelPolicy:
     model = randomize(WorldModel.from_env(mock_env(), config))
-    return WorldModelPolicy(model, randomize(make_actor(model, **({"num_cells": 8} | actor))), context_length=3).eval()
+    actor = make_actor(model, ActorCriticConfig(num_cells=8, share_by_group=share_by_group))
+    return WorldModelPolicy(model, randomize(actor), history_length=3).eval()
 
 
 @pytest.mark.parametrize(
-    ("share_by_group", "switches"),
-    [(False, {}), (True, {}), (True, SWITCHES), (True, SWITCHES | {"latent": "gaussian", "latent_width": 0.1})],
-    ids=["own", "shared", "switches", "gaussian"],
+    ("share_by_group", "config"),
+    [(False, CONFIG), (True, CONFIG), (True, GAUSSIAN), (True, SWITCHES)],
+    ids=["own", "shared", "gaussian", "switches"],
 )
-def test_a_saved_policy_acts_as_the_original(tmp_path: Path, share_by_group: bool, switches: dict[str, Any]) -> None:
-    config, actor = replace(CONFIG, **switches), {"num_cells": 8, "share_by_group": share_by_group}
-    policy = make_policy(config, **actor)
+def test_a_saved_policy_acts_as_the_original(tmp_path: Path, share_by_group: bool, config: WorldModelConfig) -> None:
+    policy = make_policy(config, share_by_group=share_by_group)
     env = make_env("mock", seed=0)
     path = tmp_path / "policy.pt"
     before = torch.get_rng_state()
-    save_policy(path, policy, layout=env.layout, world_model=config, actor=actor)
+    save_policy(path, policy)
     assert torch.equal(before, torch.get_rng_state()), "saving must not change the run"
     loaded = load_policy(path, layout=env.layout)
     assert len(next(loaded.actor.parameters())) == (2 if share_by_group else 3)
-    assert getattr(loaded.world_model.latent, "width", None) == getattr(policy.world_model.latent, "width", None)
+    assert loaded.world_model.recipe == policy.world_model.recipe
 
     rollouts = []
     for acting in (policy, loaded):
@@ -56,31 +68,33 @@ def test_a_saved_policy_acts_as_the_original(tmp_path: Path, share_by_group: boo
     assert [path.name for path in tmp_path.iterdir()] == ["policy.pt"]
 
 
-def test_a_policy_that_the_configuration_does_not_describe_is_refused(tmp_path: Path) -> None:
+def test_an_actor_of_ones_own_is_refused(tmp_path: Path) -> None:
     policy = make_policy()
-    layout = make_env("mock").layout
-    with pytest.raises(ValueError, match=r"actor\.[\w.]+ has shape"):
-        save_policy(tmp_path / "policy.pt", policy, layout=layout, world_model=CONFIG, actor={"num_cells": 9})
-    assert not (tmp_path / "policy.pt").exists()
+    network = TensorDictModule(lambda latent: latent[..., :4], in_keys=[keys.LATENT], out_keys=[keys.LOGITS])
+    policy.actor = ProbabilisticTensorDictSequential(network, policy.actor[-1])
+    with pytest.raises(ValueError, match="save_policy saves actors of make_actor"):
+        save_policy(tmp_path / "policy.pt", policy)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_policy_for_other_agents_says_what_differs(tmp_path: Path) -> None:
-    policy = make_policy()
     path = tmp_path / "policy.pt"
-    save_policy(path, policy, layout=make_env("mock").layout, world_model=CONFIG, actor={"num_cells": 8})
+    save_policy(path, make_policy())
     with pytest.raises(ValueError, match="other agent_names"):
         load_policy(path, layout=make_env("mpe2/simple_tag_v3").layout)
 
 
-@pytest.mark.parametrize("switches", [{}, SWITCHES, {"teammate_predictor": False, "predict_mask": False}], ids=str)
-def test_a_saved_world_model_predicts_as_the_original(tmp_path: Path, switches: dict[str, Any]) -> None:
-    config, layout = replace(CONFIG, **switches), mock_env().layout
+@pytest.mark.parametrize(
+    "config", [CONFIG, GAUSSIAN, SWITCHES, replace(CONFIG, teammate_predictor=False, group_layers=True)], ids=str
+)
+def test_a_saved_world_model_predicts_as_the_original(tmp_path: Path, config: WorldModelConfig) -> None:
+    layout = mock_env().layout
     model = randomize(WorldModel.from_env(layout, config)).eval()
-    save_world_model(tmp_path / "model.pt", model, layout=layout, config=config)
+    save_world_model(tmp_path / "model.pt", model)
     torch.load(tmp_path / "model.pt", weights_only=True)
     loaded = load_world_model(tmp_path / "model.pt", layout=layout)
     assert not loaded.training
-    rollout = to_focal(mock_env().rollout(12, break_when_any_done=False))
+    rollout = add_agent_entries(mock_env().rollout(12, break_when_any_done=False))
     outputs = []
     for one in (model, loaded):
         torch.manual_seed(3)
@@ -90,19 +104,43 @@ def test_a_saved_world_model_predicts_as_the_original(tmp_path: Path, switches: 
 
 
 def test_a_policy_file_holds_a_world_model_but_not_the_other_way_round(tmp_path: Path) -> None:
-    policy, layout = make_policy(), mock_env().layout
-    save_policy(tmp_path / "policy.pt", policy, layout=layout, world_model=CONFIG, actor={"num_cells": 8})
+    policy = make_policy()
+    save_policy(tmp_path / "policy.pt", policy)
     loaded, expected = load_world_model(tmp_path / "policy.pt").state_dict(), policy.world_model.state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in loaded)
-    save_world_model(tmp_path / "model.pt", policy.world_model, layout=layout, config=CONFIG)
+    save_world_model(tmp_path / "model.pt", policy.world_model)
     with pytest.raises(ValueError, match=r"a world model and no actor.*load_world_model"):
         load_policy(tmp_path / "model.pt")
 
 
-def test_a_world_model_that_the_configuration_does_not_describe_is_refused(tmp_path: Path) -> None:
-    model, layout = make_policy().world_model, mock_env().layout
+def test_a_world_model_that_was_changed_after_it_was_built_is_refused(tmp_path: Path) -> None:
+    model = make_policy().world_model
     model.decoder = nn.Linear(16, 5)
-    with pytest.raises(ValueError, match=r"decoder\.[\w.]+ is missing"):
-        save_world_model(tmp_path / "model.pt", model, layout=layout, config=CONFIG)
-    assert not (tmp_path / "model.pt").exists()
+    with pytest.raises(ValueError, match=r"no longer as it was built, .*decoder\.[\w.]+ is missing"):
+        save_world_model(tmp_path / "model.pt", model)
+    assert not list(tmp_path.iterdir())
+
+
+class Still(Dynamics):
+    def loss(self, hidden: Tensor, latent: Tensor, posterior: Tensor) -> DynamicsLoss:
+        return DynamicsLoss(hidden.sum(-1), hidden.sum(-1))
+
+    def sample(self, hidden: Tensor, latent: Tensor) -> Tensor:
+        return latent
+
+
+def test_a_world_model_with_parts_of_ones_own_is_refused(tmp_path: Path) -> None:
+    model = WorldModel.from_env(mock_env(), CONFIG, dynamics=Still())
+    with pytest.raises(ValueError, match="parts of your own, which a file cannot build again"):
+        save_world_model(tmp_path / "model.pt", model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "policy.pt"
+    save_policy(path, make_policy())
+    torch.save({**torch.load(path, weights_only=True), "version": 0}, path)
+    for load in (load_policy, load_world_model):
+        with pytest.raises(ValueError, match="has version 0; this release reads version 4"):
+            load(path)

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from matwm_rl.modules import make_actor, make_critic
 from matwm_rl.training import Learner, LearnerConfig
-from tests.helpers import LATENTS, make_model, mock_replay
+from tests.helpers import LATENTS, make_learner, make_model, mock_replay
+from tests.training.helpers import update
 
 # What copies from the device to the host, or has a shape that depends on values.
 WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
@@ -35,17 +36,17 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("latent", LATENTS)
 def test_updates_never_wait_for_a_value(latent: str) -> None:
     model = make_model(latent=latent)
-    learner = Learner(model, make_actor(model, num_cells=8), make_critic(model, num_cells=8), LearnerConfig(horizon=3))
+    learner = make_learner(model)
     replay = mock_replay()
     sequences, starts = replay.sequences.sample(), replay.starts.sample()
-    learner.update(replay)
+    update(learner, replay)
     # As the learner sets it for CUDA graphs; otherwise the ends of episodes are counted: the one thing to wait for.
-    model.successors = sequences.numel()
+    model.max_boundaries = sequences.numel()
     with Waits() as waits:
         learner.update_world_model(sequences)
         learner.update_agents(starts)
     assert waits.found == []
-    model.successors = None
+    model.max_boundaries = None
     with Waits() as waits:
         learner.update_world_model(sequences)
     assert waits.found == ["aten._local_scalar_dense.default"]

@@ -1,0 +1,337 @@
+"""Complete configurations of a training run: one dataclass, and functions that return it filled in.
+
+Every default stands beside the part that it configures; a preset says what it changes. Scripts read presets through
+Hydra (:func:`store`), which refuses names and types that the dataclasses do not have.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from matwm_rl.data import ReplayConfig
+from matwm_rl.evaluation import EvaluationConfig
+from matwm_rl.files import import_optional
+from matwm_rl.modules import (
+    ActorCriticConfig,
+    CategoricalLatentConfig,
+    CoordinateEncoderConfig,
+    GaussianLatentConfig,
+    Interpolation,
+    MLPEncoderConfig,
+    ObservationRewardConfig,
+    PolicyConfig,
+    WorldModelConfig,
+)
+from matwm_rl.objectives import ActorLossConfig, Advantage, PolicyObjective, WorldModelLossWeights
+from matwm_rl.training.learner import LearnerConfig
+from matwm_rl.training.process import MatmulPrecision
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Everything that a training script needs to know; the defaults are the paper's, where it says anything.
+
+    Attributes:
+        env: name of the environment, see :func:`~matwm_rl.envs.make_env`.
+        imports: modules to import first, such as one that registers an environment.
+        seed: of everything random.
+        device: of networks, replay and environments.
+        run_dir: folder of the run.
+        resume: go on from the newest checkpoint in ``run_dir``.
+        progress: show a progress bar.
+        total_steps: env steps of the run.
+        max_minutes: stop collecting after so long, then evaluate; ``None``: no limit.
+        num_envs: environments that step together.
+        num_threads: of PyTorch on the CPU.
+        matmul_precision: of float32 products.
+        init_random_steps: env steps with random actions, before training begins.
+        frames_per_batch: env steps of all environments together, between updates.
+        updates_per_batch: updates after every such batch.
+        world_model_warmup: updates of the world model alone before the first update of the agents (ours), so that they
+            do not begin in a model that knows nothing.
+        critic_warmup: updates in which the critics learn and the actors do not yet (ours).
+        log_every: env steps between entries of the log.
+        world_model: the world model.
+        actor_critic: networks of actors and critics.
+        policy: the acting policy.
+        learner: losses and optimizers.
+        replay: replay and its batches.
+        evaluation: evaluations.
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> replace(vectors(), seed=3).learner.horizon
+        10
+    """
+
+    env: str = "mpe2/simple_tag_v3"
+    imports: list[str] = field(default_factory=list)
+    seed: int = 0
+    device: str = "cpu"
+    run_dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"
+    resume: bool = False
+    progress: bool = True
+    total_steps: int = 50_000
+    max_minutes: float | None = None
+    num_envs: int = 1
+    num_threads: int = 2
+    matmul_precision: MatmulPrecision = MatmulPrecision.high
+    init_random_steps: int = 1000
+    frames_per_batch: int = 1
+    updates_per_batch: int = 1
+    world_model_warmup: int = 0
+    critic_warmup: int = 0
+    log_every: int = 100
+    world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
+    actor_critic: ActorCriticConfig = field(default_factory=ActorCriticConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def paper() -> TrainConfig:
+    """Return the paper's algorithm and sizes (Table C.6, STORM's values where it is silent). For a GPU.
+
+    Examples:
+        >>> paper().world_model.hidden_size
+        512
+    """
+    return TrainConfig()
+
+
+def vectors() -> TrainConfig:
+    """Return what learns environments of short vector observations in minutes on one core.
+
+    It is small and quick, and departs from the paper in the switches that docs/presets.md lists, each with its reason.
+
+    Examples:
+        >>> vectors().world_model.latent
+        GaussianLatentConfig(num_dims=64)
+    """
+    return TrainConfig(
+        total_steps=20_000,
+        max_minutes=9.5,  # on a slow machine: fewer steps
+        num_envs=4,
+        num_threads=1,  # two are 15% faster alone, and three times as slow beside another process
+        matmul_precision=MatmulPrecision.medium,
+        frames_per_batch=20,
+        updates_per_batch=4,
+        world_model_warmup=200,
+        critic_warmup=100,
+        log_every=500,
+        world_model=WorldModelConfig(
+            hidden_size=128,
+            num_layers=1,
+            num_heads=4,
+            dropout=0.0,
+            latent=GaussianLatentConfig(),
+            encoder=CoordinateEncoderConfig(),
+            head_depth=1,
+            reward=ObservationRewardConfig(),
+            reward_interpolation=Interpolation.raw,
+            reencode=True,
+            group_layers=True,
+            teammate_hidden_size=64,
+        ),
+        actor_critic=ActorCriticConfig(num_cells=128, share_by_group=True),
+        policy=PolicyConfig(history_length=16),
+        learner=LearnerConfig(
+            world_model_lr=3e-3,
+            loss_weights=WorldModelLossWeights(reconstruction=1000.0, reward=50.0),
+            actor_lr=1e-3,
+            critic_lr=3e-3,
+            horizon=10,
+            gamma=0.95,
+            actor=ActorLossConfig(
+                entropy_coeff=0.03,
+                advantage=Advantage.standardize,
+                objective=PolicyObjective.ppo,
+                mean_policy_entropy_coeff=0.1,
+                signalling_coeff=1.0,
+            ),
+            agent_epochs=4,
+            lr_decay_updates=1000,
+        ),
+        replay=ReplayConfig(sequences=32, sequence_length=16, starts_per_agent=48),
+    )
+
+
+def tiny() -> TrainConfig:
+    """Return the paper's algorithm in the smallest sizes, for tests and examples in docstrings. It learns nothing.
+
+    Examples:
+        >>> tiny().world_model.latent
+        CategoricalLatentConfig(num_dims=4, num_classes=4)
+    """
+    return TrainConfig(
+        env="mock",
+        total_steps=60,
+        init_random_steps=40,
+        frames_per_batch=10,
+        log_every=20,
+        world_model=WorldModelConfig(
+            hidden_size=32,
+            num_layers=1,
+            num_heads=2,
+            dropout=0.0,
+            latent=CategoricalLatentConfig(num_dims=4, num_classes=4),
+            encoder=MLPEncoderConfig(depth=1),
+            head_depth=1,
+        ),
+        actor_critic=ActorCriticConfig(num_cells=16, depth=1),
+        policy=PolicyConfig(history_length=4),
+        learner=LearnerConfig(horizon=3),
+        replay=ReplayConfig(capacity=200, sequences=6, sequence_length=8, starts_per_agent=4, context_length=2),
+        evaluation=EvaluationConfig(every=1000, episodes=2, final_episodes=2, num_envs=2),
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {"paper": paper, "vectors": vectors, "tiny": tiny}
+"""By the names that scripts know; add yours before :func:`store`."""
+
+
+def store() -> None:
+    """Register the presets with Hydra, for ``@hydra.main(version_base=None, config_name="train")``.
+
+    ``preset=NAME`` then chooses one on the command line, and every entry of :class:`TrainConfig` can be overridden.
+
+    Raises:
+        ImportError: if Hydra is not installed (``pip install "matwm_rl[train]"``).
+
+    Examples:
+        >>> store()
+        >>> from hydra.core.config_store import ConfigStore
+        >>> ConfigStore.instance().list("preset")
+        ['cpu.yaml', 'paper.yaml', 'tiny.yaml', 'vectors.yaml']
+    """
+    config_store = import_optional("hydra.core.config_store").ConfigStore.instance()
+    hydra_settings = {"run": {"dir": "${run_dir}"}, "output_subdir": None}
+    config_store.store(
+        name="train", node={"defaults": [{"preset": "vectors"}, "_self_"], "hydra": hydra_settings}, package="_global_"
+    )
+    for name, preset in PRESETS.items():
+        config_store.store(group="preset", name=name, node=preset(), package="_global_")
+    # The name of before.
+    config_store.store(group="preset", name="cpu", node=vectors(), package="_global_")
+
+
+def compose(overrides: Sequence[str] = ()) -> TrainConfig:
+    """Compose a configuration as a script's command line does.
+
+    Args:
+        overrides: ``name=value``, as on the command line.
+
+    Raises:
+        ImportError: if Hydra is not installed.
+        ValueError: if there is no such entry, or its value is of another type; the message names those that there are.
+
+    Examples:
+        >>> compose(["preset=paper", "learner.gamma=0.9"]).learner.gamma
+        0.9
+    """
+    hydra = import_optional("hydra")
+    store()
+    with hydra.initialize(version_base=None, config_path=None):
+        try:
+            composed = hydra.compose("train", overrides=list(overrides))
+        except import_optional("hydra.errors").ConfigCompositionException as error:
+            raise ValueError(_problem(error)) from error
+    return to_config(composed)
+
+
+def to_config(composed: Any) -> TrainConfig:
+    """Turn what Hydra has composed into the dataclass.
+
+    Hydra lets a command line add entries, ``+name=value``, which nothing would read.
+
+    Args:
+        composed: what ``hydra.main`` gives to its function.
+
+    Raises:
+        ValueError: if it has entries that the dataclasses do not have; the message names near ones.
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> from omegaconf import OmegaConf
+        >>> to_config(OmegaConf.structured(replace(tiny(), run_dir="runs/mine"))).env
+        'mock'
+    """
+    config: TrainConfig = import_optional("omegaconf").OmegaConf.to_object(composed)
+    _refuse_added(config)
+    return config
+
+
+def check_names(overrides: Sequence[str]) -> None:
+    """Refuse overrides of entries that do not exist, before Hydra does so without naming those that do.
+
+    Args:
+        overrides: of a command line; what is no ``name=value``, and Hydra's own entries, pass.
+
+    Raises:
+        ValueError: names near entries.
+
+    Examples:
+        >>> check_names(["--multirun", "seed=0,1,2", "hydra.verbose=true", "learner.gama=0.9"])
+        Traceback (most recent call last):
+        ValueError: there is no entry 'learner.gama'; near ones are learner.gamma...
+    """
+    for override in overrides:
+        name, given, _ = override.lstrip("+~").partition("=")
+        is_ours = (
+            given and not name.startswith("-") and name.partition(".")[0].partition("/")[0] not in ("hydra", "preset")
+        )
+        if is_ours and name not in _known_names():
+            raise ValueError(_unknown(name))
+
+
+def _refuse_added(config: Any, prefix: str = "") -> None:
+    names = [entry.name for entry in fields(config)]
+    for name, value in vars(config).items():
+        if name not in names:
+            raise ValueError(_unknown(prefix + name))
+        if is_dataclass(value):
+            _refuse_added(value, f"{prefix}{name}.")
+
+
+def _names(config: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all entries."""
+    for entry in fields(config):
+        name, value = prefix + entry.name, getattr(config, entry.name)
+        yield name
+        if is_dataclass(value):
+            yield from _names(value, f"{name}.")
+
+
+def _known_names() -> set[str]:
+    return {name for preset in PRESETS.values() for name in _names(preset())}
+
+
+def _problem(error: Exception) -> str:
+    """Say what was wrong with an override, in one line."""
+    cause = error.__cause__
+    name, kind = getattr(cause, "full_key", None), getattr(cause, "object_type", None)
+    if not name:
+        return str(error)
+    if name not in _known_names():
+        return _unknown(name)
+    what = f"{name}: {str(cause).partition(chr(10))[0]}"
+    lacks = is_dataclass(kind) and name.rpartition(".")[2] not in (names := [entry.name for entry in fields(kind)])
+    return f"{what}, which has {', '.join(names)}" if lacks else what
+
+
+def _unknown(name: str) -> str:
+    known = sorted(_known_names())
+    folder, _, last = name.rpartition(".")
+    # Where it stands now, if it has only been put into the wrong place; else what is spelt alike.
+    near = [other for other in known if other.rpartition(".")[2] == last]
+    near += difflib.get_close_matches(name, known, n=3)
+    beside = [other for other in known if other.rpartition(".")[0] == folder] or known
+    return (
+        f"there is no entry {name!r}; "
+        + (f"near ones are {', '.join(dict.fromkeys(near))}; " if near else "")
+        + f"the entries there are {', '.join(beside)}"
+    )
