@@ -1,37 +1,36 @@
-"""A training loop of one's own: three agents learn simple_spread inside the world model that they share."""
+"""A training loop of your own: three agents learn simple_spread inside the world model that they share."""
+
+from dataclasses import replace
 
 import torch
 from torchrl.collectors import Collector
 from torchrl.envs import TransformedEnv
 
 import matwm_rl as mw
-from matwm_rl.training import RandomActions, evaluate
+from matwm_rl.evaluation import RandomActions, evaluate
 
 
-def main(total_steps: int = 2_500, random_steps: int = 1_000, warmup: int = 200, episodes: int = 30) -> None:
+def main(total_steps: int = 2_500, episodes: int = 30, **changes) -> None:
     torch.manual_seed(0)
-    env = mw.make_env("mpe2/simple_spread_v3", seed=0)
-    world_model = mw.WorldModel.from_env(env, mw.WorldModelConfig.small())
-    actor = mw.make_actor(world_model, num_cells=128, share_by_group=True)
-    critic = mw.make_critic(world_model, num_cells=128, share_by_group=True)
-    learner = mw.Learner(world_model, actor, critic, mw.LearnerConfig.small(world_model_warmup=warmup))
-    replay = mw.make_replay(num_agents=env.num_agents, sequences_per_agent=10, starts_per_agent=48, sequence_length=16)
-
-    policy = mw.WorldModelPolicy(world_model, actor)
+    cfg = replace(mw.presets.vectors(), total_steps=total_steps, **changes)
+    env = mw.make_env("mpe2/simple_spread_v3", seed=0, num_envs=cfg.num_envs)
+    world_model = mw.WorldModel.from_env(env, cfg.world_model)
+    actor, critic = (make(world_model, cfg.actor_critic) for make in (mw.make_actor, mw.make_critic))
+    learner = mw.Learner(world_model, actor, critic, cfg.learner)
+    replay = mw.make_replay(env.num_agents, cfg.replay, num_envs=cfg.num_envs)
+    policy = mw.WorldModelPolicy(world_model, actor, history_length=cfg.policy.history_length)
     env = TransformedEnv(env, policy.make_tensordict_primer())  # carries each episode's history for the policy
-    collector = Collector(
-        env,
-        policy,
-        frames_per_batch=5,
-        total_frames=total_steps,
-        init_random_frames=random_steps,
-        auto_register_policy_transforms=False,  # the primer above is all that the policy needs of an environment
-    )
-    for batch in collector:
+    frames = {"frames_per_batch": cfg.frames_per_batch, "total_frames": total_steps}
+    frames |= {"init_random_frames": cfg.init_random_steps, "auto_register_policy_transforms": False}
+    for batch in Collector(env, policy, **frames):
         replay.extend(batch)
-        if replay.env_steps >= random_steps:
-            learner.update(replay)
-
+        if replay.env_steps < cfg.init_random_steps:
+            continue
+        for _ in range(cfg.world_model_warmup if learner.updates == 0 else 0):
+            learner.update_world_model(replay.sequences.sample())
+        for _ in range(cfg.updates_per_batch):
+            learner.update_world_model(replay.sequences.sample())
+            learner.update_agents(replay.starts.sample(), train_actors=learner.updates >= cfg.critic_warmup)
     for name, acting in (("random", RandomActions()), ("trained", policy)):
         print(f"{name} agents, mean return: {evaluate(env, acting, episodes=episodes).per_group()['agent']:.1f}")
 

@@ -1,5 +1,6 @@
 """The world model alone, from stored data: no agents learn, and after collecting there is no environment."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 
 import matwm_rl as mw
 from matwm_rl.envs import AgentLayout, merge_rollout
-from matwm_rl.training import episode_windows, load_world_model, open_loop_errors, save_world_model
+from matwm_rl.evaluation import episode_windows, open_loop_errors
+from matwm_rl.training import load_world_model, save_world_model
 
 
 def main(steps: int = 4_000, updates: int = 500, folder: Path = Path("runs/offline_world_model")) -> None:
@@ -29,18 +31,18 @@ def main(steps: int = 4_000, updates: int = 500, folder: Path = Path("runs/offli
     layout = AgentLayout.from_rollout(storage[:], num_actions={"adversary": 5, "agent": 5})
     data = merge_rollout(storage[:], layout)
     train, test = data[: steps * 4 // 5], episode_windows(data[steps * 4 // 5 :], length=20)
-    config = mw.WorldModelConfig.small()
-    world_model = mw.WorldModel.from_env(layout, config)
-    loss = mw.WorldModelLoss(world_model, weights=mw.WorldModelLossWeights(reconstruction=1000.0, reward=50.0))
+    cfg = mw.presets.vectors()
+    world_model = mw.WorldModel.from_env(layout, cfg.world_model)
+    loss = mw.WorldModelLoss(world_model, weights=cfg.learner.loss_weights)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
-    replay = mw.make_replay(num_agents=4, sequences_per_agent=8, starts_per_agent=1, sequence_length=16, decay=1.0)
+    replay = mw.make_replay(layout.num_agents, replace(cfg.replay, recency_decay=1.0))  # no data is older than other
     replay.extend(train)
     for _ in range(updates):
         losses = loss(replay.sequences.sample())
         optimizer.zero_grad()
         sum(value for key, value in losses.items() if key.startswith("loss_")).backward()
         optimizer.step()
-    save_world_model(folder / "world_model.pt", world_model, layout=layout, config=config)
+    save_world_model(folder / "world_model.pt", world_model)
 
     for name, model in (("trained", world_model.eval()), ("loaded", load_world_model(folder / "world_model.pt"))):
         torch.manual_seed(1)

@@ -1,6 +1,7 @@
 """Two processes play with the world model that a third one trains, each at its own pace."""
 
 import time
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -8,23 +9,23 @@ from torchrl.collectors import Collector
 from torchrl.envs import TransformedEnv
 
 import matwm_rl as mw
-from matwm_rl.training import RandomActions, evaluate
+from matwm_rl.evaluation import RandomActions, evaluate
 
 
-def main(total_steps: int = 3_000, first_steps: int = 1_000, updates: int = 15, warmup: int = 200, episodes: int = 30):
+def main(total_steps: int = 3_000, updates: int = 15, episodes: int = 30, **changes) -> None:
+    cfg = replace(mw.presets.vectors(), **changes)
     torch.manual_seed(0)
     make = partial(mw.make_env, "mpe2/simple_spread_v3")
     env = make(seed=0)
-    world_model = mw.WorldModel.from_env(env, mw.WorldModelConfig.small())
-    actor = mw.make_actor(world_model, num_cells=128, share_by_group=True)
-    critic = mw.make_critic(world_model, num_cells=128, share_by_group=True)
-    learner = mw.Learner(world_model, actor, critic, mw.LearnerConfig.small(world_model_warmup=warmup))
-    replay = mw.make_replay(num_agents=env.num_agents, sequences_per_agent=10, starts_per_agent=48, sequence_length=16)
+    world_model = mw.WorldModel.from_env(env, cfg.world_model)
+    actor, critic = (make(world_model, cfg.actor_critic) for make in (mw.make_actor, mw.make_critic))
+    learner = mw.Learner(world_model, actor, critic, cfg.learner)
+    replay = mw.make_replay(env.num_agents, cfg.replay)
 
     # Workers have the policy of this process: one object, whose weights, the world model's among them, lie in shared
     # memory. Each gives four whole episodes at a time, so that replay sees no seams. With sync=True they would wait for
     # each other, and for the learner.
-    policy = mw.WorldModelPolicy(world_model, actor)
+    policy = mw.WorldModelPolicy(world_model, actor, history_length=cfg.policy.history_length)
     collector = Collector(
         [partial(make, seed=seed) for seed in (1, 2)],
         policy,
@@ -39,11 +40,14 @@ def main(total_steps: int = 3_000, first_steps: int = 1_000, updates: int = 15, 
     began = learnt = 0.0
     for batch in collector:
         replay.extend(batch)
-        if replay.env_steps >= first_steps:
+        if replay.env_steps >= cfg.init_random_steps:
             since = time.monotonic()
             began = began or since
+            for _ in range(cfg.world_model_warmup if learner.updates == 0 else 0):
+                learner.update_world_model(replay.sequences.sample())
             for _ in range(updates):
-                learner.update(replay)
+                learner.update_world_model(replay.sequences.sample())
+                learner.update_agents(replay.starts.sample(), train_actors=learner.updates >= cfg.critic_warmup)
             collector.update_policy_weights_()
             learnt += time.monotonic() - since
     waited = 1 - learnt / (time.monotonic() - began)

@@ -1,0 +1,70 @@
+"""Algorithm 2 of MATWM (arXiv:2506.18537) on one page, from the environment to trained agents, without `Learner`."""
+
+import sys
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torchrl.collectors import Collector
+from torchrl.envs import TransformedEnv
+from torchrl.objectives import SoftUpdate
+
+from matwm_rl import keys, presets
+from matwm_rl.data import make_replay
+from matwm_rl.envs import make_env
+from matwm_rl.evaluation import evaluate_matches
+from matwm_rl.functional import clip_grad_norm_per_agent_
+from matwm_rl.modules import Imagination, WorldModel, WorldModelPolicy, make_actor, make_critic
+from matwm_rl.objectives import ActorLoss, CriticLoss, LambdaReturn, WorldModelLoss
+from matwm_rl.training import prepare_process
+
+
+def main(cfg: presets.TrainConfig, episodes: int = 100) -> None:
+    prepare_process(num_threads=cfg.num_threads, matmul_precision=cfg.matmul_precision)
+    torch.manual_seed(cfg.seed)
+    env, hyper = make_env(cfg.env, seed=cfg.seed, num_envs=cfg.num_envs), cfg.learner
+    world_model = WorldModel.from_env(env, cfg.world_model)  # one, shared by all agents
+    actor, critic = make_actor(world_model, cfg.actor_critic), make_critic(world_model, cfg.actor_critic)
+    policy = WorldModelPolicy(world_model, actor, history_length=cfg.policy.history_length)
+    imagination = Imagination(world_model, actor, horizon=hyper.horizon)
+    returns = LambdaReturn(critic, gamma=hyper.gamma, lmbda=hyper.lmbda)
+    model_loss = WorldModelLoss(world_model, weights=hyper.loss_weights)
+    actor_loss, critic_loss = ActorLoss(actor, num_agents=env.num_agents, **hyper.actor.arguments()), CriticLoss(critic)
+    slow_critic = SoftUpdate(critic_loss, eps=hyper.critic_decay)
+    rates = {model_loss: hyper.world_model_lr, actor_loss: hyper.actor_lr, critic_loss: hyper.critic_lr}
+    trained = {loss: [p for p in loss.parameters() if p.requires_grad] for loss in rates}
+    optimizers = {loss: torch.optim.Adam(trained[loss], lr) for loss, lr in rates.items()}
+    replay, updates = make_replay(env.num_agents, cfg.replay, num_envs=cfg.num_envs, seed=cfg.seed), 0
+
+    def learn(loss, batch, clip_=clip_grad_norm_per_agent_, max_norm=hyper.actor_critic_clip) -> None:
+        optimizers[loss].zero_grad()
+        sum(value for key, value in loss(batch).items() if key.startswith("loss_")).backward()
+        clip_(trained[loss], max_norm)
+        decay = (1 + updates / hyper.lr_decay_updates) ** -0.5 if hyper.lr_decay_updates else 1.0
+        optimizers[loss].param_groups[0]["lr"] = rates[loss] * decay
+        optimizers[loss].step()
+
+    env = TransformedEnv(env, policy.make_tensordict_primer())  # carries each episode's history for the policy
+    frames = {"frames_per_batch": cfg.frames_per_batch, "total_frames": cfg.total_steps}
+    frames |= {"init_random_frames": cfg.init_random_steps, "auto_register_policy_transforms": False}
+    for batch in Collector(env, policy, **frames):  # act on s_t: the posterior of o_t, h_t, predicted teammates
+        replay.extend(batch)  # store what all agents saw and did
+        for _ in range(cfg.updates_per_batch if replay.env_steps >= cfg.init_random_steps else 0):
+            for _ in range(1 if updates else 1 + cfg.world_model_warmup):
+                world_model.train()  # the world model learns from recent sequences of all agents
+                learn(model_loss, replay.sequences.sample(), clip_grad_norm_, hyper.world_model_clip)
+                world_model.eval()
+            imagined = returns(imagination(replay.starts.sample()))  # Algorithm 1 from uniform starts; lambda-returns
+            with torch.no_grad():  # what PPO's ratio and the critic's second target compare with
+                imagined.set(keys.ACTION_LOG_PROB, actor.get_dist(imagined).log_prob(imagined[keys.ACTION]))
+                imagined.set(keys.SLOW_VALUE, critic_loss.slow_value(imagined))
+            for epoch in range(hyper.agent_epochs):
+                actor_loss.train(epoch == 0)  # the return scale follows every rollout once
+                for loss in [actor_loss, critic_loss] if updates >= cfg.critic_warmup else [critic_loss]:
+                    learn(loss, imagined)  # every agent in its own dreams alone
+            slow_critic.step()
+            updates += 1
+    print(f"seed {cfg.seed}, {replay.env_steps} steps:", evaluate_matches(cfg.env, env, policy, episodes=episodes))
+
+
+if __name__ == "__main__":
+    main(presets.compose(["total_steps=10000", *sys.argv[1:]]))  # for example: seed=1 env=mpe2/simple_spread_v3
