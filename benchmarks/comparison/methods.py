@@ -1,0 +1,183 @@
+"""The methods that sample_efficiency.py compares: MATWM, its ablations, model-free methods, agents that do not learn.
+
+No script of its own. To add a method, add an entry to :data:`METHODS`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import model_free
+from protocol import Environment
+from tensordict.nn import TensorDictModuleBase
+
+from matwm_rl import presets
+from matwm_rl.envs import make_env
+from matwm_rl.evaluation import RandomActions
+from matwm_rl.settings import to_plain
+from matwm_rl.training import has_checkpoint, load_policy
+
+ROOT = Path(__file__).resolve().parents[2]
+
+OnCheckpoint = Callable[[int, TensorDictModuleBase], None]
+"""Called with the env steps done and the policy at that time."""
+
+PRESET = "preset=vectors"
+NO_TEAMMATES = ("world_model.teammate_predictor=false",)
+NO_RECENCY = ("replay.recency_decay=1.0",)
+NO_ACTION_SCALING = ("world_model.action_scaling=false",)
+"""Overrides of the training script: the preset of all runs of MATWM, and the paper's ablations (Table 5)."""
+
+
+@dataclass(frozen=True)
+class Matwm:
+    """MATWM, trained with the command line of examples/simple_tag.py.
+
+    Attributes:
+        overrides: of the script's configuration.
+        total_steps: of a run, where the environment's are not fewer; ``None``: those of the environment.
+        only: the environments in which it is run by default; ``None``: all.
+    """
+
+    overrides: tuple[str, ...] = ()
+    total_steps: int | None = None
+    only: tuple[str, ...] | None = None
+
+    def steps(self, environment: Environment) -> int:
+        return min(self.total_steps or environment.total_steps, environment.total_steps)
+
+    def checkpoints(self, environment: Environment) -> list[int]:
+        """Return the env steps after which the policy is evaluated, the same for all methods."""
+        return [env_steps for env_steps in environment.checkpoints if env_steps <= self.steps(environment)]
+
+    def arguments(self, environment: Environment) -> list[str]:
+        """Return the script's command line, without what tells one run from another."""
+        return [
+            PRESET,
+            f"env={environment.env}",
+            f"total_steps={self.steps(environment)}",
+            "max_minutes=null",
+            "progress=false",
+            "num_threads=1",
+            f"evaluation.every={environment.every}",
+            # Few, for the log only: afterwards every kept policy is evaluated by the common protocol.
+            "evaluation.episodes=10",
+            "evaluation.final_episodes=10",
+            "evaluation.keep_policies=true",
+            *self.overrides,
+        ]
+
+    def settings(self, environment: Environment) -> dict[str, Any]:
+        return configuration(*self.arguments(environment))
+
+    def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
+        command = [sys.executable, str(ROOT / "examples" / "simple_tag.py"), *self.arguments(environment)]
+        command += [f"seed={seed}", f"run_dir={folder.resolve()}"]
+        if has_checkpoint(folder):
+            command += ["resume=true"]
+        elif folder.exists() and not has_training(folder):
+            shutil.rmtree(folder)  # of an attempt without a checkpoint: a new run refuses the metrics of another
+        if not (folder / "summary.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "output.txt").open("a") as output:
+                # close_fds=False, so that the training inherits the lock of the run and holds it too.
+                done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, close_fds=False)
+            if done.returncode:
+                raise RuntimeError(f"training failed, return code {done.returncode}, see {folder / 'output.txt'}")
+        for path in sorted((folder / "policies").glob("*.pt")):
+            on_checkpoint(int(path.stem), load_policy(path))
+
+
+def composed(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the complete configuration of the training script with these overrides, as nested dictionaries."""
+    settings: dict[str, Any] = to_plain(_composed(tuple(overrides)))
+    return settings
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> presets.TrainConfig:
+    return presets.compose(["run_dir=unnamed", *overrides])
+
+
+def configuration(*overrides: str) -> dict[str, Any]:
+    """Return the configuration of the training script with these overrides, see :func:`of_every_run`."""
+    return of_every_run(composed(overrides))
+
+
+def of_every_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration of the training script without what tells one run from another."""
+    return {name: value for name, value in config.items() if name not in ("run_dir", "seed", "resume")}
+
+
+def has_training(folder: Path) -> bool:
+    """Whether a folder has a finished training of MATWM, or a checkpoint to resume from."""
+    return (folder / "summary.json").exists() or has_checkpoint(folder)
+
+
+@dataclass(frozen=True)
+class ModelFree:
+    """A model-free method of model_free.py."""
+
+    name: str
+    only: None = None
+
+    def steps(self, environment: Environment) -> int:
+        return environment.total_steps
+
+    def checkpoints(self, environment: Environment) -> list[int]:
+        return environment.checkpoints
+
+    def settings(self, environment: Environment) -> dict[str, Any]:
+        return asdict(model_free.METHODS[self.name])
+
+    def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
+        model_free.train(
+            self.name,
+            environment.env,
+            seed=seed,
+            total_steps=environment.total_steps,
+            checkpoints=environment.checkpoints,
+            on_checkpoint=on_checkpoint,
+        )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Agents that do not learn: random agents, or the script of the environment."""
+
+    scripted: bool
+    only: None = None
+
+    def steps(self, environment: Environment) -> int:
+        return 0
+
+    def checkpoints(self, environment: Environment) -> list[int]:
+        return [] if self.scripted and environment.script is None else [0]
+
+    def settings(self, environment: Environment) -> dict[str, Any]:
+        return {"scripted": self.scripted}
+
+    def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
+        if not self.scripted:
+            on_checkpoint(0, RandomActions())
+        elif environment.script is not None:
+            on_checkpoint(0, environment.script(make_env(environment.env).layout))
+
+
+ABLATED = partial(Matwm, total_steps=10_000, only=("simple_tag", "simple_spread"))
+METHODS: dict[str, Matwm | ModelFree | Reference] = {
+    "random": Reference(scripted=False),
+    "scripted": Reference(scripted=True),
+    "matwm": Matwm(),
+    **{name: ModelFree(name) for name in model_free.METHODS},
+    "matwm_no_teammates": ABLATED(NO_TEAMMATES),
+    "matwm_no_recency": ABLATED(NO_RECENCY),
+    "matwm_no_action_scaling": ABLATED(NO_ACTION_SCALING),
+}

@@ -1,0 +1,99 @@
+"""The environments of the comparison, and the one evaluation that all policies get.
+
+No script of its own: sample_efficiency.py and its report import it. To add an environment, add an entry to
+:data:`ENVIRONMENTS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scripts import ListenerScript, SpreadScript
+from tensordict.nn import TensorDictModuleBase
+from torchrl.envs import TransformedEnv
+from torchrl.envs.utils import ExplorationType
+
+from matwm_rl.envs import AgentLayout, make_env
+from matwm_rl.evaluation import Returns, TagScript, evaluate_matches
+from matwm_rl.modules import WorldModelPolicy
+
+EVALUATION_SEED = 1_000_003
+"""Seed of the evaluation's environments and sampling: all policies play the same episodes."""
+EXPLORATION = {"sampled": ExplorationType.RANDOM, "greedy": ExplorationType.DETERMINISTIC}
+
+
+@dataclass(frozen=True)
+class Environment:
+    """An environment of the comparison.
+
+    Attributes:
+        env: as given to ``make_env``.
+        script: plays it by simple rules, as a reference; ``None`` if there is none.
+        total_steps: of a run.
+        every: env steps between evaluations.
+        episodes: of every match of an evaluation, in each of the two action modes.
+        num_envs: environments that are played in parallel.
+    """
+
+    env: str
+    script: Callable[[AgentLayout], TensorDictModuleBase] | None = None
+    total_steps: int = 25_000
+    every: int = 5_000
+    episodes: int = 100
+    num_envs: int = 10
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Env steps at which a method is evaluated."""
+        return list(range(self.every, self.total_steps + 1, self.every))
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """The settings of the evaluation, on which figures depend besides the method."""
+        names = ("env", "every", "episodes", "num_envs")
+        return {name: getattr(self, name) for name in names} | {"evaluation_seed": EVALUATION_SEED}
+
+
+ENVIRONMENTS = {
+    "simple_tag": Environment("mpe2/simple_tag_v3", TagScript),
+    "simple_spread": Environment("mpe2/simple_spread_v3", SpreadScript, episodes=200),
+    "simple_speaker_listener": Environment("mpe2/simple_speaker_listener_v4", ListenerScript, episodes=200),
+    "vmas_simple_tag": Environment("vmas/simple_tag", TagScript, num_envs=100),
+}
+
+
+def evaluate_policy(environment: Environment, policy: TensorDictModuleBase) -> dict[str, float]:
+    """Return the mean returns over the environment's fixed episodes, with sampled and with greedy actions.
+
+    On simple_tag they are the pursuers' mean returns in the matches of the cross-play, else the mean over all agents.
+
+    Returns:
+        ``<match>/<sampled or greedy>``, where self-play is called ``return``; and the standard error over episodes as
+        the same name with ``/se``.
+    """
+    metrics: dict[str, float] = {}
+    for name, exploration in EXPLORATION.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(EVALUATION_SEED)
+            env = make_env(environment.env, num_envs=environment.num_envs, seed=EVALUATION_SEED)
+            if isinstance(policy, WorldModelPolicy):
+                env = TransformedEnv(env, policy.make_tensordict_primer())
+            matches = evaluate_matches(
+                environment.env, env, policy, episodes=environment.episodes, exploration=exploration
+            )
+        for match, returns in matches.returns.items():
+            key = f"{match if match in matches.judged else 'return'}/{name}"
+            values = _episode_values(returns, matches.judged.get(match))
+            metrics[key] = float(values.mean())
+            metrics[f"{key}/se"] = float(values.std() / len(values) ** 0.5)
+    return metrics
+
+
+def _episode_values(returns: Returns, group: str | None) -> torch.Tensor:
+    """Return each episode's mean return over the agents of a group, or over all agents."""
+    layout = returns.layout
+    members = [group is None or name in layout.group_map[group] for name in layout.agent_names]
+    return returns.values[:, torch.tensor(members)].mean(-1)

@@ -1,0 +1,228 @@
+"""Curves and tables of the stored runs of sample_efficiency.py.
+
+python benchmarks/comparison/report.py            # draws curves.png and world_model.png, prints the tables
+python benchmarks/comparison/report.py --write    # also puts them into the documents of BLOCKS
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from figures import draw_curves, draw_world_model
+from methods import PRESET, ROOT, configuration, of_every_run
+from protocol import ENVIRONMENTS
+from results import Results, measures
+from sample_efficiency import RESULTS, Run, differences, stored_runs
+from tables import (
+    STEPS,
+    ablations_table,
+    aggregate_table,
+    first_run_table,
+    methods_table,
+    open_loop_table,
+    seconds_table,
+    targets_seeds,
+    targets_table,
+    thousands,
+)
+
+from matwm_rl.files import write_text
+
+FIRST_RUN = ROOT / "benchmarks" / "results" / "simple_tag_seed0.json"
+"""Summary of a run of the README's first command."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a section is written.
+
+    Attributes:
+        document: whose folder links are relative to.
+        pictures: drawn pictures by name.
+    """
+
+    document: Path
+    pictures: Mapping[str, Path]
+
+    def link(self, path: Path) -> str:
+        """Return a path as the document refers to it."""
+        return Path(os.path.relpath(path, self.document.parent)).as_posix()
+
+    def picture(self, name: str, text: str) -> str:
+        """Return the Markdown of a picture; empty if it was not drawn."""
+        return f"![{text}]({self.link(self.pictures[name])})" if name in self.pictures else ""
+
+
+# -- sections --------------------------------------------------------------------------------------------------------
+
+
+def other_settings(results: Results) -> list[str]:
+    """Return which settings of stored runs differ from the present ones: ``what differs (its runs)``."""
+    runs: dict[str, list[str]] = {}
+    for stored in results.runs:
+        run = Run(stored["environment"], stored["method"], stored["seed"])
+        for different in run.other_settings(stored["settings"]):
+            runs.setdefault(different, []).append(str(run))
+    return [f"{different} ({', '.join(names)})" for different, names in runs.items()]
+
+
+NOTHING = "No runs{of} are stored yet: `python benchmarks/comparison/sample_efficiency.py` makes them."
+
+
+def first_run_section(results: Results, place: Place) -> str:
+    """Return the final returns of the README's first command, with those of the stored runs."""
+    run = json.loads(FIRST_RUN.read_text(encoding="utf-8"))
+    text = (
+        "Mean return of the pursuers in mpe2's simple_tag after the README's first command "
+        f"([summary]({place.link(FIRST_RUN)})): one run, seed {run['seed']}, {run['env_steps']:,} env steps "
+        f"and {run['updates']:,} updates in {run['wall_seconds'] / 60:.0f} minutes on one core. Means over "
+        f"{run['evaluation_episodes']} episodes of every match, with sampled actions. The other columns come from the "
+        "sample-efficiency comparison."
+    )
+    different = _different_text(differences(of_every_run(run["config"]), configuration(PRESET)))
+    return "\n\n".join(filter(None, (text, first_run_table(results, run["evaluation"]), different)))
+
+
+def short_section(results: Results, place: Place) -> str:
+    """Return the curves and the targets, once there are runs of MATWM."""
+    if not any(run["method"] == "matwm" for run in results.runs):
+        return NOTHING.format(of=" of MATWM")
+    return _curves_and_targets(results, place)
+
+
+def _curves_and_targets(results: Results, place: Place) -> str:
+    parts = [place.picture("curves", "Returns of all methods over env steps")]
+    parts += [_targets_text(results), targets_table(results), _different_text(other_settings(results))]
+    return "\n\n".join(filter(None, parts))
+
+
+def _different_text(different: Sequence[str]) -> str:
+    return f"**Made with other settings than the present ones**: {'; '.join(different)}." if different else ""
+
+
+def long_section(results: Results, place: Place) -> str:
+    """Return all curves and tables."""
+    if not results.runs:
+        return NOTHING.format(of="")
+    environments = results.common_environments(STEPS)
+    parts = [
+        "`python benchmarks/comparison/sample_efficiency.py` carries out the runs that are not stored yet "
+        f"([results]({place.link(RESULTS)})), `python benchmarks/comparison/report.py --write` generates this section.",
+        _curves_and_targets(results, place),
+        f"**All methods** after {' and '.join(map(thousands, STEPS))} env steps. Random agents and scripts do not "
+        "learn. IQL's sampled actions include its exploration at that time of training.",
+        *chain.from_iterable((f"{name}:", methods_table(results, name)) for name in ENVIRONMENTS),
+        "**One score**: in every environment, 0 is the return of random agents and 1 that of the script (for "
+        "cross-play, the mean over its matches). Interquartile mean over all environments and seeds, with a 95% "
+        "bootstrap interval, stratified by environment (with three seeds it is too narrow). Environments that all "
+        f"methods have played: {', '.join(environments) or 'none yet'}.",
+        aggregate_table(results),
+        "**Ablations**: the return without a part minus the return with all parts, seed by seed; median (min to max) "
+        f"after {thousands(10_000)} env steps. Negative means that the part helps, except for the evader, where lower "
+        "is better.",
+        ablations_table(results),
+        "**Open loop**: error of MATWM's world model / error of a trivial predictor (last observation, mean reward, "
+        "action frequencies), 1, 5 and 10 steps ahead, on fresh episodes of the run's own policy with sampled actions; "
+        "medians over seeds. `python benchmarks/comparison/world_model_quality.py runs/NAME/policy.pt` measures one "
+        "stored policy.",
+        open_loop_table(results),
+        place.picture("world_model", "Open-loop errors of the world model over those of trivial predictors"),
+        "**CPU seconds** of a run on one core, evaluations included; medians of the runs in which they were measured.",
+        seconds_table(results),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _targets_text(results: Results) -> str:
+    names = " and ".join(name for name in ENVIRONMENTS if measures(name)[0].kind == "sampled")
+    return (
+        f"Median (min to max) over {targets_seeds(results)}. In the cross-play of {names}, actions are sampled, "
+        "because deterministic policies are easy to exploit; in the other environments they are greedy. The next "
+        "column has the other action mode, and the standard error of one run over its evaluation episodes (s.e.). For "
+        "model-free methods the better mode counts. The figures of tuned BenchMARL 1.5.2 algorithms are greedy, with "
+        "the best settings found for each environment, on one or two seeds. Contact is ranked by predicted rewards on "
+        "the policy's own episodes, given the true next latent; the next column has the same for next latents sampled "
+        "from the model and for episodes of random and scripted agents. The settings of MATWM were chosen on these "
+        "seeds and episodes."
+    )
+
+
+# -- documents -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a document that this script writes.
+
+    Attributes:
+        document: that has the block between the lines ``<!-- MARKER:begin -->`` and ``<!-- MARKER:end -->``.
+        marker: name of the block in the document.
+        section: returns the text.
+    """
+
+    document: Path
+    marker: str
+    section: Callable[[Results, Place], str]
+
+
+BLOCKS = (
+    Block(ROOT / "docs" / "results.md", "first-run", first_run_section),
+    Block(ROOT / "docs" / "results.md", "sample-efficiency", short_section),
+    Block(ROOT / "benchmarks" / "README.md", "sample-efficiency", long_section),
+)
+"""All generated blocks; the last one is printed."""
+
+
+def draw(results: Results, folder: Path) -> dict[str, Path]:
+    """Draw the pictures that have data; return ``{name: picture}``."""
+    drawn = {"curves": draw_curves(results, folder / "curves.png")}
+    drawn["world_model"] = draw_world_model(results, folder / "world_model.png")
+    return {name: folder / f"{name}.png" for name, figure in drawn.items() if figure is not None}
+
+
+def insert(text: str, section: str, marker: str) -> str:
+    """Replace the text between the lines ``<!-- MARKER:begin -->`` and ``<!-- MARKER:end -->`` of a document.
+
+    Raises:
+        ValueError: unless the document has each of them once, in this order.
+    """
+    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+    before, found, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended or begin in rest or end in before + after:
+        raise ValueError(f"the document should have a line {begin} and after it a line {end}, once each")
+    return f"{before}{begin}\n\n{section}\n\n{end}{after}"
+
+
+def updated(results: Results, pictures: Mapping[str, Path]) -> dict[Path, str]:
+    """Return the text of every document with its blocks up to date."""
+    texts: dict[Path, str] = {}
+    for block in BLOCKS:
+        text = texts.get(block.document) or block.document.read_text(encoding="utf-8")
+        section = block.section(results, Place(block.document, pictures))
+        texts[block.document] = insert(text, section, block.marker)
+    return texts
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finished runs")
+    parser.add_argument("--write", action="store_true", help="put the tables into the documents")
+    arguments = parser.parse_args(argv)
+    results = Results(stored_runs(arguments.results))
+    pictures = draw(results, arguments.results)
+    print(BLOCKS[-1].section(results, Place(BLOCKS[-1].document, pictures)))
+    if arguments.write:
+        for document, text in updated(results, pictures).items():
+            write_text(document, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""MATWM is trained by the command line of the example; other methods are called."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import methods
+import pytest
+import sample_efficiency as grid
+from methods import Matwm, ModelFree, Reference
+from processes import held
+from protocol import Environment
+
+from matwm_rl.evaluation import RunLog
+from tests.benchmarks.comparison.stubs import MOCK, SPREAD, TINY, free, wait_for
+
+
+def test_ablations_are_matwm_with_one_switch_off() -> None:
+    environment = grid.ENVIRONMENTS["simple_tag"]
+    whole = grid._flat(grid.METHODS["matwm"].settings(environment))
+    switches = {
+        "matwm_no_teammates": {"world_model.teammate_predictor": False},
+        "matwm_no_recency": {"replay.recency_decay": 1.0},
+        "matwm_no_action_scaling": {"world_model.action_scaling": False},
+    }
+    for name, switch in switches.items():
+        part = grid._flat(grid.METHODS[name].settings(environment))
+        assert {key: part[key] for key in whole if part[key] != whole[key]} == switch | {"total_steps": 10_000}
+        assert grid.METHODS[name].steps(environment) == 10_000
+    assert whole["total_steps"] == environment.total_steps
+    assert whole["env"] == environment.env
+
+
+@pytest.mark.parametrize("method", ["ippo", "iql"])
+def test_a_model_free_method_is_run(tmp_path: Path, method: str) -> None:
+    environment = Environment("mock", total_steps=500, every=250, episodes=2, num_envs=2)
+    shown: list[int] = []
+    ModelFree(method).train(environment, 0, tmp_path, lambda env_steps, policy: shown.append(env_steps))
+    assert shown == ([1_000] if method == "ippo" else [250, 500])
+
+
+def test_references_are_shown_once(tmp_path: Path) -> None:
+    for scripted, environment, expected in (
+        (False, MOCK, ["RandomActions"]),
+        (True, grid.ENVIRONMENTS["simple_spread"], ["SpreadScript"]),
+        (True, MOCK, []),
+    ):
+        shown: list[tuple[int, str]] = []
+        reference = Reference(scripted=scripted)
+        reference.train(environment, 0, tmp_path, lambda steps, p, shown=shown: shown.append((steps, type(p).__name__)))
+        assert shown == [(0, name) for name in expected]
+
+
+def test_matwm_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, commands = tmp_path / "run", []
+
+    def pretend(command: list[str], **options: Any) -> subprocess.CompletedProcess:
+        commands.append(command)
+        if len(commands) < 4:
+            # Interrupted while it wrote its first checkpoint, then later.
+            name = "partial-000000" if len(commands) == 1 else "000000"
+            (folder / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
+            return subprocess.CompletedProcess(command, 1)
+        (folder / "policies").mkdir()
+        for step in (10, 5):
+            (folder / "policies" / f"{step:08d}.pt").touch()
+        (folder / "summary.json").touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(methods.subprocess, "run", pretend)
+    monkeypatch.setattr(methods, "load_policy", lambda path: path.name)
+    shown: list[tuple[int, Any]] = []
+
+    def train() -> None:
+        Matwm(methods.NO_RECENCY).train(MOCK, 4, folder, lambda *arguments: shown.append(arguments))
+
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=r"training failed, return code 1, see .*output\.txt"):
+            train()
+    train()
+    assert ["resume=true" in command for command in commands] == [False, False, True, True]
+    for command in commands:
+        assert {"env=mock", "total_steps=20", "seed=4", f"run_dir={folder}"} <= set(command)
+        assert {methods.PRESET, *methods.NO_RECENCY} <= set(command)
+    assert shown == [(5, "00000005.pt"), (10, "00000010.pt")]
+    # Trained, but not evaluated to the end: it is evaluated, and not trained again.
+    train()
+    assert len(commands) == 4
+    assert len(shown) == 4
+
+
+def test_matwm_starts_anew_where_nothing_can_be_gone_on_with(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with RunLog(folder, total_steps=60, progress=False):
+        pass  # killed before its first checkpoint
+    shown: list[int] = []
+    Matwm(TINY).train(SPREAD, 0, folder, lambda env_steps, policy: shown.append(env_steps))
+    assert shown == [60]
+
+
+def test_a_training_that_outlives_its_run_keeps_others_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, script = tmp_path / "run", tmp_path / "examples" / "simple_tag.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import subprocess, sys\n"
+        "going_on = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], close_fds=False)\n"
+        "sys.exit(f'pid {going_on.pid}')\n"
+    )
+    monkeypatch.setattr(methods, "ROOT", tmp_path)
+    with held(folder), pytest.raises(RuntimeError, match="training failed"):
+        Matwm().train(MOCK, 0, folder, lambda *_: None)
+    pid = int((folder / "output.txt").read_text().split()[-1])
+    try:
+        with pytest.raises(RuntimeError, match="another process trains in"), held(folder):
+            pass
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: free(folder))

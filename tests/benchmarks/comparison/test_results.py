@@ -1,0 +1,109 @@
+"""What is read off the stored runs, by seed and over all of them."""
+
+from __future__ import annotations
+
+import random
+from statistics import mean
+from typing import Any
+
+import pytest
+import tables
+from protocol import ENVIRONMENTS
+from results import Results, interquartile_mean
+from sample_efficiency import SEEDS
+
+from tests.benchmarks.comparison.stored_grid import (
+    CHASED,
+    FLEEING_EVADER,
+    RANDOM_EVADER,
+    SPREAD,
+    full_grid,
+    parsed,
+    returns,
+    score,
+    slow_interquartile_mean,
+    stored,
+)
+
+
+def test_a_figure_is_that_of_the_step_and_the_seeds_that_have_it() -> None:
+    one, two = {SPREAD.metric: -20.0}, {SPREAD.metric: -19.0}
+    results = Results(
+        [
+            stored("simple_spread", "matwm", 2, {5_000: {SPREAD.metric: -25.0}, 10_000: two}),
+            stored("simple_spread", "matwm", 0, {10_000: one}),
+            stored("simple_spread", "random", 0, {0: {SPREAD.metric: -26.0}}),
+        ]
+    )
+    assert results.measured(SPREAD, "matwm", 10_000) == {0: -20.0, 2: -19.0}
+    assert results.measured(SPREAD, "matwm", 5_000) == {2: -25.0}
+    assert results.measured(SPREAD, "matwm", 25_000) == {}
+    assert results.measured(SPREAD, "ippo", 10_000) == {}
+    assert results.measured(SPREAD, "random", 10_000) == {0: -26.0}
+    assert results.steps("simple_spread", "matwm") == [5_000, 10_000]
+
+
+def test_the_best_baseline_is_the_lowest_where_lower_is_better() -> None:
+    def tag(method: str, seed: int, value: float) -> dict[str, Any]:
+        metrics = {measure.metric: value for measure in (RANDOM_EVADER, CHASED)}
+        return stored("simple_tag", method, seed, {25_000: metrics})
+
+    runs = [tag("ippo", seed, value) for seed, value in enumerate([10.0, 11.0, 90.0])]
+    runs += [tag("iql", seed, value) for seed, value in enumerate([12.0, 13.0, 13.0])]
+    runs += [tag("matwm", 0, 0.0), tag("random", 0, 100.0)]
+    results = Results(runs)
+    assert results.best_baseline(RANDOM_EVADER, 25_000) == ("iql", RANDOM_EVADER)
+    assert results.best_baseline(CHASED, 25_000) == ("ippo", CHASED)
+    assert results.best_baseline(CHASED, 10_000) is None
+    assert results.best_baseline(SPREAD, 25_000) is None
+
+
+def test_a_score_is_the_mean_over_matches_between_random_and_script() -> None:
+    random_agents = stored("simple_tag", "random", 0, {0: returns("simple_tag", lambda low, high: low)})
+    script = stored("simple_tag", "scripted", 0, {0: returns("simple_tag", lambda low, high: high)})
+    found = {RANDOM_EVADER.metric: 20.0, FLEEING_EVADER.metric: 8.0, CHASED.metric: 30.0}
+    whole = stored("simple_tag", "ippo", 1, {5_000: found})
+    half = stored("simple_tag", "ippo", 2, {5_000: {RANDOM_EVADER.metric: 20.0}})
+    expected = mean([(20 - 4.5) / (45.8 - 4.5), (8 - 1.6) / (14.5 - 1.6), (45.8 - 30) / (45.8 - 14.5)])
+    results = Results([random_agents, script, whole, half])
+    assert results.scores("simple_tag", "ippo", 5_000) == {1: pytest.approx(expected)}
+    assert results.scores("simple_tag", "random", 5_000) == {0: pytest.approx(0.0)}
+    assert Results([random_agents, whole]).scores("simple_tag", "ippo", 5_000) == {}
+
+
+def test_the_interquartile_mean_and_its_interval_are_those_of_a_loop() -> None:
+    generator = random.Random(0)
+    # Environments of unequal levels: an interval that mixed them would be far wider.
+    scores = [
+        [level + generator.gauss(0, 0.1) for _ in range(runs)] for level, runs in ((0, 3), (1, 3), (2, 4), (1, 2))
+    ]
+    point, low, high = interquartile_mean(scores)
+    assert point == pytest.approx(slow_interquartile_mean(scores))
+    redrawn = sorted(
+        slow_interquartile_mean([generator.choices(values, k=len(values)) for values in scores]) for _ in range(4_000)
+    )
+    assert low == pytest.approx(redrawn[100], abs=0.01)
+    assert high == pytest.approx(redrawn[3_900], abs=0.01)
+    assert interquartile_mean(scores) == (point, low, high)
+
+
+def test_a_single_run_has_no_interval() -> None:
+    assert interquartile_mean([[0.2], [0.4, 0.4]]) == (pytest.approx(1 / 3), None, None)
+    assert interquartile_mean([[0.5, 0.5], [0.5, 0.5]]) == (0.5, 0.5, 0.5)
+
+
+def test_methods_are_compared_over_the_same_environments() -> None:
+    runs = full_grid()
+    results = Results(runs)
+    assert results.common_environments(tables.STEPS) == list(ENVIRONMENTS)
+    found = results.aggregate(list(ENVIRONMENTS), "isac", 25_000)
+    assert found is not None
+    by_run = [[score("isac", 25_000, seed) for seed in SEEDS]] * len(ENVIRONMENTS)
+    assert found[0] == pytest.approx(slow_interquartile_mean(by_run))
+    # One method that has not played all leaves fewer to compare all by; one that was never run does not.
+    some = [run for run in runs if (run["environment"], run["method"]) != ("simple_tag", "iql")]
+    assert "simple_tag" not in Results(some).common_environments(tables.STEPS)
+    none = [run for run in runs if run["method"] != "iql"]
+    assert Results(none).common_environments(tables.STEPS) == list(ENVIRONMENTS)
+    assert parsed(tables.aggregate_table(Results(none)))["IQL"] == {"": "IQL", "10K": "–", "25K": "–"}
+    assert Results([]).common_environments(tables.STEPS) == []
