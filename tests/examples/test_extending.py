@@ -46,7 +46,7 @@ def test_flow_matching_is_learnt(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_head_that_reads_transitions_is_learnt(capsys: pytest.CaptureFixture[str]) -> None:
-    spread, hidden, observation, own = run_example("extending/reward_head", capsys, steps=400, updates=60)
+    spread, hidden, observation, own = run_example("extending/reward_head", capsys, steps=400, updates=40)
     names = [line.split(",")[0] for line in (hidden, observation, own)]
     assert names == ["HiddenReward", "ObservationReward", "TransitionReward"]
     # What a transition is rewarded with cannot be read off the observation that it ends in.

@@ -62,6 +62,7 @@ def test_each_version_measures_its_own_paper_parts(tmp_path: Path, old: bool) ->
 def test_the_loop_of_this_version_runs() -> None:
     small = [
         "init_random_steps=100",
+        "world_model_warmup=1",
         "num_envs=2",
         "world_model.hidden_size=16",
         "replay.sequences=4",
