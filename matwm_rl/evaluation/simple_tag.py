@@ -27,9 +27,9 @@ from matwm_rl.files import import_optional
 ARENA = 0.9
 """Half width of simple_tag's arena: beyond it, mpe2 punishes the evader."""
 REFERENCES = {
-    "adversaries_vs_random_prey": {"random": 4.1, "scripted": 48.9, "best model-free, 25k steps": 12.0},
-    "adversaries_vs_fleeing_prey": {"random": 0.5, "scripted": 15.3, "best model-free, 25k steps": 4.6},
-    "prey_vs_chasing_adversaries": {"random": 47.8, "scripted": 14.3, "best model-free, 25k steps": 29.2},
+    "adversaries_vs_random_prey": {"random": 4.1, "scripted": 48.9, "model-free, 25k": 12.0},
+    "adversaries_vs_fleeing_prey": {"random": 0.5, "scripted": 15.3, "model-free, 25k": 4.6},
+    "prey_vs_chasing_adversaries": {"random": 47.8, "scripted": 14.3, "model-free, 25k": 29.2},
 }
 """Mean returns of mpe2's pursuers: random and scripted policies, and the best model-free one after 25,000 steps.
 

@@ -137,7 +137,7 @@ def test_learning_curves_have_the_stored_references() -> None:
         found = {
             "random": results.measured(measure, "random", 0),
             "scripted": results.measured(measure, "scripted", 0),
-            "best model-free, 25k steps": results.measured(way, method, 25_000),
+            "model-free, 25k": results.measured(way, method, 25_000),
         }
         assert drawn[measure.match] == {name: round(median(values.values()), 1) for name, values in found.items()}
 
