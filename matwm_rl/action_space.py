@@ -214,7 +214,8 @@ class DiscreteActions(ActionSpace, kind="discrete"):
     def spec(self, shape: Sequence[int], device: torch.device | str | None = None) -> TensorSpec:
         """See the base class; the spec's own mask holds the padding of agents with fewer actions, and no more."""
         size = torch.Size([*shape, self.num_agents])
-        return Categorical(self.num_parameters, shape=size, device=device, dtype=self.dtype, mask=self.legal())
+        mask = self.legal().to(device)  # where None leaves it
+        return Categorical(self.num_parameters, shape=size, device=device, dtype=self.dtype, mask=mask)
 
     def problem(self, action: Tensor) -> str | None:
         """See the base class."""
