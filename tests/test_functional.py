@@ -145,7 +145,7 @@ def test_gaussian_kl_is_computed_in_float32_and_bounds_nothing() -> None:
 def slow_lambda_return(
     reward: list[float], continuation: list[float], next_value: list[float], gamma: float, lmbda: float
 ) -> list[float]:
-    """Section 5 word for word; next_value[t] is V(s_{t+1})."""
+    """The recursion as it is written; next_value[t] is V(s_{t+1})."""
 
     def returned(t: int) -> float:
         if t == len(reward):

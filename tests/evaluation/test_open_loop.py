@@ -277,10 +277,19 @@ def test_windows_of_a_wrong_shape(
 @pytest.mark.parametrize(
     "options",
     [
-        {"latent": CategoricalLatentConfig(num_dims=16, num_classes=8), "encoder": MLPEncoderConfig(depth=1)},
-        {"latent": GaussianLatentConfig(num_dims=16), "encoder": CoordinateEncoderConfig(depth=1, fourier_features=0)},
+        pytest.param(
+            {"latent": CategoricalLatentConfig(num_dims=16, num_classes=8), "encoder": MLPEncoderConfig(depth=1)},
+            id="categorical",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {
+                "latent": GaussianLatentConfig(num_dims=16),
+                "encoder": CoordinateEncoderConfig(depth=1, fourier_features=0),
+            },
+            id="gaussian",
+        ),
     ],
-    ids=["categorical", "gaussian"],
 )
 def test_training_beats_the_trivial_predictors(options: dict[str, Any]) -> None:
     env = make_env("mock", seed=0, death_step=None, episode_length=10)

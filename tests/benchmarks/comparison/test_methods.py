@@ -93,6 +93,7 @@ def test_matwm_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pyt
     assert len(shown) == 4
 
 
+@pytest.mark.slow
 def test_matwm_starts_anew_where_nothing_can_be_gone_on_with(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with RunLog(folder, total_steps=60, progress=False):
