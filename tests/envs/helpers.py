@@ -1,4 +1,4 @@
-"""Dreams of small models, for the tests of ImaginationEnv."""
+"""Environments, policies and dreams of small models, for the tests of environments."""
 
 from __future__ import annotations
 
@@ -6,14 +6,28 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
 from torch import Tensor
 
 from matwm_rl import keys
 from matwm_rl.envs import ImaginationEnv
+from matwm_rl.keys import ACTION, ACTION_MASK
 from matwm_rl.modules import WorldModel
 from tests.helpers import COUNTS, make_model, random_batch
 
 N, S, C, H = len(COUNTS), 6, 3, 4
+KAZ = "butterfly/knights_archers_zombies_v11"
+DEADLY = {"spawn_delay": 2, "max_zombies": 60}
+"""So many zombies that knights and archers soon die."""
+
+
+def first_legal_policy() -> TensorDictModule:
+    """Takes the first legal action: deterministic, and legal if the mask is."""
+    return TensorDictModule(lambda mask: mask.int().argmax(-1), in_keys=[ACTION_MASK], out_keys=[ACTION])
+
+
+def assert_legal(data: TensorDictBase) -> None:
+    assert data[ACTION_MASK].gather(-1, data[ACTION].unsqueeze(-1)).all()
 
 
 def starts(size: int = S, context: int = C, **kwargs: Any) -> TensorDict:

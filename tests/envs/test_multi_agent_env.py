@@ -7,7 +7,6 @@ import pytest
 import torch
 import torchrl
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.envs import (
@@ -34,20 +33,7 @@ from matwm_rl.keys import (
     REWARD,
     TRUNCATED,
 )
-
-KAZ = "butterfly/knights_archers_zombies_v11"
-DEADLY = {"spawn_delay": 2, "max_zombies": 60}
-"""So many zombies that knights and archers soon die."""
-
-
-def first_legal_policy() -> TensorDictModule:
-    """Takes the first legal action: deterministic, and legal if the mask is."""
-    return TensorDictModule(lambda mask: mask.int().argmax(-1), in_keys=[ACTION_MASK], out_keys=[ACTION])
-
-
-def assert_legal(data: TensorDictBase) -> None:
-    assert data[ACTION_MASK].gather(-1, data[ACTION].unsqueeze(-1)).all()
-
+from tests.envs.helpers import DEADLY, KAZ, assert_legal, first_legal_policy
 
 # ---------------------------------------------------------------------- specs
 
