@@ -88,7 +88,7 @@ class ActionSpace(ABC):
 
     @abstractmethod
     def legal(self) -> Tensor:
-        """Which of its A entries each agent has at all, bool ``[N, A]``."""
+        """Return which of the A entries of the action mask belong to an action that the agent has, bool ``[N, A]``."""
 
     @abstractmethod
     def spec(self, shape: Sequence[int], device: torch.device | str | None = None) -> TensorSpec:
@@ -96,7 +96,7 @@ class ActionSpace(ABC):
 
     @abstractmethod
     def problem(self, action: Tensor) -> str | None:
-        """Say what is wrong with actions ``[*batch, N, *action_shape]``; ``None`` where nothing is."""
+        """Describe what is wrong with actions ``[*batch, N, *action_shape]``, or return ``None`` if they are valid."""
 
     @abstractmethod
     def random(self, mask: Tensor) -> Tensor:
@@ -115,16 +115,16 @@ class ActionSpace(ABC):
 
     @abstractmethod
     def make_embedding(self, features: int, *, scaled: bool) -> nn.Module:
-        """Build the action's part of the action mixer: actions ``[N, *batch, *action_shape]`` to ``[N, *batch, F]``.
+        """Build the part of the action mixer that embeds actions ``[N, *batch, *action_shape]`` as ``[N, *batch, F]``.
 
         Args:
             features: F.
-            scaled: action scaling: every agent has weights of its own; off (ablation): all share them.
+            scaled: use action scaling, which gives every agent weights of its own. Without it all agents share them.
         """
 
     @abstractmethod
     def mask_parameters(self, parameters: Tensor, legal: Tensor) -> Tensor:
-        """Take the weight off what an agent does not have: ``parameters [..., A]``, ``legal`` bool ``[..., A]``."""
+        """Exclude from ``parameters [..., A]`` what ``legal``, bool ``[..., A]``, says an agent does not have."""
 
     @abstractmethod
     def features(self, parameters: Tensor) -> Tensor:
@@ -318,5 +318,5 @@ class ActionRows(nn.Module):
         self.rows = nn.Embedding(int(sizes.sum() if scaled else sizes.max()), features)
 
     def forward(self, action: Tensor) -> Tensor:
-        """Look up ``[N, *batch]`` actions: ``[N, *batch, F]``."""
+        """Return the embeddings ``[N, *batch, F]`` of actions ``[N, *batch]``."""
         return self.rows(action + self.offset.view(-1, *[1] * (action.ndim - 1)))

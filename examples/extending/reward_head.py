@@ -22,7 +22,7 @@ class TransitionReward(RewardHead):
         super().__init__()
         self.num_actions = layout.num_actions
         sizes = {"group_index": layout.group_index, "num_cells": num_cells, "depth": 2}
-        # Zero at first: what the outermost bins stand for is too large to begin with a random share of them.
+        # The outermost bins stand for very large rewards. With zero weights, the first predictions are near zero.
         self.head = Head(2 * layout.observation_shape[0] + layout.num_actions, num_bins, zero_init=True, **sizes)
 
     def forward(self, transition: Transition) -> Tensor:

@@ -13,7 +13,7 @@ VALID: NestedKey = ("collector", "mask")
 
 
 class Continuity:
-    """Refuse rollouts that do not continue those before them: slices would run from one into the other.
+    """Refuse rollouts that do not continue the stored ones, since a sampled slice could then join two episodes.
 
     TorchRL's collectors number the trajectories of all their workers. Inside an episode the number stays the same, also
     from one batch to the next. Data without numbers cannot be checked.

@@ -112,7 +112,7 @@ def evaluate_matches(
     episodes: int = EvaluationConfig.episodes,
     exploration: ExplorationType = ExplorationType.RANDOM,
 ) -> Matches:
-    """Play the matches that are registered for an environment, self-play if there are none.
+    """Play the matches that are registered for an environment, or self-play if none are registered.
 
     Args:
         env_name: as given to :func:`~matwm_rl.envs.make_env`.

@@ -67,7 +67,7 @@ class Transition:
 
 
 class RewardHead(nn.Module):
-    """Interface: logits of the reward of a transition.
+    """Interface of reward heads, which predict the reward of a transition as logits over two-hot bins.
 
     Give an object of a subclass to :meth:`WorldModel.from_env(env, reward=...)
     <matwm_rl.modules.WorldModel.from_env>` for a reward head of your own.

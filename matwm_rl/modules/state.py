@@ -129,6 +129,6 @@ class Caches:
             cache.replace_rows(rows, other)
 
     def make_room(self, keep: int) -> None:
-        """Where a cache is full, forget all but the last ``keep`` positions, in place."""
+        """Drop all but the last ``keep`` positions of every cache that is full, in place."""
         for cache in self._all:
             cache.make_room(keep)

@@ -79,7 +79,7 @@ class KVCache:
             self.bias[written, index] = new.bias[read]
 
     def make_room(self, keep: int) -> None:
-        """Where no position is left, forget all but the last ``keep``; in place."""
+        """Drop all but the last ``keep`` positions, in place, if the cache is full."""
         if self.length == self.bias.shape[0]:
             self.forget(self.length - keep)
 

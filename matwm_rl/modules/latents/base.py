@@ -109,7 +109,7 @@ class LatentSpace(nn.Module):
         raise NotImplementedError
 
     def from_code(self, code: Tensor) -> Tensor:
-        """Invert :meth:`to_code`: ``[..., K]``, of any type that holds it, to z ``[..., Z]``."""
+        """Restore z ``[..., Z]`` from a code ``[..., K]`` of :meth:`to_code`, in any dtype that can hold it."""
         raise NotImplementedError
 
 
