@@ -230,7 +230,7 @@ class DiscreteActions(ActionSpace, kind="discrete"):
 
     def random(self, mask: Tensor) -> Tensor:
         """See the base class."""
-        return torch.multinomial(mask.flatten(0, -2).float(), 1).view(mask.shape[:-1])
+        return random_index(mask)
 
     def allow_one_(self, mask: Tensor) -> Tensor:
         """See the base class: it is the first action."""
@@ -258,6 +258,22 @@ class DiscreteActions(ActionSpace, kind="discrete"):
         taken = nn.functional.one_hot(action, self.num_parameters) * mask.unsqueeze(-1)
         frequency = taken.sum(0) / mask.sum(0).clamp(min=1).unsqueeze(-1)
         return frequency.clamp(min=1e-12).log()
+
+
+def random_index(mask: Tensor) -> Tensor:
+    """Draw one index per row, uniformly from those that a mask allows.
+
+    Args:
+        mask: bool ``[*batch, A]``, at least one true per row.
+
+    Returns:
+        ``[*batch]``, int64.
+
+    Examples:
+        >>> random_index(torch.tensor([[False, True, False], [False, False, True]]))
+        tensor([1, 2])
+    """
+    return torch.multinomial(mask.flatten(0, -2).float(), 1).view(mask.shape[:-1])
 
 
 @lru_cache(maxsize=128)

@@ -16,8 +16,11 @@ from torchrl.data import (
     LazyTensorStorage,
     ReplayBuffer,
     RoundRobinWriter,
+    Storage,
     TensorDictReplayBuffer,
+    Writer,
 )
+from torchrl.data.replay_buffers.samplers import Sampler
 
 from matwm_rl.data.config import ReplayConfig, starts_per_agent_by_agents
 from matwm_rl.data.layouts import FocalSlices
@@ -131,13 +134,7 @@ class Replay:
 
         The tensors are replay's own, not copies: save them before the next :meth:`extend`.
         """
-        return {
-            "layout": self._layout,
-            "storage": self.sequences.storage.state_dict(),
-            "writer": self.sequences.writer.state_dict(),
-            "sequences": self.sequences.sampler.state_dict(),
-            "starts": self.starts.sampler.state_dict(),
-        }
+        return {"layout": self._layout, **{name: part.state_dict() for name, part in self._parts.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned: both buffers draw exactly the batches that would have come next.
@@ -150,10 +147,8 @@ class Replay:
             ValueError: If the state is of a replay with another capacity, number of agents or of environments.
         """
         self._check_layout(state_dict["layout"])
-        self.sequences.storage.load_state_dict(state_dict["storage"])
-        self.sequences.writer.load_state_dict(state_dict["writer"])
-        self.sequences.sampler.load_state_dict(state_dict["sequences"])
-        self.starts.sampler.load_state_dict(state_dict["starts"])
+        for name, part in self._parts.items():
+            part.load_state_dict(state_dict[name])
         self._focal_slices.continuity.forget()
 
     def dumps(self, path: str | Path) -> None:
@@ -166,10 +161,8 @@ class Replay:
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        self.sequences.storage.dumps(path / "storage")
-        self.sequences.writer.dumps(path / "writer")
-        self.sequences.sampler.dumps(path / "sequences")
-        self.starts.sampler.dumps(path / "starts")
+        for name, part in self._parts.items():
+            part.dumps(path / name)
         (path / _LAYOUT_FILE).write_text(json.dumps(self._layout))
 
     def loads(self, path: str | Path) -> None:
@@ -182,11 +175,19 @@ class Replay:
         """
         path = Path(path)
         self._check_layout(json.loads((path / _LAYOUT_FILE).read_text()))
-        self.sequences.storage.loads(path / "storage")
-        self.sequences.writer.loads(path / "writer")
-        self.sequences.sampler.loads(path / "sequences")
-        self.starts.sampler.loads(path / "starts")
+        for name, part in self._parts.items():
+            part.loads(path / name)
         self._focal_slices.continuity.forget()
+
+    @property
+    def _parts(self) -> dict[str, Storage | Writer | Sampler]:
+        """What holds state, by its name in a saved state."""
+        return {
+            "storage": self.sequences.storage,
+            "writer": self.sequences.writer,
+            "sequences": self.sequences.sampler,
+            "starts": self.starts.sampler,
+        }
 
     @property
     def _layout(self) -> dict[str, int]:

@@ -14,6 +14,7 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 
 from matwm_rl import keys
+from matwm_rl.action_space import random_index
 from matwm_rl.checks import read_entry
 from matwm_rl.envs import AgentLayout
 
@@ -41,8 +42,7 @@ class RandomActions(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write random legal actions."""
         mask = read_entry(tensordict, keys.ACTION_MASK, self)
-        action = torch.multinomial(mask.flatten(0, -2).float(), 1).view(mask.shape[:-1])
-        return tensordict.set(keys.ACTION, action)
+        return tensordict.set(keys.ACTION, random_index(mask))
 
 
 class CrossPlay(TensorDictModuleBase):

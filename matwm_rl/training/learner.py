@@ -27,6 +27,9 @@ from matwm_rl.objectives import (
 )
 from matwm_rl.objectives.returns import GAMMA, LMBDA
 
+_TRAINED = ("world_model", "actor", "critic", "world_model_optimizer", "actor_optimizer", "critic_optimizer")
+"""What a learner trains, and what with: its attributes, and their names in its state."""
+
 
 class Precision(StrEnum):
     """Of matrix products; weights, losses and optimizers stay float32."""
@@ -292,27 +295,15 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """Everything an update changes; every tensor once. Loads with ``torch.load(weights_only=True)``."""
         return {
-            "world_model": self.world_model.state_dict(),
-            "actor": self.actor.state_dict(),
-            "critic": self.critic.state_dict(),
+            **{name: getattr(self, name).state_dict() for name in _TRAINED},
             "target_critic": self.critic_loss.target_critic_network_params.flatten_keys(".").to_dict(),
             "return_scale": self.actor_loss.return_scale.state_dict(),
-            "world_model_optimizer": self.world_model_optimizer.state_dict(),
-            "actor_optimizer": self.actor_optimizer.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
             "updates": self.updates,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`, into the same objects; the world model then is in ``eval`` mode, as ever."""
-        for name in (
-            "world_model",
-            "actor",
-            "critic",
-            "world_model_optimizer",
-            "actor_optimizer",
-            "critic_optimizer",
-        ):
+        for name in _TRAINED:
             getattr(self, name).load_state_dict(state[name])
         self.actor_loss.return_scale.load_state_dict(state["return_scale"])
         target = self.critic_loss.target_critic_network_params
