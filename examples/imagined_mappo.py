@@ -28,7 +28,7 @@ def main(rounds=((2000, 400, 80), (1000, 200, 80), (1000, 200, 80)), episodes: i
     model_loss = mw.WorldModelLoss(model, weights=hyper.loss_weights)
     replay = mw.make_replay(real.num_agents, cfg.replay)
 
-    # Not MAPPO's central critic: agents dream apart, and what others see in theirs says nothing of one's own.
+    # No central critic as in MAPPO: each agent imagines alone, so that others' imagined states tell nothing of its own.
     mlp = {"centralized": False, "share_params": True, "activation_class": torch.nn.ReLU}
     mlp |= {"num_cells": cfg.actor_critic.num_cells, "depth": cfg.actor_critic.depth}
     size, num_actions = real.layout.observation_shape[0], real.layout.num_actions

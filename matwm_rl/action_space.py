@@ -172,7 +172,7 @@ class DiscreteActions(ActionSpace, kind="discrete"):
 
     counts: list[int]
     kind: str = field(default="discrete", init=False, repr=False)
-    """Of action space; stored with the counts."""
+    """Kind of action space; stored with the counts."""
 
     def __post_init__(self) -> None:
         if not self.counts or min(self.counts) < 1:
@@ -180,7 +180,7 @@ class DiscreteActions(ActionSpace, kind="discrete"):
 
     @property
     def num_agents(self) -> int:  # type: ignore[override]
-        """N."""
+        """The number of agents N."""
         return len(self.counts)
 
     @property
@@ -195,12 +195,12 @@ class DiscreteActions(ActionSpace, kind="discrete"):
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """Of indices."""
+        """The dtype of action indices."""
         return torch.int64
 
     @property
     def distribution_class(self) -> Callable[..., Distribution]:  # type: ignore[override]
-        """Of one choice among the legal actions."""
+        """The distribution of one choice among the legal actions."""
         return ActionDistribution
 
     def to_dict(self) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def gaussian_kl(q: Tensor, p: Tensor) -> Tensor:
         tensor(2.)
     """
     (mean_q, log_q), (mean_p, log_p) = at_least_float32(q).unbind(-1), at_least_float32(p).unbind(-1)
-    # Each ratio for itself: a square of a small deviation would underflow where the ratio does not.
+    # Ratios of deviations are squared, not deviations: the square of a small deviation would underflow.
     ratio = (2 * (log_q - log_p)).exp()
     distance = ((mean_q - mean_p) * (-log_p).exp()).square()
     return (log_p - log_q + 0.5 * (ratio + distance - 1)).sum(-1)
@@ -343,7 +343,7 @@ def sample_index(weights: Tensor) -> Tensor:
         [1, 0]
     """
     cumulative = weights.detach().cumsum(-1)
-    # Of the total that rounding left, so that no draw lies beyond the last class.
+    # Scaled by the rounded total and not by 1, so that no draw lies beyond the last class.
     threshold = torch.rand_like(cumulative[..., :1]) * cumulative[..., -1:]
     # Compared in place: sums of numbers take a third of the time that sums of booleans take on CPU.
     return cumulative.le_(threshold).sum(-1).long().clamp_(max=weights.shape[-1] - 1)

@@ -326,7 +326,7 @@ def _problem(error: Exception) -> str:
 def _unknown(name: str) -> str:
     known = sorted(_known_names())
     folder, _, last = name.rpartition(".")
-    # Where it stands now, if it has only been put into the wrong place; else what is spelt alike.
+    # Entries of the same last name in another place, then entries that are spelt alike.
     near = [other for other in known if other.rpartition(".")[2] == last]
     near += difflib.get_close_matches(name, known, n=3)
     beside = [other for other in known if other.rpartition(".")[0] == folder] or known

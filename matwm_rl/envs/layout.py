@@ -227,6 +227,6 @@ def per_agent_specs(env: EnvBase, spec: Composite, key: tuple[str, str]) -> list
             f"expected one tensor under {key}, found {found}. Observations and actions made of several tensors (Dict "
             "or Tuple spaces) must be flattened by the environment first."
         )
-    # Agents are told apart first: a spec of unequal agents is stacked along their dimension and indexes no other.
+    # Unbind the agents first: a spec of unlike agents is stacked along their dimension and cannot be indexed by others.
     first_env = (0,) * len(env.batch_size)
     return [agent_spec[key[1]][first_env] for agent_spec in spec[key[0]].unbind(len(env.batch_size))]

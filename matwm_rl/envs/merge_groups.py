@@ -126,7 +126,7 @@ class MergeGroups(Transform):
                 "env.rand_action; to batch environments use SerialMultiAgentEnv or ParallelMultiAgentEnv, since "
                 "TorchRL's own lose the mask of the action spec."
             )
-        # Transforms appended after this one are given these inputs too, and may want what agents saw and did.
+        # A copy, because transforms appended after this one get these inputs too and may read observations and actions.
         inputs = tensordict.copy()
         for group in self._groups:
             part = group.actions.from_dense(action[..., group.rows])

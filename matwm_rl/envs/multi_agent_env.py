@@ -19,7 +19,7 @@ from matwm_rl.envs.render import render_frame
 
 
 class _WithLayout(LegalRandomActions):
-    """What environments that have a layout say of their agents; batched environments too."""
+    """What single and batched environments share: their agents, read from a layout."""
 
     layout: AgentLayout
     """Names, groups and sizes of the agents."""

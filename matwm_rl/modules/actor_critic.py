@@ -93,7 +93,7 @@ class StateMLP(nn.Module):
         """
         teammates = self.actions.features(agents_first(teammate_logits, 2)).flatten(-2)
         out = self.rest(self.input(agents_first(latent), torch.cat([agents_first(hidden), teammates], -1)))
-        # In the order of the keys, so that what is done to 255 logits of every state runs over memory in order.
+        # Contiguous in the layout of the output, because later steps read the 255 logits of every state one by one.
         return agents_last(at_least_float32(out)).contiguous()
 
 

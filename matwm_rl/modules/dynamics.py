@@ -25,7 +25,7 @@ class DynamicsLoss(NamedTuple):
 
 
 class Dynamics(nn.Module):
-    """Interface: predict z_{t+1} from h, the summary of the steps up to a_t, and z_t.
+    """Interface of the dynamics, which predict z_{t+1} from h, the summary of the steps up to a_t, and from z_t.
 
     Give an object of a subclass to :meth:`WorldModel.from_env(env, dynamics=...)
     <matwm_rl.modules.WorldModel.from_env>` for dynamics of your own, such as a flow or a diffusion model.

@@ -86,7 +86,7 @@ class Imagination(TensorDictModuleBase):
             with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode():
                 state, caches = self.world_model.start_from(tensordict, self.horizon)
                 rollout = self.world_model.imagine(state, caches, self._act, self.horizon)
-            # Packed out here: the backward pass of whoever learns from it would refuse inference tensors.
+            # Packed outside of inference mode, because a backward pass refuses inference tensors.
             imagined = rollout.pack()
         starts = tensordict.get(keys.ACTION).shape
         imagined = imagined.reshape(*starts[:-2], self.horizon)

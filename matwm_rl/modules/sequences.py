@@ -12,7 +12,7 @@ from matwm_rl.checks import read_entry
 from matwm_rl.functional import agents_first
 
 MISSING_ENTRIES = "rollouts get their per-agent entries from matwm_rl.data.add_agent_entries"
-"""What to do where an entry is missing that an environment does not give."""
+"""End of the message about a missing entry which environments do not write."""
 
 
 def read_sequences(
@@ -78,7 +78,7 @@ def encode_with_successors(
     agent = torch.arange(num_agents, device=where.device).unsqueeze(-1)
     flat = torch.cat([observation.flatten(1, 2), following.flatten(1, 2)[agent, where]], 1)
     features, apart = encoder(flat).split([flat.shape[1] - where.shape[1], where.shape[1]], 1)
-    # Agents with fewer boundaries also re-encode inner successors: the same value, so that nothing changes.
+    # For agents with fewer boundaries, `where` also names inner steps. Their successors get the same value as before.
     successors = torch.roll(features, -1, 1).index_put((agent, where), apart)
     shape = (num_agents, sequences, time, -1)
     return features.view(shape), successors.view(shape)

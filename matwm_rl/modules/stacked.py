@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from matwm_rl.functional import at_least_float32, may_need_gradient, one_hot_classes
 
 EPSILON = 1e-5
-"""Of the layer norms; PyTorch's default."""
+"""Epsilon of the layer norms; PyTorch's default."""
 
 
 class StackedLinear(nn.Module):
@@ -51,7 +51,7 @@ class StackedLinear(nn.Module):
         stack = max(stack_index) + 1
         self.num_agents = len(stack_index)
         self.per_agent = list(stack_index) == list(range(stack)) and stack > 1
-        # Neighbours that share weights are one product: agents of one group stand together.
+        # Adjacent agents that share weights are computed in one matrix product; those of a group are adjacent.
         self.runs = [(index, len(list(run))) for index, run in groupby(stack_index)]
         # One shared layer does not ask how many agents there are.
         self.register_buffer("stack_index", torch.tensor(list(stack_index) if stack > 1 else [0]), persistent=False)
@@ -96,7 +96,7 @@ class StackedLinear(nn.Module):
         stack, (_, in_features, out_features) = self.stack_index, self.weight.shape
         rows = index.reshape(len(stack), -1, index.shape[-1]) + (stack * in_features).view(-1, 1, 1)
         out = nn.functional.embedding_bag(rows.flatten(0, 1), self.weight.flatten(0, 1), mode="sum")
-        # In place, and then as the summand of the product: a fresh tensor costs as much as its arithmetic.
+        # Added in place, here and by baddbmm: to allocate a new tensor takes as long as the arithmetic.
         out = out.view(len(stack), -1, out_features).add_(self.bias[stack].unsqueeze(1))
         if extra is not None:
             size = extra.shape[-1]
@@ -179,7 +179,7 @@ class _NormSiLU(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Any, Any]:
-        """Of an ensemble of parameters: everything broadcasts over a dimension in front."""
+        """Apply the function to an ensemble of parameters, which adds a dimension in front of all inputs."""
         x, weight, bias = (
             value.unsqueeze(0) if dim is None else value.movedim(dim, 0)
             for value, dim in zip(inputs, in_dims, strict=True)

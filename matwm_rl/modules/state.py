@@ -17,7 +17,7 @@ from matwm_rl.functional import agents_last
 from matwm_rl.modules.transformer import KVCache
 
 STATE_KEYS: list[NestedKey] = [keys.LATENT, keys.HIDDEN, keys.TEAMMATE_LOGITS]
-"""Of s_t = (z_t, h_t, p_t)."""
+"""Keys of the state s_t = (z_t, h_t, p_t)."""
 
 
 @dataclass

@@ -19,7 +19,7 @@ from matwm_rl.modules.transformer import KVCache, Transformer
 
 
 class TeammatePredictorBase(nn.Module):
-    """Interface: predict the distributions of the others' actions.
+    """Interface of teammate predictors, which predict the distributions of the other agents' actions.
 
     A predictor that reads the present latent alone is a subclass with one method, :meth:`logits`. One that remembers
     overrides :meth:`forward`, :meth:`prefill` and :meth:`step` as well. What it remembers is of its own choice and

@@ -73,7 +73,7 @@ class KVCache:
         self.bias[:first, index] = MASKED
         if new.length:
             written, read = slice(first, self.length), slice(new.length)
-            # Rotations add up: keys move on by as many positions as their new place is further along.
+            # Keys are rotated by their positions already. Rotations add up, so their shift is one more rotation.
             self.key[:, written, index] = _rotate(new.key[:, read], self.rotary[:, first])
             self.value[:, written, index] = new.value[:, read]
             self.bias[written, index] = new.bias[read]
@@ -246,7 +246,7 @@ class Transformer(nn.Module):
         """Cache for exactly ``length`` positions, with none written."""
         weight = next(self.parameters())
         shape = (len(self.blocks), length, num_sequences, self.num_heads, self.features // self.num_heads)
-        # Of the weight's own kind, which under vmap is an ensemble's.
+        # Made by the weight's method, so that under vmap the cache is an ensemble's too.
         key = weight.new_empty(shape, dtype=compute_dtype(weight))
         bias = weight.new_zeros(length, num_sequences, 1)
         return KVCache(key, torch.empty_like(key), bias, self._rotary(length, weight))
@@ -278,7 +278,7 @@ class Transformer(nn.Module):
             if layer < last:
                 x = block.finish(x, _attend(query, key, value, bias))
             else:
-                # Of the last block's output only the last position is wanted.
+                # Only the last position of the last block's output is needed.
                 x = block.finish(x[:, -1], self._attend_cached(query[:, -1], cache, layer))
         return self.norm(x), cache
 

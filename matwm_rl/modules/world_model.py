@@ -179,7 +179,7 @@ class WorldModel(TensorDictModuleBase):
         if self.action_mask is None:
             return legal.expand(-1, latent.shape[1], -1)
         logits = self.action_mask(latent).masked_fill(~legal, -torch.inf)
-        # Where none passes the threshold, the likeliest is taken: some action must be.
+        # Some action must be legal: if no logit is positive, the largest counts.
         return (logits > 0) | (logits == logits.amax(-1, keepdim=True))
 
     def prefill(self, latent: Tensor, action: Tensor, valid: Tensor, horizon: int = 0) -> tuple[State, Caches]:
@@ -289,7 +289,7 @@ class WorldModel(TensorDictModuleBase):
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Run whole sequences through the model: see the class for keys."""
-        # Not the tensordict's own batch size: it has none where tensors were given by keyword.
+        # Read off an entry, because a tensordict made from keyword arguments has no batch size.
         shape = read_entry(tensordict, keys.AGENT_DONE, self, note=MISSING_ENTRIES).shape[:-2]
         read = partial(read_sequences, tensordict, reader=self, shape=shape, agents=self.num_agents)
         observation = read(keys.OBSERVATION, event=self.observation_shape)

@@ -108,7 +108,7 @@ class KeyedLoss(LossModule):
         return nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # A TensorDictParams copies its entries on its own: they would no longer be those of the copied network.
+        # TensorDictParams would copy its entries itself, and they would no longer be the copied network's tensors.
         for _, _, params in self._functional():
             entries = TensorDict.to_dict(params, convert_tensors=False)
             memo[id(params)] = TensorDictParams(TensorDict(copy.deepcopy(entries, memo)), no_convert=True)

@@ -72,7 +72,7 @@ class CriticLoss(KeyedLoss):
 
     def _set_in_keys(self) -> None:
         super()._set_in_keys()
-        # The critic as far as its logits; the number is wanted of the EMA copy alone.
+        # The critic without its last step from logits to a number, which only the EMA copy has to take.
         network, logits = self.critic_network, self.tensor_keys.state_value_logits
         if isinstance(network, TensorDictSequential) and logits in network.out_keys:
             network = network.select_subsequence(out_keys=[logits])
@@ -115,10 +115,10 @@ class CriticLoss(KeyedLoss):
         slow_value = read_optional(tensordict, k.slow_value, self, returns.shape)
         if slow_value is None:
             with torch.no_grad():
-                # Not of the tensordict's batch size, which it has none of where it was made of keywords.
+                # The shape is given, because a tensordict made from keyword arguments has no batch size.
                 slow_value = self._slow_value(tensordict, returns.shape)
         slow_value, returns = slow_value.squeeze(-1), returns.squeeze(-1)
-        # The bins may be the critic's too, and are where its parameters are.
+        # The two-hot bins may belong to the critic, and are then among its parameters and buffers.
         with self._using(self.critic_network_params, critic):
             # Cross-entropy is linear in its target: one pass over the logits for the sum of both.
             target = self.two_hot.encode(returns) + self.two_hot.encode(slow_value)

@@ -13,7 +13,7 @@ from matwm_rl.functional import per_agent_mean, per_agent_sum
 
 
 class Regularizer(nn.Module):
-    """Interface: a bonus for every agent, which the actor loss subtracts with the weight ``coeff``.
+    """Interface of a bonus for every agent, which the actor loss subtracts with the weight ``coeff``.
 
     Args:
         coeff: weight of the bonus.

@@ -172,8 +172,8 @@ class WorldModelLoss(KeyedLoss):
             target = read_entry(tensordict, k.action_mask, self, logits.shape).to(logits)
             error = binary_cross_entropy_with_logits(logits, target, reduction="none")
             losses["mask"] = masked_mean(error.sum(-1), alive)
-        # A dying agent's successor is no observation. And where ends have a reward of their own, the other is read from
-        # what follows if the episode goes on: the model is to dream of that.
+        # A dying agent has no next observation. If last steps have a reward head of their own, the other head reads the
+        # next latent of an episode that goes on, so only such steps train the dynamics.
         survived = alive if survives is None else alive & survives
         if reads_ends:
             survived = survived & ~ended

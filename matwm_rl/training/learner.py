@@ -28,11 +28,11 @@ from matwm_rl.objectives import (
 from matwm_rl.objectives.returns import GAMMA, LMBDA
 
 _TRAINED = ("world_model", "actor", "critic", "world_model_optimizer", "actor_optimizer", "critic_optimizer")
-"""What a learner trains, and what with: its attributes, and their names in its state."""
+"""Attributes of a learner that have a ``state_dict``, under the same names in the learner's own."""
 
 
 class Precision(StrEnum):
-    """Of matrix products; weights, losses and optimizers stay float32."""
+    """Precision of matrix products; weights, losses and optimizers stay float32."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -280,11 +280,11 @@ class Learner:
 
     @torch.no_grad()
     def _log_prob(self, imagined: TensorDictBase) -> Tensor:
-        """Of the imagined actions under the actors that chose them, ``[S, H, N]``."""
+        """Return the log-probabilities ``[S, H, N]`` of imagined actions under the actors that chose them."""
         return self.actor.get_dist(imagined).log_prob(imagined.get(keys.ACTION))
 
     def _decay_learning_rate(self, optimizer: torch.optim.Optimizer) -> None:
-        # Not torch's LambdaLR: it warns of actors that do not step yet, and has a state beside the number of updates.
+        # torch's LambdaLR is not used: it warns while actors do not step yet, and stores the number of updates again.
         if self.config.lr_decay_updates is not None:
             for group in optimizer.param_groups:
                 group["lr"] = (1.0 + self.updates / self.config.lr_decay_updates) ** -0.5 * optimizer.defaults["lr"]

@@ -14,7 +14,7 @@ M_MMAP_MAX = -4
 
 
 class MatmulPrecision(StrEnum):
-    """Of float32 matrix products; see ``torch.set_float32_matmul_precision``."""
+    """Precision of float32 matrix products; see ``torch.set_float32_matmul_precision``."""
 
     highest = "highest"
     high = "high"
@@ -53,6 +53,6 @@ def prepare_process(*, num_threads: int, matmul_precision: str = "highest") -> N
     torch.set_flush_denormal(True)
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        # Never give the heap's free end back; take no memory in blocks that are given back when freed.
+        # Keep freed memory: never shrink the heap, and never allocate by mmap, whose blocks go back when freed.
         libc.mallopt(M_TRIM_THRESHOLD, -1)
         libc.mallopt(M_MMAP_MAX, 0)

@@ -40,7 +40,7 @@ class CNNEncoder(nn.Module):
         size, width = image_shape[1], image_shape[0]
         for layer in range(depth):
             out = channels * 2**layer
-            # One group, not STORM's batch norm: batch statistics would tie agents and elements to each other.
+            # Group norm with one group, where STORM has batch norm: batch statistics would mix the agents.
             layers += [nn.Conv2d(width, out, 4, stride=2, padding=1, bias=False), nn.GroupNorm(1, out), nn.ReLU()]
             size, width = size // 2, out
         self.convolutions = nn.Sequential(*layers)

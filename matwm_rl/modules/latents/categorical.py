@@ -43,7 +43,7 @@ class CategoricalLatent(LatentSpace):
         self.num_classes = num_classes
         self.unimix = unimix
         self.encoder_size = self.latent_size = self.dynamics_size = num_dims * num_classes
-        # A one, in the type that the model computes in.
+        # The number 1 in the dtype that the model computes in.
         self.register_buffer("one", torch.ones(()), persistent=False)
 
     def _probs(self, logits: Tensor) -> Tensor:
