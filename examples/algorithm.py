@@ -3,7 +3,6 @@
 import sys
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 from torchrl.collectors import Collector
 from torchrl.envs import TransformedEnv
 from torchrl.objectives import SoftUpdate
@@ -11,14 +10,14 @@ from torchrl.objectives import SoftUpdate
 from matwm_rl import keys, presets
 from matwm_rl.data import make_replay
 from matwm_rl.envs import make_env
-from matwm_rl.evaluation import evaluate_matches
+from matwm_rl.evaluation import Matches, evaluate_matches
 from matwm_rl.functional import clip_grad_norm_per_agent_
 from matwm_rl.modules import Imagination, WorldModel, WorldModelPolicy, make_actor, make_critic
 from matwm_rl.objectives import ActorLoss, CriticLoss, LambdaReturn, WorldModelLoss
 from matwm_rl.training import prepare_process
 
 
-def main(cfg: presets.TrainConfig, episodes: int = 100) -> None:
+def main(cfg: presets.TrainConfig) -> tuple[WorldModelPolicy, Matches]:
     prepare_process(num_threads=cfg.num_threads, matmul_precision=cfg.matmul_precision)
     torch.manual_seed(cfg.seed)
     env, hyper = make_env(cfg.env, seed=cfg.seed, num_envs=cfg.num_envs), cfg.learner
@@ -32,7 +31,7 @@ def main(cfg: presets.TrainConfig, episodes: int = 100) -> None:
     slow_critic = SoftUpdate(critic_loss, eps=hyper.critic_decay)
     rates = {model_loss: hyper.world_model_lr, actor_loss: hyper.actor_lr, critic_loss: hyper.critic_lr}
     trained = {loss: [p for p in loss.parameters() if p.requires_grad] for loss in rates}
-    optimizers = {loss: torch.optim.Adam(trained[loss], lr) for loss, lr in rates.items()}
+    optimizers = {loss: torch.optim.Adam(trained[loss], lr, fused=True) for loss, lr in rates.items()}
     replay, updates = make_replay(env.num_agents, cfg.replay, num_envs=cfg.num_envs, seed=cfg.seed), 0
 
     def learn(loss, batch, clip_=clip_grad_norm_per_agent_, max_norm=hyper.actor_critic_clip) -> None:
@@ -43,7 +42,8 @@ def main(cfg: presets.TrainConfig, episodes: int = 100) -> None:
         optimizers[loss].param_groups[0]["lr"] = rates[loss] * decay
         optimizers[loss].step()
 
-    env = TransformedEnv(env, policy.make_tensordict_primer())  # carries each episode's history for the policy
+    test_env = make_env(cfg.env, seed=cfg.seed + 1, num_envs=cfg.evaluation.num_envs)
+    env, test_env = (TransformedEnv(e, policy.make_tensordict_primer()) for e in (env, test_env))  # carries histories
     frames = {"frames_per_batch": cfg.frames_per_batch, "total_frames": cfg.total_steps}
     frames |= {"init_random_frames": cfg.init_random_steps, "auto_register_policy_transforms": False}
     for batch in Collector(env, policy, **frames):  # act on s_t: the posterior of o_t, h_t, predicted teammates
@@ -51,7 +51,7 @@ def main(cfg: presets.TrainConfig, episodes: int = 100) -> None:
         for _ in range(cfg.updates_per_batch if replay.env_steps >= cfg.init_random_steps else 0):
             for _ in range(1 if updates else 1 + cfg.world_model_warmup):
                 world_model.train()  # the world model learns from recent sequences of all agents
-                learn(model_loss, replay.sequences.sample(), clip_grad_norm_, hyper.world_model_clip)
+                learn(model_loss, replay.sequences.sample(), torch.nn.utils.clip_grad_norm_, hyper.world_model_clip)
                 world_model.eval()
             imagined = returns(imagination(replay.starts.sample()))  # Algorithm 1 from uniform starts; lambda-returns
             with torch.no_grad():  # what PPO's ratio and the critic's second target compare with
@@ -63,8 +63,8 @@ def main(cfg: presets.TrainConfig, episodes: int = 100) -> None:
                     learn(loss, imagined)  # every agent in its own dreams alone
             slow_critic.step()
             updates += 1
-    print(f"seed {cfg.seed}, {replay.env_steps} steps:", evaluate_matches(cfg.env, env, policy, episodes=episodes))
+    return policy, evaluate_matches(cfg.env, test_env, policy, episodes=cfg.evaluation.final_episodes)
 
 
 if __name__ == "__main__":
-    main(presets.compose(["total_steps=10000", *sys.argv[1:]]))  # for example: seed=1 env=mpe2/simple_spread_v3
+    print(main(presets.compose(["total_steps=10000", *sys.argv[1:]]))[1])  # or seed=1 env=mpe2/simple_spread_v3

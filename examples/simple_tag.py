@@ -62,6 +62,8 @@ def main(overridden: DictConfig) -> None:
     first_step = load_checkpoint(run_dir, learner=learner, replay=replay)["env_steps"] if cfg.resume else 0
     if first_step:
         env.set_seed(cfg.seed + first_step)  # no checkpoint holds an environment's: not the run's first episodes again
+    test_env = make_env(cfg.env, seed=cfg.seed + 1, num_envs=cfg.evaluation.num_envs, device=cfg.device)
+    test_env = TransformedEnv(test_env, policy.make_tensordict_primer())
     collector = Collector(
         TransformedEnv(env, policy.make_tensordict_primer()),
         policy,
@@ -70,8 +72,6 @@ def main(overridden: DictConfig) -> None:
         init_random_frames=max(0, cfg.init_random_steps - first_step),
         auto_register_policy_transforms=False,
     )
-    test_env = make_env(cfg.env, seed=cfg.seed + 1, num_envs=cfg.evaluation.num_envs, device=cfg.device)
-    test_env = TransformedEnv(test_env, policy.make_tensordict_primer())
 
     with RunLog(run_dir, total_steps=cfg.total_steps, resume_from=first_step or None, progress=cfg.progress) as log:
         OmegaConf.save(overridden, run_dir / "config.yaml")

@@ -40,7 +40,7 @@ def ci_test_command() -> str:
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert ci_test_command() in readme_commands()
-    assert ci_test_command().endswith("-m pytest")
+    assert ci_test_command().endswith("-m pytest -n 2")
 
 
 def test_the_commands_of_the_readme_stand_on_their_own() -> None:

@@ -133,6 +133,7 @@ def evaluate(
     """Play whole episodes.
 
     Every environment of a batch plays the same number of episodes, so that short episodes are not over-represented.
+    torch's global random state is what it was before, so that a training run does not depend on when it is evaluated.
 
     Args:
         env: made by :func:`~matwm_rl.envs.make_env`, one or a batch, with the policy's primer if it has one.
@@ -161,8 +162,9 @@ def evaluate(
     returns = torch.zeros(num_envs, quota, layout.num_agents)
     played = torch.zeros(num_envs, dtype=torch.long)
     running = torch.zeros(num_envs, layout.num_agents)
-    tensordict = env.reset()
-    with set_exploration_type(exploration):
+    cuda_devices = [env.device] if env.device is not None and env.device.type == "cuda" else []
+    with torch.random.fork_rng(cuda_devices), set_exploration_type(exploration):
+        tensordict = env.reset()
         while bool((played < quota).any()):
             step, tensordict = env.step_and_maybe_reset(policy(tensordict))
             running += step.get(keys.REWARD).reshape(num_envs, -1).cpu()

@@ -9,6 +9,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 
 from matwm_rl import presets
 from matwm_rl.envs import MockEnv, MultiAgentEnv, make_env
+from matwm_rl.evaluation.opponents import RandomActions
 from matwm_rl.evaluation.registry import evaluate_matches
 from matwm_rl.evaluation.returns import Matches, Returns, evaluate
 from matwm_rl.modules import WorldModel, WorldModelPolicy, make_actor
@@ -114,3 +115,9 @@ def test_matches_without_a_judged_group_keep_apart_in_the_summary() -> None:
     expected = {"by_day/hunter": 1.0, "by_day/prey": 0.0, "by_night/hunter": 2.0, "by_night/prey": 0.0, "chase": 2.0}
     assert both.summary() == expected
     assert Matches({"by_day": first}).summary() == {"hunter": 1.0, "prey": 0.0}
+
+
+def test_it_leaves_the_random_state_as_it_was() -> None:
+    env, state = make_env("mock", seed=0), torch.get_rng_state()
+    evaluate(env, RandomActions(), episodes=1)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,24 +1,52 @@
 from __future__ import annotations
 
 import ast
+import runpy
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
 
 from matwm_rl import presets
-from tests.examples.helpers import EXAMPLES, numbers, run_example
+from matwm_rl.envs import make_env
+from matwm_rl.evaluation import Matches
+from matwm_rl.modules import WorldModelPolicy
+from matwm_rl.training import load_policy
+from tests.examples.helpers import EXAMPLES
+
+SMALL = ["env=mock", "num_envs=2", "init_random_steps=40", "frames_per_batch=20", "num_threads=1"]
+SMALL += ["matmul_precision=highest", "world_model_warmup=3", "critic_warmup=2"]
+SMALL += ["evaluation.every=60", "evaluation.episodes=2", "evaluation.final_episodes=2"]
+
+
+def train(*overrides: str) -> tuple[WorldModelPolicy, Matches]:
+    # What it would set is the whole process's, and there are other tests in this one.
+    with patch("matwm_rl.training.prepare_process"):
+        cfg = replace(presets.compose([*SMALL, *overrides]), replay=presets.tiny().replay)
+        return runpy.run_path(str(EXAMPLES / "algorithm.py"))["main"](cfg)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "vectors"])
-def test_it_trains_and_evaluates(capsys: pytest.CaptureFixture[str], preset: str) -> None:
-    small = {"env": "mock", "num_envs": 1, "total_steps": 60, "init_random_steps": 40}
-    small |= {"world_model_warmup": 1, "critic_warmup": 1, "replay": presets.tiny().replay}
-    cfg = replace(presets.PRESETS[preset](), **small)
-    (line,) = run_example("algorithm", capsys, cfg=cfg, episodes=2)
-    assert line.startswith("seed 0, 60 steps:")
+def test_it_trains_and_evaluates(preset: str) -> None:
+    _, matches = train(f"preset={preset}", "total_steps=60")
     # Every action of a hunter is rewarded with one or two times its number, 0 to 3, in each of six steps at most.
-    hunter, prey = numbers(line)
+    hunter, prey = matches.summary().values()
     assert 0 < hunter < 27 and 0 < prey < 36
+
+
+def test_it_trains_the_very_weights_of_the_script(tmp_path: Path) -> None:
+    # The script has `Learner`, and also evaluates halfway.
+    settings = [*SMALL, "preset=tiny", "total_steps=120", "updates_per_batch=2"]
+    script = [sys.executable, "examples/simple_tag.py", *settings, f"run_dir={tmp_path}", "progress=false"]
+    subprocess.run(script, cwd=EXAMPLES.parent, check=True, capture_output=True)
+    ours = train(*settings)[0].state_dict()
+    theirs = load_policy(tmp_path / "policy.pt", layout=make_env("mock").layout).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_it_is_one_page_without_the_learner() -> None:
