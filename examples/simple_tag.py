@@ -18,14 +18,14 @@ from pathlib import Path
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torchrl.collectors import Collector
-from torchrl.envs import TransformedEnv
+from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import presets
 from matwm_rl.data import make_replay
 from matwm_rl.envs import make_env
 from matwm_rl.evaluation import (
+    Matches,
     RunLog,
     evaluate_matches,
     find_evaluation,
@@ -35,7 +35,17 @@ from matwm_rl.evaluation import (
 )
 from matwm_rl.modules import WorldModel, WorldModelPolicy, make_actor, make_critic
 from matwm_rl.settings import to_plain
-from matwm_rl.training import Learner, load_checkpoint, prepare_process, save_checkpoint, save_policy
+from matwm_rl.training import (
+    Learner,
+    ResumableCollector,
+    has_checkpoint,
+    load_checkpoint,
+    lock_folder,
+    prepare_process,
+    save_checkpoint,
+    save_policy,
+    stop_on_signal,
+)
 
 presets.store()
 
@@ -59,78 +69,98 @@ def main(overridden: DictConfig) -> None:
     policy = WorldModelPolicy(world_model, actor, history_length=cfg.policy.history_length)
     learner = Learner(world_model, actor, critic, cfg.learner)
     replay = make_replay(env.num_agents, cfg.replay, num_envs=cfg.num_envs, device=cfg.device, seed=cfg.seed)
-    first_step = load_checkpoint(run_dir, learner=learner, replay=replay)["env_steps"] if cfg.resume else 0
-    if first_step:
-        env.set_seed(cfg.seed + first_step)  # no checkpoint holds an environment's: not the run's first episodes again
     test_env = make_env(cfg.env, seed=cfg.seed + 1, num_envs=cfg.evaluation.num_envs, device=cfg.device)
     test_env = TransformedEnv(test_env, policy.make_tensordict_primer())
-    collector = Collector(
+    collector = ResumableCollector(
         TransformedEnv(env, policy.make_tensordict_primer()),
         policy,
+        seed=cfg.seed,
         frames_per_batch=cfg.frames_per_batch,
-        total_frames=max(0, cfg.total_steps - first_step),
-        init_random_frames=max(0, cfg.init_random_steps - first_step),
+        total_frames=cfg.total_steps,
+        init_random_frames=cfg.init_random_steps,
         auto_register_policy_transforms=False,
     )
+    parts = {"learner": learner, "replay": replay, "collector": collector}
 
-    with RunLog(run_dir, total_steps=cfg.total_steps, resume_from=first_step or None, progress=cfg.progress) as log:
-        OmegaConf.save(overridden, run_dir / "config.yaml")
-        env_steps = first_step
-        for batch in collector:
-            # Algorithm 2: store what was seen; then the world model learns, and all agents learn inside it.
-            replay.extend(batch)
-            env_steps += batch.numel()
-            log.advance(batch.numel())
-            if env_steps >= cfg.init_random_steps and replay.can_sample:
-                for _ in range(cfg.world_model_warmup if learner.updates == 0 else 0):
-                    learner.update_world_model(replay.sequences.sample())
-                for _ in range(cfg.updates_per_batch):
-                    metrics = learner.update_world_model(replay.sequences.sample())
-                    warm = learner.updates >= cfg.critic_warmup
-                    log.accumulate(metrics.update(learner.update_agents(replay.starts.sample(), train_actors=warm)))
-                collector.update_policy_weights_()
-            if due(cfg.log_every, env_steps, batch.numel()):
-                log.write(env_steps)
-            if due(cfg.evaluation.every, env_steps, batch.numel()) and env_steps < cfg.total_steps:
-                matches = evaluate_matches(cfg.env, test_env, policy, episodes=cfg.evaluation.episodes)
+    with lock_folder(run_dir), stop_on_signal() as stop:
+        resumes = cfg.resume and has_checkpoint(run_dir)
+        first_step = load_checkpoint(run_dir, **parts)["env_steps"] if resumes else 0
+        logged = first_step if cfg.resume else None
+        with RunLog(run_dir, total_steps=cfg.total_steps, resume_from=logged, progress=cfg.progress) as log:
+            OmegaConf.save(overridden, run_dir / "config.yaml")
+            if cfg.resume and not resumes:
+                log.note(f"no checkpoint in {run_dir}: the run begins anew")
+            env_steps = first_step
+            for batch in collector:
+                # Algorithm 2: store what was seen; then the world model learns, and all agents learn inside it.
+                replay.extend(batch)
+                env_steps += batch.numel()
+                log.advance(batch.numel())
+                if env_steps >= cfg.init_random_steps and replay.can_sample:
+                    for _ in range(cfg.world_model_warmup if learner.updates == 0 else 0):
+                        learner.update_world_model(replay.sequences.sample())
+                    for _ in range(cfg.updates_per_batch):
+                        metrics = learner.update_world_model(replay.sequences.sample())
+                        warm = learner.updates >= cfg.critic_warmup
+                        log.accumulate(metrics.update(learner.update_agents(replay.starts.sample(), train_actors=warm)))
+                    collector.update_policy_weights_()
+                if due(cfg.log_every, env_steps, batch.numel()):
+                    log.write(env_steps)
+                if due(cfg.evaluation.every, env_steps, batch.numel()) and env_steps < cfg.total_steps:
+                    matches = play(cfg, test_env, policy, cfg.evaluation.episodes)
+                    log.log(matches.metrics(), env_steps)
+                    log.note(f"{env_steps} steps: {matches}")
+                    keep_policy(cfg, run_dir, policy, env_steps)
+                late = cfg.max_minutes and time.monotonic() - started > 60 * cfg.max_minutes
+                # Last: what is resumed from a checkpoint lacks nothing of before.
+                if stop or late or env_steps >= cfg.total_steps or due(cfg.checkpoint_every, env_steps, batch.numel()):
+                    save_checkpoint(run_dir, **parts, env_steps=env_steps)
+                if stop:
+                    log.note(f"stopped by {stop} after {env_steps} of {cfg.total_steps} steps; resume=true goes on")
+                    raise SystemExit(stop.exit_code)
+                if late:
+                    log.note(f"stopped by max_minutes={cfg.max_minutes} after {env_steps} of {cfg.total_steps} steps")
+                    break
+            collector.shutdown()
+            if not learner.updates:
+                raise RuntimeError(
+                    f"nothing was learnt in {env_steps} steps: updates begin after init_random_steps="
+                    f"{cfg.init_random_steps}, when replay holds enough for a batch (it holds {len(replay)} steps)"
+                )
+
+            matches = play(cfg, test_env, policy, cfg.evaluation.final_episodes)
+            if env_steps > first_step:  # else it is in the log already
                 log.log(matches.metrics(), env_steps)
-                log.note(f"{env_steps} steps: {matches}")
-                keep_policy(cfg, run_dir, policy, env_steps)
-                # Last: what is resumed from it lacks nothing of before.
-                save_checkpoint(run_dir, learner=learner, replay=replay, env_steps=env_steps)
-            if cfg.max_minutes and time.monotonic() - started > 60 * cfg.max_minutes:
-                log.note(f"stopped by max_minutes={cfg.max_minutes} after {env_steps} of {cfg.total_steps} steps")
-                break
-        collector.shutdown()
-
-        matches = evaluate_matches(cfg.env, test_env, policy, episodes=cfg.evaluation.final_episodes)
-        if env_steps > first_step:  # else it is in the log already
-            log.log(matches.metrics(), env_steps)
-        log.note(f"{env_steps} steps: {matches}")
-        save_policy(run_dir / "policy.pt", policy)
-        keep_policy(cfg, run_dir, policy, env_steps)
-        save_checkpoint(run_dir, learner=learner, replay=replay, env_steps=env_steps)
-        log.write_summary(
-            {
-                "env": cfg.env,
-                "seed": cfg.seed,
-                "env_steps": env_steps,
-                "updates": learner.updates,
-                "resumed_from": first_step or None,
-                "wall_seconds": time.monotonic() - started,
-                "evaluation": matches.summary(),
-                "evaluation_per_agent": matches.per_agent(),
-                "evaluation_episodes": matches.episodes,
-                "config": to_plain(cfg),
-            }
-        )
-        draw_pictures(cfg, run_dir, policy, log)
-        log.note(f"results in {run_dir}")
+            log.note(f"{env_steps} steps: {matches}")
+            save_policy(run_dir / "policy.pt", policy)
+            keep_policy(cfg, run_dir, policy, env_steps)
+            log.write_summary(
+                {
+                    "env": cfg.env,
+                    "seed": cfg.seed,
+                    "env_steps": env_steps,
+                    "updates": learner.updates,
+                    "resumed_from": first_step or None,
+                    "wall_seconds": time.monotonic() - started,
+                    "evaluation": matches.summary(),
+                    "evaluation_per_agent": matches.per_agent(),
+                    "evaluation_episodes": matches.episodes,
+                    "config": to_plain(cfg),
+                }
+            )
+            draw_pictures(cfg, run_dir, policy, log)
+            log.note(f"results in {run_dir}")
 
 
 def due(every: int, env_steps: int, new_steps: int) -> bool:
     """Return whether the last ``new_steps`` steps passed a multiple of ``every``."""
     return env_steps // every > (env_steps - new_steps) // every
+
+
+def play(cfg: presets.TrainConfig, test_env: EnvBase, policy: WorldModelPolicy, episodes: int) -> Matches:
+    """Evaluate the policy on the same episodes every time, also in a run that was interrupted in between."""
+    test_env.set_seed(cfg.seed + 1)
+    return evaluate_matches(cfg.env, test_env, policy, episodes=episodes)
 
 
 def keep_policy(cfg: presets.TrainConfig, run_dir: Path, policy: WorldModelPolicy, env_steps: int) -> None:

@@ -13,6 +13,8 @@ from types import ModuleType
 
 PARTIAL = ".partial-"
 """Prefix of the names of files and folders that are being written or deleted."""
+LOCK = ".lock"
+"""Name of the file that a process holds while it writes into a folder."""
 
 
 def import_optional(name: str) -> ModuleType:
@@ -93,6 +95,42 @@ def remove_folder(path: str | Path) -> None:
     """Rename a folder, then delete it, so that no reader finds it half-deleted under its name."""
     path = Path(path)
     shutil.rmtree(path.rename(path.with_name(PARTIAL + path.name)), ignore_errors=True)
+
+
+@contextmanager
+def lock_folder(path: str | Path) -> Iterator[None]:
+    """Keep other processes from writing into a folder for as long as the block lasts.
+
+    The lock is the operating system's, on the file ``.lock``: it is gone when the process is, however it ends.
+
+    Args:
+        path: the folder, which is made if it does not exist.
+
+    Raises:
+        RuntimeError: if another process has locked it.
+        ImportError: if the package ``filelock`` is not installed.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> with lock_folder(folder), lock_folder(folder):
+        ...     pass
+        Traceback (most recent call last):
+        RuntimeError: another process writes into...
+    """
+    filelock = import_optional("filelock")
+    Path(path).mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(Path(path) / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise RuntimeError(
+            f"another process writes into {path}: wait until it has ended, or choose another run_dir"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _sync(file: Path) -> None:

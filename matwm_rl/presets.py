@@ -54,6 +54,7 @@ class TrainConfig:
             do not begin in a model that knows nothing.
         critic_warmup: updates in which the critics learn and the actors do not yet (ours).
         log_every: env steps between entries of the log.
+        checkpoint_every: env steps between checkpoints.
         world_model: the world model.
         actor_critic: networks of actors and critics.
         policy: the acting policy.
@@ -85,6 +86,7 @@ class TrainConfig:
     world_model_warmup: int = 0
     critic_warmup: int = 0
     log_every: int = 100
+    checkpoint_every: int = 1000
     world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
     actor_critic: ActorCriticConfig = field(default_factory=ActorCriticConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
+from torchrl.collectors import Collector
 from torchrl.data.replay_buffers import RoundRobinWriter, Sampler, Storage
 from torchrl.envs import EnvBase
 from torchrl.modules import PercentileValueNorm
@@ -87,6 +88,15 @@ def vmas_random_state(env: EnvBase) -> list[Any]:
     """
     state: list[Any] = simulator(env).vmas_random_state
     return state
+
+
+def collector_carrier(collector: Collector) -> TensorDictBase:
+    """Return the tensordict that a collector will act on next: the present observation, and the policy's history.
+
+    ``Collector.state_dict`` leaves it out, and ``reset`` is the only public way to change it.
+    """
+    carrier: TensorDictBase = collector._carrier
+    return carrier
 
 
 def lock_batch(env: EnvBase) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from torchrl.collectors import Collector
 from torchrl.data import (
     ImmutableDatasetWriter,
     LazyMemmapStorage,
@@ -20,10 +21,14 @@ from torchrl.data import (
 )
 from torchrl.objectives import LossModule
 
+from matwm_rl import keys
+from matwm_rl.envs import make_env
+from matwm_rl.evaluation import RandomActions
 from matwm_rl.objectives import ReturnScale
 from matwm_rl.torchrl_internals import (
     attached_entities,
     buffer_generator,
+    collector_carrier,
     padding_masks,
     percentile_levels,
     show_out_keys,
@@ -122,3 +127,12 @@ def test_no_other_private_attribute_is_read():
 
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.endswith("__")
+
+
+def test_the_carrier_is_what_a_collector_acts_on_next() -> None:
+    env = make_env("mock", seed=0)
+    collector = Collector(
+        env, RandomActions(), frames_per_batch=3, total_frames=9, auto_register_policy_transforms=False
+    )
+    batch = next(iter(collector))
+    assert torch.equal(collector_carrier(collector)[keys.OBSERVATION], batch["next", *keys.OBSERVATION][-1])

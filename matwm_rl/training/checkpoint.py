@@ -15,7 +15,9 @@ from torch import Tensor
 
 from matwm_rl.data import Replay
 from matwm_rl.files import PARTIAL, new_folder, remove_folder
+from matwm_rl.training.collector import ResumableCollector
 from matwm_rl.training.learner import Learner
+from matwm_rl.training.process import random_state, set_random_state
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.pt"
@@ -29,6 +31,7 @@ def save_checkpoint(
     learner: Learner,
     replay: Replay,
     env_steps: int,
+    collector: ResumableCollector | None = None,
     extra: Mapping[str, Any] | None = None,
     keep: int = 1,
 ) -> Path:
@@ -42,6 +45,7 @@ def save_checkpoint(
         learner: its world model is stored once, with the agents and all optimizers.
         replay: stored as it is.
         env_steps: env steps so far.
+        collector: if given, its episodes go on when the run is resumed.
         extra: anything else to get back: tensors and plain Python values in dicts and lists.
         keep: number of newest checkpoints that stay.
 
@@ -82,10 +86,8 @@ def save_checkpoint(
         "version": VERSION,
         "env_steps": int(env_steps),
         "learner": learner.state_dict(),
-        "rng": {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        },
+        "collector": None if collector is None else collector.state_dict(),
+        "random": random_state(),
         "extra": extra,
     }
     with new_folder(folder) as partial:
@@ -114,17 +116,20 @@ def load_checkpoint(
     *,
     learner: Learner,
     replay: Replay,
+    collector: ResumableCollector | None = None,
     map_location: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Restore the newest complete checkpoint.
 
-    The environments start new episodes, so the newest stored step of each is marked as the end of its own. Nothing is
-    changed if the checkpoint does not fit.
+    With a collector, a run goes on bit by bit as if it had not been interrupted (on a CPU). Without one, or where
+    environments do not repeat themselves, they begin new episodes, and the newest stored step of each is marked as the
+    end of its own. Nothing is changed if the checkpoint does not fit.
 
     Args:
         run_dir: folder of the run.
         learner: built like the one that was saved; takes its state.
         replay: built like the one that was saved; takes its data.
+        collector: built like the one that was saved; goes on where that one stood.
         map_location: where the file's tensors are read to, before they are copied to where the learner has its own.
 
     Returns:
@@ -159,11 +164,12 @@ def load_checkpoint(
         raise ValueError(f"{folder} has version {state['version']}; this release reads version {VERSION}")
     check_same_shapes(state["learner"], learner.state_dict(), source=str(folder), ignore=r"\w+_optimizer\.state\.")
     replay.loads(folder / REPLAY_FOLDER)
-    replay.end_episodes()
     learner.load_state_dict(state["learner"])
-    torch.set_rng_state(state["rng"]["cpu"].cpu())
-    for index, cuda_state in enumerate(state["rng"]["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(cuda_state.cpu(), index)
+    if collector is not None and state["collector"] is not None:
+        collector.load_state_dict(state["collector"])
+    if collector is None or state["collector"] is None or not collector.continues:
+        replay.end_episodes()
+    set_random_state(state["random"])
     return {"env_steps": state["env_steps"], "extra": state["extra"]}
 
 

@@ -1,0 +1,129 @@
+"""A collector that goes on from a checkpoint as if it had never stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.collectors import Collector
+
+from matwm_rl import keys
+from matwm_rl.torchrl_internals import collector_carrier
+
+RESTART_EVERY = 10_000
+"""Env steps after which all environments begin new episodes, so that no more than these have to be played again."""
+_COUNTERS = ("frames", "iter", "traj_pool")
+_TOLD = (keys.OBSERVATION, keys.ACTION_MASK, keys.ALIVE, "done")
+"""Entries that the environments themselves write; the others are the policy's history and the collector's counts."""
+
+
+class ResumableCollector(Collector):
+    """TorchRL's collector, with a state from which collection continues bit by bit.
+
+    TorchRL's ``Collector.load_state_dict`` begins new episodes, because an environment cannot tell its state in
+    general. Here the environments get back to where they were by playing the same actions from the same seed again:
+    the state holds all actions since the environments were last seeded. Every :data:`RESTART_EVERY` env steps they are
+    seeded anew and begin new episodes, which is stored as a truncation of those before. It is the same in a run that
+    is interrupted and in one that is not.
+
+    Where an environment does not repeat itself, :attr:`continues` is False after loading, and new episodes have begun.
+
+    Args:
+        env: made with ``seed``, and with the policy's primer if it has one.
+        policy: the acting policy.
+        seed: of the environments; at a restart they are seeded with ``seed`` plus the env steps so far.
+        kwargs: passed to :class:`~torchrl.collectors.Collector`.
+
+    Attributes:
+        continues: whether the episodes that were running when the state was saved go on.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.evaluation import RandomActions
+        >>> def collector():
+        ...     env, sizes = make_env("mock", seed=0), {"frames_per_batch": 4, "total_frames": 12}
+        ...     return ResumableCollector(env, RandomActions(), seed=0, **sizes)
+        >>> first = collector()
+        >>> batches = iter(first)
+        >>> batch = next(batches)
+        >>> state, random_state = first.state_dict(), torch.get_rng_state()
+        >>> expected = next(batches)
+        >>> second = collector()
+        >>> second.load_state_dict(state)
+        >>> _ = torch.set_rng_state(random_state)
+        >>> (next(iter(second))["agents", "action"] == expected["agents", "action"]).all()
+        tensor(True)
+    """
+
+    def __init__(self, env: Any, policy: Any, *, seed: int, **kwargs: Any) -> None:
+        super().__init__(env, policy, **kwargs)
+        self._seed = seed
+        self._env_steps = self._seeded_at = 0
+        self._actions: list[Tensor] = []
+        self.continues = True
+
+    def iterator(self) -> Iterator[TensorDictBase]:
+        """Yield batches, as :class:`~torchrl.collectors.Collector` does."""
+        for batch in super().iterator():
+            self._env_steps += batch.numel()
+            self._actions.append(batch.get(keys.ACTION))
+            if self._seeded_at + RESTART_EVERY <= self._env_steps < self.total_frames:
+                last = batch["next"][..., -1]
+                last["truncated"].logical_or_(~last["done"])
+                last["done"].fill_(True)
+                self._restart(self._env_steps)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that :meth:`load_state_dict` needs; loads with ``torch.load(weights_only=True)``."""
+        counters = super().state_dict()
+        return {
+            **{name: counters[name] for name in _COUNTERS},
+            "seeded_at": self._seeded_at,
+            "actions": torch.cat(self._actions, dim=self.env.ndim).cpu() if self._actions else None,
+            "carrier": collector_carrier(self).flatten_keys(".").clone().cpu().to_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any], **kwargs: Any) -> None:
+        """Bring the environments and the policy's history back to where :meth:`state_dict` was called.
+
+        The global random state stays what it is.
+
+        Args:
+            state_dict: of a collector of the same environments, built with the same seed.
+            kwargs: not used.
+        """
+        carrier = TensorDict(state_dict["carrier"], self.env.batch_size).unflatten_keys(".")
+        self._env_steps, self._seeded_at = int(state_dict["frames"]), state_dict["seeded_at"]
+        actions = state_dict["actions"]
+        devices = [self.env.device] if self.env.device is not None and self.env.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            super().load_state_dict({"env_state_dict": {}, **state_dict}, strict=False)
+            if self._seeded_at:
+                self._restart(self._seeded_at)
+            played = self._play(actions)
+        self._actions = [] if actions is None else [actions]
+        self.continues = all(torch.equal(carrier[key], played[key].cpu()) for key in _TOLD)
+        if self.continues:
+            collector_carrier(self).update(carrier.to(self.env.device or "cpu"))
+        else:
+            self._restart(self._env_steps)
+
+    @torch.no_grad()
+    def _play(self, actions: Tensor | None) -> TensorDictBase:
+        """Play the actions ``[*E, T, N]`` from where the environments are."""
+        tensordict = collector_carrier(self).exclude("collector")
+        for action in () if actions is None else actions.unbind(self.env.ndim):
+            _, tensordict = self.env.step_and_maybe_reset(
+                tensordict.set(keys.ACTION, action.to(self.env.device or "cpu"))
+            )
+        return tensordict
+
+    def _restart(self, env_steps: int) -> None:
+        """Begin new episodes in all environments, with the seed for this number of steps."""
+        self._seeded_at, self._actions = env_steps, []
+        self.set_seed(self._seed + env_steps)
+        self.reset()

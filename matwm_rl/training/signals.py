@@ -1,0 +1,122 @@
+"""Stopping between two updates when asked to, and not waiting for processes that have died."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequest:
+    """Whether the process was asked to stop; true from the first signal on.
+
+    Attributes:
+        exit_code: what shells expect of a process that a signal has ended: 128 plus the number of the signal.
+    """
+
+    def __init__(self) -> None:
+        self._signal: signal.Signals | None = None
+
+    def __bool__(self) -> bool:
+        return self._signal is not None
+
+    def __str__(self) -> str:
+        return "nothing" if self._signal is None else self._signal.name
+
+    @property
+    def exit_code(self) -> int:
+        """128 plus the number of the signal, 0 if there was none."""
+        return 0 if self._signal is None else 128 + self._signal.value
+
+    def receive(self, number: int, frame: FrameType | None = None) -> None:
+        """Take a signal: the first one is remembered, the second interrupts at once.
+
+        Raises:
+            KeyboardInterrupt: at the second signal.
+        """
+        if self:
+            raise KeyboardInterrupt
+        self._signal = signal.Signals(number)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Let a loop end by itself when the process gets SIGINT (Ctrl-C) or SIGTERM; the second signal interrupts at once.
+
+    A loop that looks at the request between two updates can save everything before it ends. In a thread that is not
+    the main one, where Python handles no signals, the request stays false.
+
+    Yields:
+        the request, false until a signal arrives.
+
+    Examples:
+        >>> with stop_on_signal() as stop:
+        ...     signal.raise_signal(signal.SIGTERM)
+        ...     print(bool(stop), stop, stop.exit_code)
+        True SIGTERM 143
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def fail_with_workers() -> Iterator[None]:
+    """Raise an error as soon as a worker process of this one dies, instead of waiting for it for ever.
+
+    TorchRL's collectors in other processes wait without a limit for the answer of a worker, which never comes if the
+    operating system has killed it. Enter this when the workers have been started; workers that end without an error
+    are no reason to stop. When the block ends by an exception, Ctrl-C among them, the workers still running are
+    killed, so that nothing is left behind and nothing waits for them. On Windows, which does not signal the end of a
+    process, and in other threads than the main one, nothing is watched.
+
+    Raises:
+        RuntimeError: names the process and what ended it.
+
+    Examples:
+        >>> worker = multiprocessing.get_context("fork").Process(target=signal.pause, name="worker 3", daemon=True)
+        >>> worker.start()
+        >>> with fail_with_workers():
+        ...     worker.kill()
+        ...     signal.pause()
+        Traceback (most recent call last):
+        RuntimeError: the process 'worker 3' (pid ...) was ended by SIGKILL...
+    """
+    workers = multiprocessing.active_children()
+
+    def check(number: int, frame: FrameType | None) -> None:
+        for worker in workers:
+            if worker.exitcode:
+                raise RuntimeError(_obituary(worker.name, worker.pid, worker.exitcode))
+
+    watches = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGCHLD, check) if watches else None
+    try:
+        # One may have died before.
+        check(0, None)
+        yield
+    except BaseException:
+        if watches:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in workers:
+            worker.kill()
+        raise
+    finally:
+        if watches:
+            signal.signal(signal.SIGCHLD, before)
+
+
+def _obituary(name: str, pid: int | None, code: int) -> str:
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    why = " (the system may have run out of memory)" if -code == signal.SIGKILL else ""
+    return f"the process {name!r} (pid {pid}) {how}{why}: its part of the data is lost; resume from the last checkpoint"

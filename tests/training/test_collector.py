@@ -1,0 +1,105 @@
+"""A collector's state brings environments, the policy's history and the counters back, bit by bit."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from tensordict import TensorDictBase
+from torchrl.envs import TransformedEnv
+
+from matwm_rl import keys, presets
+from matwm_rl.envs import MockEnv, MultiAgentEnv, make_env
+from matwm_rl.modules import WorldModel, WorldModelPolicy, make_actor
+from matwm_rl.training.collector import ResumableCollector
+
+FRAMES = 8
+
+
+class Unseeded(MockEnv):
+    """Its observations differ from one run of the process to the next, whatever the seed."""
+
+    played = 0
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        out = super()._step(tensordict)
+        Unseeded.played += 1
+        out["hunter", "observation"] += Unseeded.played
+        return out
+
+
+def build(env: Any, total_frames: int = 400) -> ResumableCollector:
+    torch.manual_seed(0)
+    world_model = WorldModel.from_env(env, presets.tiny().world_model)
+    policy = WorldModelPolicy(world_model, make_actor(world_model), history_length=3)
+    primed = TransformedEnv(env, policy.make_tensordict_primer())
+    sizes = {"frames_per_batch": FRAMES, "total_frames": total_frames, "init_random_frames": 2 * FRAMES}
+    return ResumableCollector(primed, policy, seed=5, auto_register_policy_transforms=False, **sizes)
+
+
+def resumed(state: dict[str, Any], env: Any, **sizes: int) -> ResumableCollector:
+    """A new collector with the state that went through a file."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    collector = build(env, **sizes)
+    collector.load_state_dict(torch.load(file, weights_only=True))
+    return collector
+
+
+@pytest.mark.parametrize("restart_every", [10_000, 3 * FRAMES], ids=["from the start", "from a restart"])
+@pytest.mark.parametrize(
+    ("name", "num_envs"), [("mock", 1), ("mpe2/simple_tag_v3", 2), ("vmas/balance", 2), ("butterfly/pistonball_v6", 1)]
+)
+def test_it_goes_on_as_if_it_had_never_stopped(name: str, num_envs: int, restart_every: int) -> None:
+    kwargs = {"butterfly/pistonball_v6": {"n_pistons": 2, "max_cycles": 9}, "vmas/balance": {"max_steps": 9}}.get(
+        name, {}
+    )
+    make = lambda: make_env(name, seed=5, num_envs=num_envs, **kwargs)  # noqa: E731
+    with patch("matwm_rl.training.collector.RESTART_EVERY", restart_every):
+        one = build(make())
+        for index, _ in enumerate(one):
+            if index == 4:
+                break
+        state, random_state = one.state_dict(), torch.get_rng_state()
+        expected = [batch for batch, _ in zip(one, range(3), strict=False)]
+
+        other = resumed(state, make())
+        assert other.continues
+        torch.set_rng_state(random_state)
+        found = [batch for batch, _ in zip(other, range(3), strict=False)]
+    for before, after in zip(expected, found, strict=True):
+        for key in before.exclude("collector").keys(True, True):
+            assert torch.equal(before[key], after[key]), key
+
+
+def test_the_total_is_the_whole_run_s() -> None:
+    one = build(make_env("mock", seed=5), total_frames=5 * FRAMES)
+    for index, _ in enumerate(one):
+        if index == 2:
+            break
+    other = resumed(one.state_dict(), make_env("mock", seed=5), total_frames=5 * FRAMES)
+    assert sum(batch.numel() for batch in other) == 2 * FRAMES
+
+
+def test_a_restart_is_a_truncation_and_begins_new_episodes() -> None:
+    with patch("matwm_rl.training.collector.RESTART_EVERY", 2 * FRAMES):
+        batches = [
+            batch for batch, _ in zip(build(make_env("mock", seed=5, episode_length=100)), range(4), strict=False)
+        ]
+    done = torch.cat([batch["next", "done"] for batch in batches]).squeeze(-1)
+    truncated = torch.cat([batch["next", "truncated"] for batch in batches]).squeeze(-1)
+    assert done.nonzero().squeeze(-1).tolist() == [15, 31] and torch.equal(done, truncated)
+    step = torch.cat([batch[keys.OBSERVATION] for batch in batches])[:, 0, 0]
+    assert step.tolist() == [*range(16), *range(16)]
+
+
+def test_new_episodes_begin_where_the_environment_does_not_repeat_itself() -> None:
+    one = build(MultiAgentEnv(Unseeded()))
+    next(iter(one))
+    other = resumed(one.state_dict(), MultiAgentEnv(Unseeded()))
+    assert not other.continues
+    assert next(iter(other))[keys.OBSERVATION][0, 0, 0] == 0
