@@ -10,6 +10,7 @@ from torchrl.envs import TransformedEnv
 
 import matwm_rl as mw
 from matwm_rl.evaluation import RandomActions, evaluate
+from matwm_rl.training import fail_with_workers
 
 
 def main(total_steps: int = 3_000, updates: int = 15, episodes: int = 30, **changes) -> None:
@@ -38,18 +39,19 @@ def main(total_steps: int = 3_000, updates: int = 15, episodes: int = 30, **chan
         auto_register_policy_transforms=True,  # every worker's environment gets the policy's primer
     )
     began = learnt = 0.0
-    for batch in collector:
-        replay.extend(batch)
-        if replay.env_steps >= cfg.init_random_steps:
-            since = time.monotonic()
-            began = began or since
-            for _ in range(cfg.world_model_warmup if learner.updates == 0 else 0):
-                learner.update_world_model(replay.sequences.sample())
-            for _ in range(updates):
-                learner.update_world_model(replay.sequences.sample())
-                learner.update_agents(replay.starts.sample(), train_actors=learner.updates >= cfg.critic_warmup)
-            collector.update_policy_weights_()
-            learnt += time.monotonic() - since
+    with fail_with_workers():  # TorchRL would wait for a dead worker for ever
+        for batch in collector:
+            replay.extend(batch)
+            if replay.env_steps >= cfg.init_random_steps:
+                since = time.monotonic()
+                began = began or since
+                for _ in range(cfg.world_model_warmup if learner.updates == 0 else 0):
+                    learner.update_world_model(replay.sequences.sample())
+                for _ in range(updates):
+                    learner.update_world_model(replay.sequences.sample())
+                    learner.update_agents(replay.starts.sample(), train_actors=learner.updates >= cfg.critic_warmup)
+                collector.update_policy_weights_()
+                learnt += time.monotonic() - since
     waited = 1 - learnt / (time.monotonic() - began)
     collector.shutdown()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,35 @@ def test_other_environments(tmp_path: Path, env: str, matches: set[str]) -> None
     assert (summary["env_steps"], summary["updates"]) == (80, 2)
     assert set(summary["evaluation"]) == matches
     assert not (tmp_path / "policies").exists()
+
+
+def test_an_interrupted_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    """Ctrl-C at any moment: the same weights, metrics and evaluation; meanwhile, nobody else writes in the folder."""
+    settings = ["env=mpe2/simple_tag_v3", "num_envs=2", "total_steps=200", "log_every=20", "evaluation.every=100"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(f"run_dir={whole}", *settings)
+    script = [sys.executable, "examples/simple_tag.py", *SMALL, *settings, f"run_dir={stopped}", "resume=true"]
+    process = subprocess.Popen(script, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (stopped / "metrics.csv").exists() or ",kl," not in (stopped / "metrics.csv").read_text():
+        assert process.poll() is None
+        time.sleep(0.02)
+    second = call(f"run_dir={stopped}", *settings, "resume=true")
+    assert second.returncode != 0 and "another process writes into" in second.stderr
+    process.send_signal(signal.SIGINT)
+    output = process.communicate()[0]
+    assert f"no checkpoint in {stopped}: the run begins anew" in output
+    if process.returncode:  # else it was quicker
+        assert process.returncode == 128 + signal.SIGINT and "stopped by SIGINT" in output
+        run(f"run_dir={stopped}", *settings, "resume=true")
+    layout = make_env("mpe2/simple_tag_v3").layout
+    one, other = (load_policy(folder / "policy.pt", layout=layout).state_dict() for folder in (whole, stopped))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert (whole / "metrics.csv").read_text() == (stopped / "metrics.csv").read_text()
+
+
+def test_a_run_that_learns_nothing_is_an_error(tmp_path: Path) -> None:
+    done = call(f"run_dir={tmp_path}", "total_steps=60", "init_random_steps=60", "replay.sequence_length=40")
+    assert done.returncode != 0 and "nothing was learnt in 60 steps" in done.stderr
 
 
 def test_a_wrong_setting_is_refused(tmp_path: Path) -> None:
