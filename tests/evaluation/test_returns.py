@@ -97,7 +97,9 @@ def test_a_policy_starts_every_episode_without_history() -> None:
     returns = evaluate(TransformedEnv(env, policy.make_tensordict_primer()), policy, episodes=4)
     assert returns.values.shape == (4, 3)
     # Two episodes of six steps.
-    assert lengths == [[min(t, 4)] * 6 for t in range(6)] * 2
+    hunter_1 = [0, 1, 2, 3, 0, 0]  # it dies in step 3
+    expected = [[min(t, 4), hunter_1[t], min(t, 4)] * 2 for t in range(6)]
+    assert lengths == expected * 2
 
 
 def test_other_environments_play_with_themselves() -> None:
