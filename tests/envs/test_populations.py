@@ -213,7 +213,9 @@ def test_who_returns_lives_again() -> None:
 
 
 def test_who_joins_late_lives_from_then_on() -> None:
-    env = population(names=("a_0", "a_1", "b_0"), late=("a_1", "b_0"), timetable={"a_1": {1: "join"}, "b_0": {3: "join"}})
+    env = population(
+        names=("a_0", "a_1", "b_0"), late=("a_1", "b_0"), timetable={"a_1": {1: "join"}, "b_0": {3: "join"}}
+    )
     check_env_specs(env)
     data = env.rollout(20, break_when_any_done=False)[:16]
     for episode in data.reshape(2, 8):

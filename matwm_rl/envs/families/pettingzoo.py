@@ -6,6 +6,7 @@ import importlib
 import os
 import pkgutil
 import warnings
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -121,9 +122,11 @@ class _PettingZoo(PettingZooWrapper):
 
 
 def _zeros(space: Any) -> Any:
-    if hasattr(space, "spaces"):
-        parts = space.spaces
-        return {name: _zeros(part) for name, part in parts.items()} if isinstance(parts, dict) else [*map(_zeros, parts)]
+    parts = getattr(space, "spaces", None)
+    if isinstance(parts, Mapping):
+        return {name: _zeros(part) for name, part in parts.items()}
+    if parts is not None:
+        return tuple(map(_zeros, parts))
     return np.zeros(space.shape, dtype=space.dtype)
 
 
