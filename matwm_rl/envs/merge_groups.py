@@ -17,6 +17,9 @@ from matwm_rl.envs.layout import AgentLayout
 from matwm_rl.envs.registry import Ends, RegisteredEndRule, end_rules, unwrap
 from matwm_rl.keys import ACTION, ACTION_MASK, AGENTS, EPISODE
 
+RESERVED = frozenset({"next", "done", "terminated", "truncated", "history", "collector", EPISODE, "_reset", "_step"})
+"""Names of root entries, which no group may have."""
+
 
 class MergeGroups(Transform):
     """Merges all agent groups into the dense group ``"agents"``; see :class:`~matwm_rl.envs.MultiAgentEnv`.
@@ -58,6 +61,7 @@ class MergeGroups(Transform):
         unwrapped = unwrap(base_env)
         if isinstance(unwrapped, PettingZooWrapper) and not unwrapped.parallel:
             raise ValueError("agents of an AEC environment act in turns; wrap its parallel_env(...), not its env(...).")
+        _check_names(getattr(base_env, "group_map", None))
         if "done" not in base_env.full_done_spec.keys():
             raise ValueError(
                 f"expected an environment with a 'done' at the root, found {sorted(map(str, base_env.done_keys))}; "
@@ -186,6 +190,25 @@ class MergeGroups(Transform):
         # Who leaves by a time limit is seen once more, because its value bootstraps from what it sees.
         agents = self._reader.agents(tensordict, ends.alive, legal, seen=ends.alive | left)
         return output.set(AGENTS, agents.set("truncated", left.unsqueeze(-1)))
+
+
+def _check_names(group_map: object) -> None:
+    """Check that groups and agents can be told apart and reported; that there are groups, the layout checks."""
+    if not isinstance(group_map, dict):
+        return
+    advice = "Give the environment a group_map of other names."
+    if reserved := [name for name in group_map if name in RESERVED or (name == AGENTS and len(group_map) > 1)]:
+        raise ValueError(
+            f"groups must not be called {reserved} (nor {AGENTS!r}, beside others): these are entries of the merged "
+            f"data. {advice}"
+        )
+    for group, names in group_map.items():
+        if not names:
+            raise ValueError(f"group {group!r} has no agents; there are {group_map}. Leave it out.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"agents of group {group!r} have the same name: {names}. {advice}")
+        if wrong := [name for name in (group, *names) if name.splitlines() != [name]]:
+            raise ValueError(f"groups and agents need names in one line, got {wrong}. {advice}")
 
 
 def _conventional_rule(groups: list[Group]) -> RegisteredEndRule:
