@@ -215,7 +215,7 @@ class DiscreteActions(ActionSpace, kind="discrete"):
         """See the base class; the spec's own mask holds the padding of agents with fewer actions, and no more."""
         size = torch.Size([*shape, self.num_agents])
         mask = self.legal().to(device)  # where None leaves it
-        return Categorical(self.num_parameters, shape=size, device=device, dtype=self.dtype, mask=mask)
+        return _OwnActions(self.num_parameters, shape=size, device=device, dtype=self.dtype, mask=mask)
 
     def problem(self, action: Tensor) -> str | None:
         """See the base class."""
@@ -274,6 +274,14 @@ def random_index(mask: Tensor) -> Tensor:
         tensor([1, 2])
     """
     return torch.multinomial(mask.flatten(0, -2).float(), 1).view(mask.shape[:-1])
+
+
+class _OwnActions(Categorical):
+    """Keeps the mask that it was made with: TorchRL's ``ActionMask`` would write one that is stale a step later."""
+
+    def update_mask(self, mask: Tensor | None) -> None:
+        if not hasattr(self, "mask"):
+            super().update_mask(mask)
 
 
 @lru_cache(maxsize=128)

@@ -28,6 +28,7 @@ key                                            shape after batch dims    meaning
 ``("next", "agents", "alive")``                ``[N]``                   the agent lives after the step
 ``("next", "agents", "done")``                 ``[N, 1]``                the agent's slice changes episode next
 ``("next", "agents", "terminated")``           ``[N, 1]``                ... by termination, not by truncation
+``("next", "agents", "truncated")``            ``[N, 1]``                a time limit of its own took the agent out
 ``("next", "agents", "posterior")``            ``[N, K, C]``             parameters of z_{t+1}, from o_{t+1}
 ``("next", "agents", "prior")``                ``[N, K, C]``             parameters of z_{t+1}, predicted from h
 ``("next", "agents", "dynamics_kl")``          ``[N, 1]``                KL of posterior and prior; moves the prior
@@ -39,6 +40,7 @@ key                                            shape after batch dims    meaning
 ``("next", "done")``                           ``[1]``                   the whole episode ends after the step
 ``("next", "terminated")``                     ``[1]``                   ... by termination
 ``("next", "truncated")``                      ``[1]``                   ... by a time limit
+``"episode"``                                  ``[1]``                   how often the environment was reset (int64)
 =============================================  ========================  =============================================
 
 The parameters of z_{t+1} are, for each of K latent dimensions, log-probabilities of C classes, or the mean and the log
@@ -85,7 +87,10 @@ REWARD: NestedKey = ("next", AGENTS, "reward")
 CONTINUATION: NestedKey = ("next", AGENTS, "continuation")
 AGENT_DONE: NestedKey = ("next", AGENTS, "done")
 AGENT_TERMINATED: NestedKey = ("next", AGENTS, "terminated")
+AGENT_TRUNCATED: NestedKey = ("next", AGENTS, "truncated")
 
 DONE: NestedKey = ("next", "done")
 TERMINATED: NestedKey = ("next", "terminated")
 TRUNCATED: NestedKey = ("next", "truncated")
+
+EPISODE: NestedKey = "episode"

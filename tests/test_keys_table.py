@@ -104,11 +104,12 @@ def pieces(latent: str = "categorical", *, bare: bool = False) -> list[Piece]:
     dreams = ImaginationEnv(model, lambda: starts, max_steps=3, decode=not bare)
     critic_loss = CriticLoss(critic)
     SoftUpdate(critic_loss, eps=0.98)  # TorchRL warns of a loss that has none
-    focal_reads = [keys.ACTION, keys.ALIVE, keys.DONE, keys.TERMINATED]
+    focal_reads = [keys.ACTION, keys.ALIVE, keys.NEXT_ALIVE, keys.AGENT_TRUNCATED, keys.DONE, keys.TERMINATED]
+    stored = [*REPLAY_KEYS, keys.AGENT_TRUNCATED]
     return [
         environment("envs.make_env", "[*E]", env),
         module("modules.WorldModelPolicy", "[*E]", policy, step),
-        Piece("data.make_replay", "[E, T] → [B, T], [S, C+1]", list(REPLAY_KEYS), sampled, store, rollout),
+        Piece("data.make_replay", "[E, T] → [B, T], [S, C+1]", stored, sampled, store, rollout),
         Piece("data.add_agent_entries", "[*]", focal_reads, added, add_agent_entries, rollout),
         module("modules.WorldModel", "[*B, T]", model, focal),
         module("objectives.WorldModelLoss", "[*B, T]", WorldModelLoss(model), focal),

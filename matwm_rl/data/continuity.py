@@ -6,7 +6,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from matwm_rl.keys import DONE
+from matwm_rl.keys import DONE, EPISODE
 
 TRAJECTORY: NestedKey = ("collector", "traj_ids")
 VALID: NestedKey = ("collector", "mask")
@@ -16,7 +16,9 @@ class Continuity:
     """Refuse rollouts that do not continue the stored ones, since a sampled slice could then join two episodes.
 
     TorchRL's collectors number the trajectories of all their workers. Inside an episode the number stays the same, also
-    from one batch to the next. Data without numbers cannot be checked.
+    from one batch to the next. Environments count their resets (:class:`~matwm_rl.envs.MultiAgentEnv`): a step in which
+    the count changes joins two episodes, because somebody else reset the environment. Data without these numbers cannot
+    be checked.
 
     Raises:
         ValueError: By :meth:`check`, if a rollout does not continue the one before.
@@ -46,17 +48,26 @@ class Continuity:
         """Check that a rollout continues the one checked before, and remember its end.
 
         Args:
-            td: plain rollout, ``[E, T]``. Reads ``("next", "done")`` and, if they are there,
-                ``("collector", "traj_ids")`` and ``("collector", "mask")``.
+            td: plain rollout, ``[E, T]``. Reads ``("next", "done")`` and, if they are there, ``"episode"`` and
+                ``("next", "episode")``, ``("collector", "traj_ids")`` and ``("collector", "mask")``.
 
         Raises:
-            ValueError: If steps are padding, or if a trajectory begins where another has not ended.
+            ValueError: If steps are padding, if a trajectory begins where another has not ended, or if a step joins two
+                episodes.
         """
         valid = td.get(VALID, None)
         if valid is not None and not valid.all():
             raise ValueError(
                 f"{int((~valid).sum())} of {valid.numel()} steps are padding. Collect without split_trajs and "
                 'preemptive_threshold, and trajectories with traj_format="cat".'
+            )
+        before, after = td.get(EPISODE, None), td.get(("next", EPISODE), None)
+        if before is not None and after is not None and (torn := (before != after).squeeze(-1)).any():
+            env, step = torn.nonzero()[0].tolist()
+            raise ValueError(
+                f"step {step} of environment {env} begins in its episode {int(before[env, step])} and ends in its "
+                f"episode {int(after[env, step])}: somebody else reset the environment in between. While a collector "
+                "runs, evaluate and record on an environment of their own, made with another make_env(...)."
             )
         trajectory = td.get(TRAJECTORY, None)
         if trajectory is None:

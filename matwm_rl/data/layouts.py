@@ -34,6 +34,7 @@ from matwm_rl.keys import (
     ACTION_MASK,
     AGENT_DONE,
     AGENT_TERMINATED,
+    AGENT_TRUNCATED,
     AGENTS,
     ALIVE,
     DONE,
@@ -57,7 +58,10 @@ REPLAY_KEYS: tuple[NestedKey, ...] = (
     DONE,
     TERMINATED,
 )
-"""What replay reads of a step. A truncation needs no key of its own: it is done and not terminated."""
+"""What replay reads of a step, and :data:`~matwm_rl.keys.AGENT_TRUNCATED` where it is there.
+
+A truncation of the episode needs no key of its own: it is done and not terminated.
+"""
 
 
 def add_agent_entries(td: TensorDictBase) -> TensorDictBase:
@@ -67,6 +71,10 @@ def add_agent_entries(td: TensorDictBase) -> TensorDictBase:
     ``("agents", "alive")`` (the action of a dead teammate is no target), and ``("next", "agents", "done")`` and
     ``("next", "agents", "terminated")`` ``[*batch, N, 1]`` where the root has them. Teammates are in agent order,
     without the agent itself.
+
+    An agent's own episode also ends where a time limit takes it out alone (``("next", "agents", "truncated")``): it is
+    done, not terminated, and counts as alive in its last observation, as agents do that end with the episode. And it
+    begins anew where the agent joins or returns, so that nothing reaches across its absence.
 
     Args:
         td: plain data, ``[*batch]``, with ``("agents", "action")`` ``[*batch, N]``.
@@ -99,7 +107,25 @@ def add_agent_entries(td: TensorDictBase) -> TensorDictBase:
         root = td.get(root_key, default=None)
         if root is not None:
             td.set(agent_key, root.unsqueeze(-2).expand(*td.batch_size, action.shape[-1], 1))
+    _end_lives(td)
     return td
+
+
+def _end_lives(td: TensorDictBase) -> None:
+    """Write the ends of single agents, in the middle of an episode, into their entries."""
+    after, left = td.get(NEXT_ALIVE, default=None), td.get(AGENT_TRUNCATED, default=None)
+    done, terminated = td.get(AGENT_DONE, default=None), td.get(AGENT_TERMINATED, default=None)
+    alive = td.get(ALIVE, default=None)
+    if left is not None:
+        if after is not None:
+            td.set(NEXT_ALIVE, after | left.squeeze(-1))
+        if terminated is not None:
+            td.set(AGENT_TERMINATED, terminated.bool() & ~left)
+        done = None if done is None else done.bool() | left
+    if done is not None and after is not None and alive is not None:
+        done = done.bool() | (~alive & after).unsqueeze(-1)
+    if done is not None:
+        td.set(AGENT_DONE, done)
 
 
 def _of_teammates(entry: Tensor) -> Tensor:
@@ -208,7 +234,8 @@ class FocalSlices(Transform):
                 "another process's steps would follow it. Have the workers write whole episodes, with the collector's "
                 "trajs_per_batch=1, or give the collector no replay_buffer and store what it yields with Replay.extend."
             )
-        rows = _to_rows(add_agent_entries(plain.select(*REPLAY_KEYS).transpose(0, 1)))
+        read = [*REPLAY_KEYS, AGENT_TRUNCATED] if AGENT_TRUNCATED in present else REPLAY_KEYS
+        rows = _to_rows(add_agent_entries(plain.select(*read).transpose(0, 1)).exclude(AGENT_TRUNCATED))
         if rows.shape[-1] != self.num_agents:
             raise ValueError(f"got actions of {rows.shape[-1]} agents; this buffer was built for {self.num_agents}.")
         # Checked last, because the check remembers the rollout: one that is refused above is not stored.

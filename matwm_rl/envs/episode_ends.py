@@ -42,37 +42,89 @@ def read_masks(tensordict: TensorDictBase, group_map: dict[str, list[str]], devi
     return torch.cat(masks, dim=-1)
 
 
-def combine_agent_ends(terminated: Tensor, truncated: Tensor, done: Tensor, alive: Tensor) -> Ends:
+def read_acting(tensordict: TensorDictBase, group_map: dict[str, list[str]], alive: Tensor) -> Tensor:
+    """Read which agents the environment says are acting, bool ``[*E, N]``; as ``alive`` in groups without ``"mask"``.
+
+    Args:
+        tensordict: what a step returned, batch size ``[*E]``.
+        group_map: the groups.
+        alive: bool ``[*E, N]``, who lived before the step.
+    """
+    lived = alive.split([len(names) for names in group_map.values()], -1)
+    masks = [tensordict.get(group).get("mask", before) for group, before in zip(group_map, lived, strict=True)]
+    return torch.cat(masks, dim=-1)
+
+
+def imposed_limit(tensordict: TensorDictBase) -> Tensor:
+    """Read whether the root says that a time limit, and no termination, ended the episode, bool ``[*E, 1]``."""
+    done = tensordict.get("done")
+    truncated, terminated = (tensordict.get(name, None) for name in ("truncated", "terminated"))
+    if truncated is None:
+        return torch.zeros_like(done)
+    return done & truncated if terminated is None else done & truncated & ~terminated
+
+
+def combine_agent_ends(
+    terminated: Tensor,
+    truncated: Tensor,
+    done: Tensor,
+    alive: Tensor,
+    *,
+    acting: Tensor | None = None,
+    imposed: Tensor | None = None,
+) -> Ends:
     """Derive the ends of an episode from those of its agents.
 
-    The episode is truncated if some living agent met a time limit and did not die in the same step, else terminated.
+    The episode is truncated if some living agent met a time limit and did not die in the same step, or if a limit was
+    imposed before all its agents had ended; else terminated.
 
     Args:
         terminated: bool ``[*E, N]``, as the environment reports it of each agent.
         truncated: bool ``[*E, N]``.
         done: bool ``[*E, 1]``, whether the episode is over.
         alive: bool ``[*E, N]``, who lived before the step.
+        acting: bool ``[*E, N]``, who acts next, as the environment says; by default those of the living that have not
+            ended. So agents join, and those that left return.
+        imposed: bool ``[*E, 1]``, see :func:`imposed_limit`; by default never.
 
     Examples:
         >>> yes, no = torch.tensor([True]), torch.tensor([False])
-        >>> combine_agent_ends(terminated=no, truncated=yes, done=yes, alive=yes)
-        Ends(alive=tensor([True]), done=tensor([True]), terminated=tensor([False]), truncated=tensor([True]))
+        >>> ends = combine_agent_ends(terminated=no, truncated=yes, done=yes, alive=yes)
+        >>> ends.alive, ends.terminated, ends.truncated
+        (tensor([True]), tensor([False]), tensor([True]))
     """
+    ended = terminated | truncated
     # PettingZooWrapper also reports agents that died earlier as truncated: only the living can meet a time limit.
-    episode_truncated = done & (truncated & ~terminated & alive).any(-1, keepdim=True)
+    met_limit = truncated & ~terminated & alive
+    episode_truncated = done & met_limit.any(-1, keepdim=True)
+    if imposed is not None:
+        episode_truncated = episode_truncated | (imposed & (alive & ~ended).any(-1, keepdim=True))
     died_at_the_end = terminated & episode_truncated
-    left_before = terminated | truncated
     # At its end the environment drops all agents. Agents that end with the episode keep their last observation, from
     # which a truncated episode bootstraps; an agent that died in the very step of a time limit is dead.
-    alive = alive & ~torch.where(done, died_at_the_end, left_before)
-    return Ends(alive=alive, done=done, terminated=done & ~episode_truncated, truncated=episode_truncated)
+    remain = (alive if acting is None else acting) & ~ended
+    return Ends(
+        alive=torch.where(done, alive & ~died_at_the_end, remain),
+        done=done,
+        terminated=done & ~episode_truncated,
+        truncated=episode_truncated,
+        left=met_limit & ~done,
+    )
 
 
-def combine_root_ends(tensordict: TensorDictBase, alive: Tensor) -> Ends:
-    """Read the ends of an episode off the root's ``"done"`` and, where it is there, ``"truncated"``."""
-    done, truncated = tensordict.get("done"), tensordict.get("truncated", None)
-    truncated = torch.zeros_like(done) if truncated is None else truncated
-    return Ends(alive=alive, done=done, terminated=done & ~truncated, truncated=done & truncated)
+def combine_root_ends(tensordict: TensorDictBase, alive: Tensor, acting: Tensor) -> Ends:
+    """Read the ends of an episode off the root's ``"done"`` and, where they are there, its other two.
+
+    Args:
+        tensordict: what a step returned, batch size ``[*E]``.
+        alive: bool ``[*E, N]``, who lived before the step.
+        acting: bool ``[*E, N]``, who acts next, as the environment says.
+    """
+    done, truncated = tensordict.get("done"), imposed_limit(tensordict)
+    # An environment may drop all agents at an episode's end; they do not die of that.
+    dropped = done & ~acting.any(-1, keepdim=True)
+    alive = torch.where(dropped, alive, acting)
+    return Ends(alive=alive, done=done, terminated=done & ~truncated, truncated=truncated)
 
 
 def count_as_truncated(ends: Ends, limited: Tensor) -> Ends:
@@ -89,20 +141,21 @@ def end_by_agents(env: EnvBase, tensordict: TensorDictBase, alive: Tensor) -> En
     terminated, truncated = (
         read_agents(tensordict, env.group_map, name).squeeze(-1) for name in ("terminated", "truncated")
     )
-    return combine_agent_ends(terminated, truncated, tensordict.get("done"), alive)
+    acting, imposed = read_acting(tensordict, env.group_map, alive), imposed_limit(tensordict)
+    return combine_agent_ends(terminated, truncated, tensordict.get("done"), alive, acting=acting, imposed=imposed)
 
 
 def end_by_root(env: EnvBase, tensordict: TensorDictBase, alive: Tensor) -> Ends:
     """Rule of environments that report ends at the root alone; agents live as the groups' masks say."""
-    return combine_root_ends(tensordict, read_masks(tensordict, env.group_map, alive.device))
+    return combine_root_ends(tensordict, alive, read_masks(tensordict, env.group_map, alive.device))
 
 
 def end_vmas(env: EnvBase, tensordict: TensorDictBase, alive: Tensor) -> Ends:
     """Rule of VMAS, which reports its time limit as a termination: values would not bootstrap there."""
     done, vmas = tensordict.get("done"), simulator(env)
-    truncated = torch.zeros_like(done)
+    truncated = imposed_limit(tensordict)  # of a transform around it
     if vmas.max_steps is not None and (reached := vmas.steps >= vmas.max_steps).any():
-        truncated = (reached & ~vmas.scenario.done()).view_as(done)
+        truncated = truncated | (reached & ~vmas.scenario.done()).view_as(done)
     return Ends(alive=alive, done=done, terminated=done & ~truncated, truncated=truncated)
 
 

@@ -108,11 +108,16 @@ class DenseReader:
             self._own_actions[device] = self.layout.actions.legal().to(device)
         return self._own_actions[device]
 
-    def agents(self, tensordict: TensorDictBase, alive: Tensor, legal: Tensor) -> TensorDict:
-        """Build the dense group: what the agents observe, which of them live, and what they may do."""
+    def agents(
+        self, tensordict: TensorDictBase, alive: Tensor, legal: Tensor, seen: Tensor | None = None
+    ) -> TensorDict:
+        """Build the dense group: what the agents observe, which of them live, and what they may do.
+
+        Observations are real of the agents in ``seen``, by default those that live.
+        """
         observation = self._observation(tensordict)
         if self._agents_die:
-            dead = ~alive
+            dead = ~(alive if seen is None else seen)
             observation = observation.masked_fill(dead.view(*dead.shape, *(1,) * len(self.layout.observation_shape)), 0)
         return TensorDict(
             {OBSERVATION[1]: observation, ALIVE[1]: alive.clone(), ACTION_MASK[1]: legal.clone()},

@@ -15,7 +15,10 @@ from matwm_rl.envs.episode_ends import end_by_agents, end_by_root
 from matwm_rl.envs.groups import DenseReader, Group, groups_of_env
 from matwm_rl.envs.layout import AgentLayout
 from matwm_rl.envs.registry import Ends, RegisteredEndRule, end_rules, unwrap
-from matwm_rl.keys import ACTION, ACTION_MASK, AGENTS
+from matwm_rl.keys import ACTION, ACTION_MASK, AGENTS, EPISODE
+
+RESERVED = frozenset({"next", "done", "terminated", "truncated", "history", "collector", EPISODE, "_reset", "_step"})
+"""Names of root entries, which no group may have."""
 
 
 class MergeGroups(Transform):
@@ -34,12 +37,14 @@ class MergeGroups(Transform):
         super().__init__()
         self.layout = layout
         self._groups = groups
+        self._agents_die = end_rule.agents_die
         self._reader = DenseReader(layout, groups, agents_die=end_rule.agents_die)
         # A partial, because an environment is a module and this one must not become a submodule.
         self._end_rule = partial(end_rule.rule, env)
         # Kept here because a worker of a batched environment is given the action alone, not the last observation.
         self._alive: Tensor | None = None
         self._legal: Tensor | None = None
+        self._episode: Tensor | None = None
 
     @classmethod
     def from_env(cls, base_env: EnvBase, *, image_size: int = 64) -> MergeGroups:
@@ -56,12 +61,22 @@ class MergeGroups(Transform):
         unwrapped = unwrap(base_env)
         if isinstance(unwrapped, PettingZooWrapper) and not unwrapped.parallel:
             raise ValueError("agents of an AEC environment act in turns; wrap its parallel_env(...), not its env(...).")
+        _check_names(getattr(base_env, "group_map", None))
+        if "done" not in base_env.full_done_spec.keys():
+            raise ValueError(
+                f"expected an environment with a 'done' at the root, found {sorted(map(str, base_env.done_keys))}; "
+                "episodes of groups that end apart have no dense group. Add one that says when all are over."
+            )
         layout = AgentLayout.from_env(base_env, image_size=image_size)
         groups = groups_of_env(base_env, layout)
         registered = end_rules.find(unwrapped)
         if registered is not None:
             return cls(layout, groups, registered, unwrapped)
         return cls(layout, groups, _conventional_rule(groups), base_env)
+
+    def count_episodes_anew(self) -> None:
+        """Give the next reset the number 0."""
+        self._episode = None
 
     # ------------------------------------------------------------------ specs
 
@@ -74,6 +89,7 @@ class MergeGroups(Transform):
         for group in self._groups:
             del observation_spec[group.name]
         observation_spec[AGENTS] = self._agents_observation_spec(agents_shape, device)
+        observation_spec[EPISODE] = Unbounded(shape=[*batch, 1], device=device, dtype=torch.int64)
         reward = Unbounded(shape=[*agents_shape, 1], device=device, dtype=torch.float32)
         output_spec["full_reward_spec"] = Composite(
             {AGENTS: Composite({"reward": reward}, shape=agents_shape)}, shape=batch
@@ -92,12 +108,10 @@ class MergeGroups(Transform):
             else Unbounded(shape=observation_shape, dtype=torch.float32, device=device)
         )
         mask_shape = [*shape, self.layout.num_actions]
+        flag = partial(Categorical, 2, dtype=torch.bool, device=device)
+        left = {"truncated": flag(shape=[*shape, 1])} if self._agents_die else {}
         return Composite(
-            {
-                "observation": observation,
-                "action_mask": Categorical(2, shape=mask_shape, dtype=torch.bool, device=device),
-                "alive": Categorical(2, shape=shape, dtype=torch.bool, device=device),
-            },
+            {"observation": observation, "action_mask": flag(shape=mask_shape), "alive": flag(shape=shape), **left},
             shape=shape,
         )
 
@@ -147,6 +161,8 @@ class MergeGroups(Transform):
         legal = self._reader.legal_actions(tensordict_reset, alive)
         if reset is not None and self._legal is not None:
             legal = torch.where(reset.unsqueeze(-1), legal, self._legal)
+        count = torch.full_like(done, -1, dtype=torch.int64) if self._episode is None else self._episode
+        self._episode = count + (1 if reset is None else reset.view_as(count).long())
         terminated = tensordict_reset.get("terminated", done)
         ends = Ends(alive=alive, done=done, terminated=terminated, truncated=done & ~terminated)
         return self._output(tensordict_reset, legal, ends)
@@ -161,12 +177,38 @@ class MergeGroups(Transform):
 
     def _output(self, tensordict: TensorDictBase, legal: Tensor, ends: Ends) -> TensorDictBase:
         """Build the merged tensordict and keep which agents live and what is legal."""
+        assert self._episode is not None, "an environment is reset before its first step"
         self._alive, self._legal = ends.alive, legal
         output = tensordict.exclude(*self.layout.group_map)
+        output.set(EPISODE, self._episode.clone())
         output.set("done", ends.done)
         output.set("terminated", ends.terminated)
         output.set("truncated", ends.truncated)
-        return output.set(AGENTS, self._reader.agents(tensordict, ends.alive, legal))
+        if not self._agents_die:
+            return output.set(AGENTS, self._reader.agents(tensordict, ends.alive, legal))
+        left = torch.zeros_like(ends.alive) if ends.left is None else ends.left
+        # Who leaves by a time limit is seen once more, because its value bootstraps from what it sees.
+        agents = self._reader.agents(tensordict, ends.alive, legal, seen=ends.alive | left)
+        return output.set(AGENTS, agents.set("truncated", left.unsqueeze(-1)))
+
+
+def _check_names(group_map: object) -> None:
+    """Check that groups and agents can be told apart and reported; that there are groups, the layout checks."""
+    if not isinstance(group_map, dict):
+        return
+    advice = "Give the environment a group_map of other names."
+    if reserved := [name for name in group_map if name in RESERVED or (name == AGENTS and len(group_map) > 1)]:
+        raise ValueError(
+            f"groups must not be called {reserved} (nor {AGENTS!r}, beside others): these are entries of the merged "
+            f"data. {advice}"
+        )
+    for group, names in group_map.items():
+        if not names:
+            raise ValueError(f"group {group!r} has no agents; there are {group_map}. Leave it out.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"agents of group {group!r} have the same name: {names}. {advice}")
+        if wrong := [name for name in (group, *names) if name.splitlines() != [name]]:
+            raise ValueError(f"groups and agents need names in one line, got {wrong}. {advice}")
 
 
 def _conventional_rule(groups: list[Group]) -> RegisteredEndRule:

@@ -7,7 +7,13 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from matwm_rl.checks import read_entry
-from matwm_rl.envs.episode_ends import combine_agent_ends, combine_root_ends, count_as_truncated
+from matwm_rl.envs.episode_ends import (
+    combine_agent_ends,
+    combine_root_ends,
+    count_as_truncated,
+    imposed_limit,
+    read_acting,
+)
 from matwm_rl.envs.groups import DenseReader, Group, groups_of_rollout
 from matwm_rl.envs.layout import AgentLayout
 from matwm_rl.keys import AGENTS
@@ -57,15 +63,19 @@ def merge_rollout(rollout: TensorDictBase, layout: AgentLayout, *, max_steps: in
     if agents_end:
         alive = alive & ~(reader.flag(rollout, "terminated") | reader.flag(rollout, "truncated"))
         terminated, truncated = (reader.flag(following, name) for name in ("terminated", "truncated"))
-        ends = combine_agent_ends(terminated, truncated, done, alive)
+        acting, imposed = read_acting(following, layout.group_map, alive), imposed_limit(following)
+        ends = combine_agent_ends(terminated, truncated, done, alive, acting=acting, imposed=imposed)
     else:
-        ends = combine_root_ends(following, reader.mask(following, done.device))
+        ends = combine_root_ends(following, alive, reader.mask(following, done.device))
     if max_steps is not None:
         ends = count_as_truncated(ends, _steps_so_far(ends.done) >= max_steps)
-    now = reader.agents(rollout, alive, reader.legal_actions(rollout, alive))
+    left = torch.zeros_like(ends.alive) if ends.left is None else ends.left
+    now = reader.agents(rollout, alive, reader.legal_actions(rollout, alive), alive | _before(left))
     now.set("action", _stored_actions(rollout, layout, groups))
-    after = reader.agents(following, ends.alive, reader.legal_actions(following, ends.alive))
+    after = reader.agents(following, ends.alive, reader.legal_actions(following, ends.alive), ends.alive | left)
     after.set("reward", reader.reward(following))
+    if agents_die:
+        after.set("truncated", left.unsqueeze(-1))
     root = {"done": ends.done, "terminated": ends.terminated, "truncated": ends.truncated}
     return TensorDict(
         {AGENTS: now, "next": TensorDict({AGENTS: after, **root}, rollout.shape)}, rollout.shape, rollout.device
@@ -96,6 +106,13 @@ def _stored_actions(rollout: TensorDictBase, layout: AgentLayout, groups: list[G
             "correct the layout."
         )
     return action
+
+
+def _before(flag: Tensor) -> Tensor:
+    """Return what a flag ``[*B, T, N]`` was one step before; False at first."""
+    before = flag.roll(1, -2)
+    before[..., 0, :] = False
+    return before
 
 
 def _steps_so_far(done: Tensor) -> Tensor:

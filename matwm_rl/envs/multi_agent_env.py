@@ -66,13 +66,18 @@ class MultiAgentEnv(_WithLayout, TransformedEnv):
     ``("agents", "action_mask")``         ``[*E, N, A]`` bool         legal actions; False beyond an agent's own
     ``("agents", "alive")``               ``[*E, N]`` bool            the agent acts, its observation is real
     ``("next", "agents", "reward")``      ``[*E, N, 1]`` float32
+    ``("next", "agents", "truncated")``   ``[*E, N, 1]`` bool         a time limit of its own took the agent out of an
+                                                                      episode that goes on; where agents can die
     ``("next", "done")`` and the like     ``[*E, 1]`` bool            root ``done``, ``terminated``, ``truncated``
+    ``"episode"``                         ``[*E, 1]`` int64           how often the environment was reset since it was
+                                                                      made or seeded
     ====================================  ==========================  ==============================================
 
     A death does not end the episode: the dead agent observes zeros and has exactly one legal action, which is ignored.
-    An episode is ``truncated`` if a time limit ended it for some living agent, else ``terminated``; never both. VMAS
-    reports its ``max_steps`` as a termination; here it is a truncation. Agents that end together with the episode stay
-    alive in its last observation. Environments with other conventions get a rule of their own, see
+    Agents may also join late, leave, and return: ``"alive"`` tells. An episode is ``truncated`` if a time limit ended
+    it for some living agent, else ``terminated``; never both. VMAS reports its ``max_steps`` as a termination; here it
+    is a truncation, as are limits of transforms around ``env``, such as ``StepCounter``. Agents that end together with
+    the episode stay alive in its last observation. Environments with other conventions get a rule of their own, see
     :func:`~matwm_rl.envs.register_end_rule`.
 
     Args:
@@ -107,10 +112,20 @@ class MultiAgentEnv(_WithLayout, TransformedEnv):
         """Draw the present state as an RGB image ``[H, W, 3]`` uint8; see :func:`~matwm_rl.envs.render_frame`."""
         return render_frame(self, env_index)
 
+    @property
+    def _merge(self) -> MergeGroups:
+        transforms = self.transform if isinstance(self.transform, Compose) else [self.transform]
+        return next(transform for transform in transforms if isinstance(transform, MergeGroups))
+
+    def set_seed(self, seed: int | None = None, static_seed: bool = False) -> int | None:
+        """Seed the environment, and count its episodes anew."""
+        following: int | None = super().set_seed(seed, static_seed)
+        self._merge.count_episodes_anew()
+        return following
+
     def present_mask(self) -> Tensor:
         """Return the actions that are legal now, bool ``[*E, N, A]``."""
-        transforms = self.transform if isinstance(self.transform, Compose) else [self.transform]
-        mask = next(transform for transform in transforms if isinstance(transform, MergeGroups)).legal_actions
+        mask = self._merge.legal_actions
         return mask.to(self.device).expand(*self.batch_size, *mask.shape[-2:])
 
 

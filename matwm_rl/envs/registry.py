@@ -37,10 +37,13 @@ class Ends:
 
     Attributes:
         alive: bool ``[*E, N]``, which agents live after the step. Agents that end together with the episode stay alive
-            in its last observation.
+            in its last observation. An agent that was not there may be, from here on.
         done: bool ``[*E, 1]``, whether the episode is over.
         terminated: bool ``[*E, 1]``, whether it is over by a termination: values do not bootstrap.
         truncated: bool ``[*E, 1]``, whether it is over by a time limit; never both.
+        left: bool ``[*E, N]``, which agents a time limit of their own took out of an episode that goes on. They are not
+            alive after the step, but did not die: what the environment returned for them is their last observation.
+            ``None`` where that cannot happen.
 
     Examples:
         >>> over = torch.tensor([True])
@@ -53,6 +56,7 @@ class Ends:
     done: Tensor
     terminated: Tensor
     truncated: Tensor
+    left: Tensor | None = None
 
 
 class EndRule(Protocol):
@@ -150,7 +154,9 @@ def register_end_rule(env_type: type[EnvBase], rule: EndRule, *, agents_die: boo
             they have their own. A class that is registered again gets the new rule.
         rule: called after each step as ``rule(env, tensordict, alive)`` with the base environment, what its step
             returned, and bool ``[*E, N]``, which agents lived before the step. It returns the
-            :class:`~matwm_rl.envs.Ends` and must not write into its arguments.
+            :class:`~matwm_rl.envs.Ends` and must not write into its arguments. A limit that a transform imposes, such
+            as TorchRL's ``StepCounter``, is found in the tensordict's ``"truncated"`` alone: the base environment does
+            not know of it.
         agents_die: whether agents can die before their episode ends; ``False`` saves the masking of what they observe.
 
     Examples:

@@ -25,8 +25,8 @@ def render_frame(env: EnvBase, env_index: int = 0) -> NDArray[np.uint8]:
         env_index: which environment of a batch to draw; of the library's renderers only VMAS's has several.
 
     Raises:
-        RuntimeError: if the environment was made with a ``render_mode`` other than ``"rgb_array"`` (PettingZoo), or
-            there is no screen to draw on (VMAS).
+        RuntimeError: if the environment was made with a ``render_mode`` other than ``"rgb_array"`` or draws nothing
+            (PettingZoo), or there is no screen to draw on (VMAS).
         NotImplementedError: if no renderer is registered for the class of the wrapped environment.
 
     Examples:
@@ -49,11 +49,13 @@ def render_frame(env: EnvBase, env_index: int = 0) -> NDArray[np.uint8]:
 
 def _render_pettingzoo(env: EnvBase, env_index: int) -> NDArray[np.uint8]:
     raw = simulator(env)
-    if raw.render_mode != "rgb_array":
-        raise RuntimeError(
-            f'the environment was made with render_mode={raw.render_mode!r}; make it with render_mode="rgb_array".'
-        )
-    return np.asarray(raw.render(), dtype=np.uint8)
+    mode = getattr(raw, "render_mode", None)
+    if mode != "rgb_array":
+        raise RuntimeError(f'the environment was made with render_mode={mode!r}; make it with render_mode="rgb_array".')
+    picture = raw.render()
+    if picture is None:
+        raise RuntimeError(f"the environment {raw} drew nothing: its render() returned None.")
+    return np.asarray(picture, dtype=np.uint8)
 
 
 def _render_vmas(env: EnvBase, env_index: int) -> NDArray[np.uint8]:

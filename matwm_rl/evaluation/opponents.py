@@ -92,6 +92,6 @@ class CrossPlay(TensorDictModuleBase):
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the actions of both sides."""
-        theirs = self.opponents(tensordict.select(*self.opponents.in_keys)).get(keys.ACTION)
+        theirs = self.opponents(tensordict.select(*self.opponents.in_keys, strict=False)).get(keys.ACTION)
         ours = self.policy(tensordict).get(keys.ACTION)
         return tensordict.set(keys.ACTION, torch.where(self.acts, ours, theirs))

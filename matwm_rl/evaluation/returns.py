@@ -56,15 +56,16 @@ class Returns:
     layout: AgentLayout
 
     def per_agent(self) -> dict[str, float]:
-        """Return each agent's mean return, by the agent's name."""
-        return dict(zip(self.layout.agent_names, self.values.mean(0).tolist(), strict=True))
+        """Return each agent's mean return, by its name; by ``group/name`` where groups have names in common."""
+        names = self.layout.agent_names
+        if len(set(names)) < len(names):
+            names = [f"{group}/{name}" for group, members in self.layout.group_map.items() for name in members]
+        return dict(zip(names, self.values.mean(0).tolist(), strict=True))
 
     def per_group(self) -> dict[str, float]:
         """Return the mean return of an agent of each original group, by the group's name."""
-        means = self.per_agent()
-        return {
-            group: sum(means[name] for name in names) / len(names) for group, names in self.layout.group_map.items()
-        }
+        means = iter(self.values.mean(0).tolist())
+        return {group: sum(next(means) for _ in names) / len(names) for group, names in self.layout.group_map.items()}
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,17 @@ class Matches:
         return ", ".join(f"{name} {value:.1f}" for name, value in self.summary().items())
 
 
+MAX_STEPS = 10_000
+"""Steps after which :func:`evaluate` takes an episode for one that never ends."""
+
+
 @torch.no_grad()
 def evaluate(
     env: EnvBase,
     policy: TensorDictModuleBase,
     *,
     episodes: int = EvaluationConfig.episodes,
+    max_steps: int = MAX_STEPS,
     exploration: ExplorationType = ExplorationType.RANDOM,
 ) -> Returns:
     """Play whole episodes.
@@ -136,16 +142,19 @@ def evaluate(
     torch's global random state is what it was before, so that a training run does not depend on when it is evaluated.
 
     Args:
-        env: made by :func:`~matwm_rl.envs.make_env`, one or a batch, with the policy's primer if it has one.
+        env: made by :func:`~matwm_rl.envs.make_env`, one or a batch, with the policy's primer if it has one. Not one
+            that a collector goes on with: it is reset, and left in the middle of an episode.
         policy: writes ``("agents", "action")``.
         episodes: smallest number of episodes; rounded up to a multiple of the number of environments.
+        max_steps: an episode that is longer is an error, since the return of a part is not that of the whole.
         exploration: sample actions (default) or take the most probable (``ExplorationType.DETERMINISTIC``).
 
     Returns:
         the returns of all episodes.
 
     Raises:
-        ValueError: if ``episodes`` is below 1.
+        ValueError: if ``episodes`` or ``max_steps`` is below 1.
+        RuntimeError: if an episode has not ended after ``max_steps`` steps.
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -154,14 +163,16 @@ def evaluate(
         >>> evaluate(env, RandomActions(), episodes=2).values.shape
         torch.Size([2, 3])
     """
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    for name, value in (("episodes", episodes), ("max_steps", max_steps)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     num_envs = env.batch_size.numel()
     quota = -(-episodes // num_envs)
     layout: AgentLayout = env.layout
     returns = torch.zeros(num_envs, quota, layout.num_agents)
     played = torch.zeros(num_envs, dtype=torch.long)
     running = torch.zeros(num_envs, layout.num_agents)
+    steps = torch.zeros(num_envs, dtype=torch.long)
     cuda_devices = [env.device] if env.device is not None and env.device.type == "cuda" else []
     with torch.random.fork_rng(cuda_devices), set_exploration_type(exploration):
         tensordict = env.reset()
@@ -173,4 +184,12 @@ def evaluate(
             returns[ended, played[ended]] = running[ended]
             played += done
             running[done] = 0.0
+            steps = (steps + 1).masked_fill(done, 0)
+            if (endless := (steps >= max_steps) & (played < quota)).any():
+                raise RuntimeError(
+                    f"an episode of environment {int(endless.nonzero()[0])} has not ended after max_steps={max_steps} "
+                    "steps. Give the environment a limit, such as make_env's max_steps or max_cycles, or TorchRL's "
+                    "StepCounter around it; or raise max_steps, in the call of evaluate or in a play function of your "
+                    "own (register_evaluation)."
+                )
     return Returns(returns.flatten(0, 1), layout)

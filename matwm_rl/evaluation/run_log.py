@@ -134,7 +134,7 @@ class RunLog:
             env_steps: env steps so far.
 
         Raises:
-            ValueError: if a name contains a comma, a quote or a line break.
+            ValueError: if a name contains a line break.
         """
         values = {
             name: float(value.float().mean() if isinstance(value, Tensor) else value) for name, value in metrics.items()
@@ -224,8 +224,10 @@ def read_metrics(run_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _line(env_steps: int, name: str, value: float) -> str:
-    if any(character in name for character in ',"\r\n'):
-        raise ValueError(f"the name of a metric must not contain commas, quotes or line breaks, got {name!r}")
+    if name.splitlines() != [name]:
+        raise ValueError(f"the name of a metric must be one line, got {name!r}")
+    if "," in name or '"' in name:
+        name = '"' + name.replace('"', '""') + '"'
     return f"{env_steps},{name},{value:.7g}"
 
 

@@ -27,7 +27,7 @@ class WorldModelFeatures(Transform):
         world_model: the shared world model.
         history_length: W, steps of history that are seen at most.
 
-    Keys read: ``("agents", "observation" | "action")``.
+    Keys read: ``("agents", "observation" | "action")``, optional ``("agents", "alive")``.
     Keys written, at every reset and under ``"next"`` at every step: ``("agents", "latent" | "hidden" |
     "teammate_logits")`` and ``("history", "code" | "action" | "length")``.
 
@@ -48,7 +48,8 @@ class WorldModelFeatures(Transform):
 
     def __init__(self, world_model: WorldModel, *, history_length: int = PolicyConfig.history_length) -> None:
         estimator = StateEstimator(world_model, history_length=history_length)
-        super().__init__(in_keys=[keys.OBSERVATION, keys.ACTION], out_keys=[*estimator.out_keys, *HISTORY_KEYS])
+        in_keys = [keys.OBSERVATION, keys.ACTION, keys.ALIVE]
+        super().__init__(in_keys=in_keys, out_keys=[*estimator.out_keys, *HISTORY_KEYS])
         self.estimator = estimator
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
@@ -87,5 +88,5 @@ class WorldModelFeatures(Transform):
         return self.estimator(tensordict_reset)
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        step = tensordict.select(keys.ACTION, *self.out_keys)
+        step = tensordict.select(keys.ACTION, keys.ALIVE, *self.out_keys, strict=False)
         return self.estimator(next_tensordict.update(self.estimator.remember(step).get("next")))

@@ -26,7 +26,8 @@ class WorldModelPolicy(StateEstimator):
         history_length: W, steps of history that the policy sees at most.
 
     Keys read: ``("agents", "observation" | "action_mask")`` and the history W steps back, ``("history", "code")``
-    ``[*batch, N, W, K]``, ``("history", "action")`` ``[*batch, N, W]``, ``("history", "length")`` ``[*batch, N]``.
+    ``[*batch, N, W, K]``, ``("history", "action")`` ``[*batch, N, W]``, ``("history", "length")`` ``[*batch, N]``;
+    optional ``("agents", "alive")``, without which all agents live.
     Keys written: ``("agents", "action")``, ``("agents", "logits")`` if the actor writes them, and the history under
     ``"next"``.
 
@@ -53,7 +54,7 @@ class WorldModelPolicy(StateEstimator):
         super().__init__(world_model, history_length=history_length)
         check_actor(actor)
         self.actor = actor
-        self.in_keys: list[NestedKey] = [keys.OBSERVATION, keys.ACTION_MASK, *HISTORY_KEYS]
+        self.in_keys: list[NestedKey] = [keys.OBSERVATION, keys.ACTION_MASK, keys.ALIVE, *HISTORY_KEYS]
         logits = [keys.LOGITS] if keys.LOGITS in getattr(actor, "out_keys", ()) else []
         self.out_keys: list[NestedKey] = [*logits, keys.ACTION, *(("next", *key) for key in HISTORY_KEYS)]
 

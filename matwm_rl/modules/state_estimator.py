@@ -16,7 +16,7 @@ from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer
 
 from matwm_rl import keys
-from matwm_rl.checks import batch_shape, read_entry
+from matwm_rl.checks import batch_shape, read_entry, read_optional
 from matwm_rl.functional import agents_first, agents_last
 from matwm_rl.modules.state import STATE_KEYS
 from matwm_rl.modules.world_model import WorldModel
@@ -54,6 +54,8 @@ class _History(NamedTuple):
     """``[N, E]``."""
     newest: Tensor
     """Code of z_t, ``[N, E, 1, K]``."""
+    alive: Tensor | None
+    """Who lives, ``[N, E]``; ``None``: all."""
 
 
 class StateEstimator(TensorDictModuleBase):
@@ -63,7 +65,8 @@ class StateEstimator(TensorDictModuleBase):
     stateless. The last ``history_length`` steps travel in the tensordict as stored latents and actions, and the
     transformer runs over them again at every step. So every step of an episode costs the same, and the history is
     always read with the newest weights. Append :meth:`make_tensordict_primer` to the environment: it empties the
-    history at every reset. Once the actions are chosen, :meth:`remember` carries it on.
+    history at every reset. Once the actions are chosen, :meth:`remember` carries it on. An agent that is not alive
+    remembers nothing: one that joins late or returns begins with an empty history.
 
     :class:`WorldModelPolicy` is this followed by actors, :class:`WorldModelFeatures` this as a transform of the
     environment.
@@ -73,7 +76,8 @@ class StateEstimator(TensorDictModuleBase):
         history_length: W, steps of history that are seen at most.
 
     Keys read: ``("agents", "observation")`` and the history, ``("history", "code")`` ``[*batch, N, W, K]``,
-    ``("history", "action")`` ``[*batch, N, W]``, ``("history", "length")`` ``[*batch, N]``.
+    ``("history", "action")`` ``[*batch, N, W]``, ``("history", "length")`` ``[*batch, N]``; optional
+    ``("agents", "alive")`` ``[*batch, N]``.
     Keys written: ``("agents", "latent" | "hidden" | "teammate_logits")``, without gradient; shapes in
     :mod:`matwm_rl.keys`.
 
@@ -99,7 +103,7 @@ class StateEstimator(TensorDictModuleBase):
             raise ValueError(f"history_length must be at least 1, got {history_length}")
         self.world_model = world_model
         self.history_length = history_length
-        self.in_keys: list[NestedKey] = [keys.OBSERVATION, *HISTORY_KEYS]
+        self.in_keys: list[NestedKey] = [keys.OBSERVATION, keys.ALIVE, *HISTORY_KEYS]
         self.out_keys: list[NestedKey] = list(STATE_KEYS)
 
     @property
@@ -160,10 +164,11 @@ class StateEstimator(TensorDictModuleBase):
         event_dims = len(self.world_model.actions.action_shape)
         batch = action.shape[: action.ndim - 1 - event_dims]
         chosen = self._flat(action, event_dims).unsqueeze(2)
+        length = (history.length + 1).clamp(max=self.history_length)
         following = {
             HISTORY_CODE: torch.cat([history.code[:, :, 1:], history.newest.to(history.code.dtype)], 2),
             HISTORY_ACTION: torch.cat([history.action[:, :, 1:], chosen], 2),
-            HISTORY_LENGTH: (history.length + 1).clamp(max=self.history_length),
+            HISTORY_LENGTH: length if history.alive is None else length.masked_fill(~history.alive, 0),
         }
         return {
             key: agents_last(value.reshape(value.shape[0], *batch, *value.shape[2:]), value.ndim - 2)
@@ -179,7 +184,8 @@ class StateEstimator(TensorDictModuleBase):
             self._flat(read_entry(tensordict, key, self, (*batch, *shape), note), len(shape) - 1)
             for key, shape in self.history_shapes.items()
         )
-        return _History(code, action, length, newest.unsqueeze(2))
+        alive = read_optional(tensordict, keys.ALIVE, self, (*batch, self.world_model.num_agents))
+        return _History(code, action, length, newest.unsqueeze(2), None if alive is None else self._flat(alive, 0))
 
     @staticmethod
     def _flat(value: Tensor, event_dims: int) -> Tensor:

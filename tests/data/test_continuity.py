@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
+from torchrl.envs import EnvBase, StepCounter, TransformedEnv
 
 from matwm_rl import keys
 from matwm_rl.data import Continuity, Replay
-from matwm_rl.evaluation import RandomActions
+from matwm_rl.envs import SerialMultiAgentEnv
+from matwm_rl.evaluation import RandomActions, evaluate
 from tests.data.test_replay import build, rollout
+from tests.envs.population import population
 from tests.helpers import mock_env
 
 
@@ -151,3 +155,45 @@ def test_several_writers_must_write_whole_episodes() -> None:
     with pytest.raises(ValueError, match="several processes write to this replay.*trajs_per_batch=1"):
         replay.sequences.extend(td[:-1])
     assert replay.env_steps == 16
+
+
+def looked_at(env: EnvBase, look: str) -> None:
+    """Play in an environment that a collector is at work in."""
+    if look == "evaluate":
+        evaluate(env, RandomActions(), episodes=1)
+    elif look == "rollout":
+        env.rollout(2)
+    else:
+        env.reset()
+
+
+@pytest.mark.parametrize("look", ["evaluate", "rollout", "reset"])
+@pytest.mark.parametrize("num_envs", [1, 2])
+@pytest.mark.parametrize("frames", [7, 5], ids=["within-an-episode", "at-its-end"])
+def test_play_in_the_environment_of_a_collector_is_noticed(look: str, num_envs: int, frames: int) -> None:
+    make = partial(population, names=("a_0", "a_1", "a_2"), length=5)
+    env = SerialMultiAgentEnv(2, make) if num_envs == 2 else make()
+    # As README has it: a primer, or any transform, around the environment.
+    wrapped, replay = TransformedEnv(env, StepCounter()), build(num_envs)
+    options = {"auto_register_policy_transforms": False, "total_frames": -1}
+    collector = Collector(wrapped, RandomActions(), frames_per_batch=frames * num_envs, **options)
+    batches = iter(collector)
+    replay.extend(next(batches))
+    stored = len(replay)
+    looked_at(env, look)
+    with pytest.raises(ValueError, match=r"step 0 of environment 0 begins in its episode .*evaluate and record on an"):
+        replay.extend(next(batches))
+    assert len(replay) == stored
+    replay.end_episodes()
+    replay.extend(next(batches))
+    collector.shutdown()
+
+
+def test_play_in_an_environment_of_its_own_is_no_concern() -> None:
+    replay, collector, own = build(1), collected(7), mock_env(episode_length=5)
+    for _, batch in zip(range(4), collector, strict=False):
+        replay.extend(batch)
+        for look in ("evaluate", "rollout", "reset"):
+            looked_at(own, look)
+    collector.shutdown()
+    assert len(replay) == 28

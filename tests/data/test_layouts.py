@@ -59,7 +59,8 @@ def test_agents_get_the_ends_of_their_episodes_and_the_rest_stays():
     assert (td == before).all() and set(td.keys(True)) == set(before.keys(True))
     assert all(added[key] is td[key] for key in td.keys(True, True))
     for agent in range(3):
-        assert torch.equal(added[keys.AGENT_DONE][..., agent, :], td[keys.DONE])
+        returns = ~td[keys.ALIVE][..., agent] & td[keys.NEXT_ALIVE][..., agent]
+        assert torch.equal(added[keys.AGENT_DONE][..., agent, 0], td[keys.DONE].squeeze(-1) | returns)
         assert torch.equal(added[keys.AGENT_TERMINATED][..., agent, :], td[keys.TERMINATED])
     without = add_agent_entries(td.exclude(keys.ALIVE, "next"))
     assert set(without.keys(True, True)) == {keys.OBSERVATION, keys.ACTION, keys.ACTION_MASK, keys.TEAMMATE_ACTION}

@@ -77,7 +77,8 @@ def check_focal(sample: TensorDict, B: int, length: int) -> None:
     assert torch.equal(sample[keys.NEXT_OBSERVATION][..., 1].long(), step + 1)
     assert torch.equal(sample[keys.REWARD].squeeze(-1).long(), step * agent)
     done = (step + env) % 7 == 0
-    assert torch.equal(sample[keys.AGENT_DONE].squeeze(-1), done)
+    returns = ~sample[keys.ALIVE] & sample[keys.NEXT_ALIVE]
+    assert torch.equal(sample[keys.AGENT_DONE].squeeze(-1), done | returns) and (returns & ~done).any()
     assert torch.equal(sample[keys.AGENT_TERMINATED].squeeze(-1), done & (env == 0))
     assert set(sample.keys()) == {"agents", "next", "index"} and "hidden" not in sample["agents"].keys()
     assert sample["index"].shape == (B, length, N, 3)

@@ -27,7 +27,9 @@ def test_specs(latent: str, teammate_predictor: bool, decode: bool) -> None:
     model = make_model(latent=latent, teammate_predictor=teammate_predictor)
     env = make_dreams(model, decode=decode, layout=real.layout, end_threshold=None)
     check_env_specs(env, break_when_any_done="both")
-    own = {*STATE_KEYS, keys.CONTINUATION[1:], *([] if decode else [keys.OBSERVATION])}
+    # Nobody leaves a dream by a time limit of its own, and nothing of dreams is stored.
+    real_alone = {keys.AGENT_TRUNCATED[1:], keys.EPISODE}
+    own = {*STATE_KEYS, keys.CONTINUATION[1:], *([] if decode else [keys.OBSERVATION]), *real_alone}
     real_keys = set(real.full_observation_spec.keys(True, True))
     # What it does not say with `decode=False`, and what it says besides, is known; all else is as in the real one.
     assert set(env.full_observation_spec.keys(True, True)) ^ real_keys == own

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from tensordict import TensorDictBase
@@ -97,7 +100,9 @@ def test_a_policy_starts_every_episode_without_history() -> None:
     returns = evaluate(TransformedEnv(env, policy.make_tensordict_primer()), policy, episodes=4)
     assert returns.values.shape == (4, 3)
     # Two episodes of six steps.
-    assert lengths == [[min(t, 4)] * 6 for t in range(6)] * 2
+    hunter_1 = [0, 1, 2, 3, 0, 0]  # it dies in step 3
+    expected = [[min(t, 4), hunter_1[t], min(t, 4)] * 2 for t in range(6)]
+    assert lengths == expected * 2
 
 
 def test_other_environments_play_with_themselves() -> None:
@@ -121,3 +126,52 @@ def test_it_leaves_the_random_state_as_it_was() -> None:
     env, state = make_env("mock", seed=0), torch.get_rng_state()
     evaluate(env, RandomActions(), episodes=1)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Endless(MockEnv):
+    """Never ends: environment 0 of a batch, or all."""
+
+    def _ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+        ends = [end.clone() for end in super()._ends()]
+        for end in ends:
+            end[0] = False
+        return ends[0], ends[1]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MultiAgentEnv(Endless(batch_size=[2], death_step=None)),
+        lambda: mock_env(10**9),
+        lambda: make_env("vmas/simple_tag", num_envs=2, max_steps=None),
+    ],
+    ids=["one-of-a-batch", "alone", "vmas"],
+)
+def test_an_episode_that_never_ends_is_an_error(make: Callable[[], MultiAgentEnv]) -> None:
+    with pytest.raises(RuntimeError, match=r"environment 0 has not ended after max_steps=9 steps.*limit.*StepCounter"):
+        evaluate(make(), RandomActions(), episodes=2, max_steps=9)
+
+
+def test_the_limit_is_of_episodes_and_not_of_the_evaluation() -> None:
+    assert evaluate(mock_env(5), NextAction(), episodes=3, max_steps=5).values.tolist() == [hand_summed(5)] * 3
+    with pytest.raises(ValueError, match="max_steps must be at least 1, got 0"):
+        evaluate(mock_env(5), NextAction(), max_steps=0)
+
+
+def test_an_environment_that_has_played_its_share_may_go_on_for_long() -> None:
+    # The short one plays three episodes while the long one plays one and a half.
+    returns = evaluate(mock_env(torch.tensor([2, 9]), (2,)), NextAction(), episodes=2, max_steps=9)
+    assert returns.values.tolist() == [hand_summed(2), hand_summed(9)]
+
+
+def test_matches_that_never_end_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(evaluate.__wrapped__.__kwdefaults__, "max_steps", 9)
+    with pytest.raises(RuntimeError, match="has not ended after max_steps=9"):
+        evaluate_matches("mock", mock_env(10**9), RandomActions(), episodes=1)
+
+
+def test_names_in_common_are_told_apart_by_their_groups() -> None:
+    layout = replace(make_env("mock").layout, agent_names=["0", "1", "0"], group_map={"red": ["0", "1"], "blue": ["0"]})
+    returns = Returns(torch.tensor([[1.0, 2.0, 6.0]]), layout)
+    assert returns.per_agent() == {"red/0": 1.0, "red/1": 2.0, "blue/0": 6.0}
+    assert returns.per_group() == {"red": 1.5, "blue": 6.0}

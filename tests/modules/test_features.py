@@ -31,13 +31,15 @@ def test_features_are_the_states_of_the_sequence_pass(outside: bool) -> None:
     assert done.sum() == 2
     expected = model(add_agent_entries(rollout.exclude(*STATE_KEYS)))
     for key in STATE_KEYS:
-        torch.testing.assert_close(rollout[key], expected[key], rtol=1e-4, atol=1e-5)
+        alive = rollout[keys.ALIVE]
+        torch.testing.assert_close(rollout[key][alive], expected[key][alive], rtol=1e-4, atol=1e-5)
         # What a step reaches is what the next one starts from, but at an episode's end.
         reached = rollout["next", *key]
         assert torch.equal(reached[:-1][~done[:-1]], rollout[key][1:][~done[:-1]]), key
     # At an episode's end the features are those of its own last observation, not of the next episode's first.
     ended = done.nonzero().squeeze(-1)
-    assert rollout["next", *keys.HIDDEN][ended].any(-1).all() and not rollout[keys.HIDDEN][ended[:1] + 1].any()
+    last = rollout["next", *keys.HIDDEN][ended].any(-1)
+    assert torch.equal(last, rollout[keys.NEXT_ALIVE][ended]) and not rollout[keys.HIDDEN][ended[:1] + 1].any()
     assert rollout["history", "length"][:, 0].tolist() == [*range(6), *range(6), 0, 1, 2]
 
 
@@ -52,7 +54,9 @@ def test_environments_of_a_batch_reset_on_their_own() -> None:
         assert rollout[row]["history", "length"][:, 0].tolist() == [min(t % length, 4) for t in range(9)]
         states = model(add_agent_entries(rollout[row].exclude(*STATE_KEYS))[:length])
         for key in STATE_KEYS:
-            torch.testing.assert_close(rollout[row][key][:length], states[key], rtol=1e-4, atol=1e-5)
+            alive = rollout[row][keys.ALIVE][:length]
+            seen = rollout[row][key][:length]
+            torch.testing.assert_close(seen[alive], states[key][alive], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("latent", LATENTS)

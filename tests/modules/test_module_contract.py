@@ -63,6 +63,7 @@ def make_batch(kind: str) -> TensorDict:
         {
             keys.OBSERVATION: torch.randn(5, N, SIZE),
             keys.ACTION_MASK: model.legal.expand(5, -1, -1).clone(),
+            keys.ALIVE: torch.rand(5, N) < 0.8,
             ("history", "code"): torch.randn(5, N, HISTORY, model.latent.num_dims),
             ("history", "action"): torch.randint(min(COUNTS), (5, N, HISTORY)),
             ("history", "length"): torch.randint(HISTORY + 1, (5, N)),
@@ -93,6 +94,9 @@ def test_in_keys_are_read_and_out_keys_written(kind: str) -> None:
         if (kind, key) == ("imagination", keys.ALIVE):
             # By default all are alive.
             assert call(module, batch.exclude(key))[keys.ALIVE].all()
+        elif key == keys.ALIVE:
+            everybody = batch.clone().set(key, torch.ones_like(batch[key]))
+            assert_same(call(module, batch.exclude(key)), call(module, everybody), module.out_keys)
         elif (kind, key) != ("actor", keys.ACTION_MASK):
             with pytest.raises(KeyError, match=key[-1]):
                 call(module, batch.exclude(key))

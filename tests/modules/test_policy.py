@@ -75,11 +75,12 @@ def test_acting_agrees_with_the_sequence_pass_of_the_same_episodes() -> None:
         rollout = env.rollout(15, policy, break_when_any_done=False)
     assert rollout["next", "done"].sum() == 2
     trained_on = policy.world_model(add_agent_entries(rollout.exclude(keys.LOGITS)))
-    acted_on = torch.stack(spy.seen)
+    acted_on, alive = torch.stack(spy.seen), rollout[keys.ALIVE]
     for key in STATE_KEYS:
-        torch.testing.assert_close(acted_on[key], trained_on[key], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(acted_on[key][alive], trained_on[key][alive], rtol=1e-4, atol=1e-5)
     assert acted_on[keys.HIDDEN].any(-1).float().mean() > 0.7
-    torch.testing.assert_close(spy.actor(trained_on)[keys.LOGITS], rollout[keys.LOGITS], rtol=1e-4, atol=1e-5)
+    logits = spy.actor(trained_on)[keys.LOGITS]
+    torch.testing.assert_close(logits[alive], rollout[keys.LOGITS][alive], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -92,7 +93,8 @@ def test_policy_remembers_the_last_steps_and_no_more() -> None:
         window = policy.world_model(rollout[max(0, t - 2) : t + 1].clone())
         # The transformer sees the window alone; the teammate predictor too.
         for key in STATE_KEYS:
-            torch.testing.assert_close(spy.seen[t][key], window[key][-1], rtol=1e-4, atol=1e-5)
+            alive = rollout[keys.ALIVE][t]
+            torch.testing.assert_close(spy.seen[t][key][alive], window[key][-1][alive], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

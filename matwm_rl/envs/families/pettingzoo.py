@@ -6,9 +6,11 @@ import importlib
 import os
 import pkgutil
 import warnings
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torchrl.envs import EnvBase, MarlGroupMapType
 from torchrl.envs.libs.pettingzoo import PettingZooWrapper
@@ -98,13 +100,34 @@ def wrap_pettingzoo(
 
 
 class _PettingZoo(PettingZooWrapper):
-    """TorchRL's wrapper looks for ``agents`` among all attributes of all modules, at every step: 15% of its time."""
+    """Lets agents join after the reset.
+
+    TorchRL's wrapper also looks for ``agents`` among all attributes of all modules, at every step: 15% of its time.
+    """
 
     @property
     def agents(self) -> list[str]:
         """Which agents are alive."""
         agents: list[str] = simulator(self).agents
         return agents
+
+    def _reset_parallel(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        # TorchRL's wrapper expects all possible agents at a reset. Those that join later are masked until they do.
+        observations, infos = super()._reset_parallel(**kwargs)
+        late = [agent for agent in self.possible_agents if agent not in observations]
+        return (
+            {**observations, **{agent: _zeros(self.observation_space(agent)) for agent in late}},
+            {**infos, **{agent: {} for agent in self.possible_agents if agent not in infos}},
+        )
+
+
+def _zeros(space: Any) -> Any:
+    parts = getattr(space, "spaces", None)
+    if isinstance(parts, Mapping):
+        return {name: _zeros(part) for name, part in parts.items()}
+    if parts is not None:
+        return tuple(map(_zeros, parts))
+    return np.zeros(space.shape, dtype=space.dtype)
 
 
 def _check_groups(env: Any, group_map: dict[str, list[str]] | MarlGroupMapType) -> None:
