@@ -13,6 +13,7 @@ from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 
 from matwm_rl.envs.episode_ends import end_by_agents, end_by_root
 from matwm_rl.envs.groups import DenseReader, Group, groups_of_env
+from matwm_rl.envs.images import Images
 from matwm_rl.envs.layout import AgentLayout
 from matwm_rl.envs.registry import Ends, RegisteredEndRule, end_rules, unwrap
 from matwm_rl.keys import ACTION, ACTION_MASK, AGENTS
@@ -42,12 +43,13 @@ class MergeGroups(Transform):
         self._legal: Tensor | None = None
 
     @classmethod
-    def from_env(cls, base_env: EnvBase, *, image_size: int = 64) -> MergeGroups:
+    def from_env(cls, base_env: EnvBase, *, image_size: int = 64, images: Images = "auto") -> MergeGroups:
         """Build the transform for an environment.
 
         Args:
             base_env: the grouped environment that the transform will be attached to.
-            image_size: side of the square to which uint8 images are resized.
+            image_size: side of the square to which images are resized.
+            images: which observations are images.
 
         Raises:
             ValueError: if ``base_env`` is not a grouped environment with discrete actions in which all agents act at
@@ -56,8 +58,8 @@ class MergeGroups(Transform):
         unwrapped = unwrap(base_env)
         if isinstance(unwrapped, PettingZooWrapper) and not unwrapped.parallel:
             raise ValueError("agents of an AEC environment act in turns; wrap its parallel_env(...), not its env(...).")
-        layout = AgentLayout.from_env(base_env, image_size=image_size)
-        groups = groups_of_env(base_env, layout)
+        layout = AgentLayout.from_env(base_env, image_size=image_size, images=images)
+        groups = groups_of_env(base_env, layout, images)
         registered = end_rules.find(unwrapped)
         if registered is not None:
             return cls(layout, groups, registered, unwrapped)
@@ -162,7 +164,7 @@ class MergeGroups(Transform):
     def _output(self, tensordict: TensorDictBase, legal: Tensor, ends: Ends) -> TensorDictBase:
         """Build the merged tensordict and keep which agents live and what is legal."""
         self._alive, self._legal = ends.alive, legal
-        output = tensordict.exclude(*self.layout.group_map)
+        output = tensordict.exclude(*self.layout.group_map, "reward")
         output.set("done", ends.done)
         output.set("terminated", ends.terminated)
         output.set("truncated", ends.truncated)
