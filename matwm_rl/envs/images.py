@@ -18,6 +18,12 @@ Images = Literal["auto", "channels_first", "channels_last", "none"]
 SMALLEST_SIDE = 16
 """Pixels. Unless the user says otherwise, the sides of an image are at least so long, and it has fewer channels."""
 
+FLOAT_BOUNDS = ((0, 1), (-1, 1), (0, 255))
+"""Unless the user says otherwise, images of floats have one of these bounds: wider ones may be no more than a guess."""
+
+LARGE = 1e30
+"""Bounds from here on are none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFormat:
@@ -81,9 +87,10 @@ def read_image_spec(spec: TensorSpec, images: Images, owner: str) -> ImageFormat
     low, high = getattr(spec.space, "low", None), getattr(spec.space, "high", None)
     bounds = None
     if isinstance(low, Tensor) and isinstance(high, Tensor) and low.numel():
-        (lowest, low), (high, highest) = (tuple(map(float, bound.double().aminmax())) for bound in (low, high))
-        # Only bounds that are the same everywhere tell one scale.
-        bounds = (low, high) if lowest == low and highest == high else (-math.inf, math.inf)
+        ends = [[float(value) for value in bound.double().aminmax()] for bound in (low, high)]
+        # Only bounds that are the same everywhere tell one scale. Unbounded specs have the largest numbers there are.
+        is_one_scale = all(least == most and abs(most) < LARGE for least, most in ends)
+        bounds = (ends[0][0], ends[1][0]) if is_one_scale else (-math.inf, math.inf)
     return read_image(spec.shape, spec.dtype, images, owner, bounds)
 
 
@@ -96,9 +103,9 @@ def read_image(
 ) -> ImageFormat | None:
     """Decide how an agent's images come, or that it observes none: then its observation is a vector.
 
-    With ``"auto"``, images are uint8 of the bounds 0 and 255, and floats, that have two sides of
-    :data:`SMALLEST_SIDE` pixels or more, and fewer channels; uint8 images may have no channel axis. Smaller arrays,
-    booleans, and integers of other bounds are grids of symbols.
+    With ``"auto"``, images are uint8 of the bounds 0 and 255, and floats of one of :data:`FLOAT_BOUNDS`, that have two
+    sides of :data:`SMALLEST_SIDE` pixels or more, and fewer channels; uint8 images may have no channel axis. Smaller
+    arrays, booleans, and integers of other bounds are grids of symbols.
 
     Args:
         shape: of one observation.
@@ -123,11 +130,15 @@ def read_image(
     if images == "none" or len(shape) < 2 or (images == "auto" and not _may_be_image(shape, dtype, bounds)):
         return None
     axis = _channel_axis(shape, images, owner)
-    if not all(map(math.isfinite, bounds)) or bounds[0] >= bounds[1]:
+    fits = math.isfinite(bounds[0]) and math.isfinite(bounds[1]) and bounds[0] < bounds[1]
+    if images == "auto" and dtype != torch.uint8:
+        fits = bounds in FLOAT_BOUNDS
+    if not fits:
         raise ValueError(
-            f"{owner} observes {list(shape)} {dtype}, which looks like an image, with the bounds {list(bounds)}: these "
-            "decide what is black and white. Give the observation space finite bounds, the same for all entries, as in "
-            "Box(0, 1, ...), or store bytes; or say images='none' to read the observation as a vector."
+            f"{owner} observes {list(shape)} {dtype}, which looks like an image, with the bounds {list(bounds)}, which "
+            f"decide what is black and white. Give all entries of the observation space one of the bounds "
+            f"{list(FLOAT_BOUNDS)}; or say images='channels_first' or 'channels_last' with any finite ones, or "
+            "images='none' to read the observation as a vector."
         )
     return ImageFormat(channels=1 if axis is None else shape[axis], channel_axis=axis, low=bounds[0], high=bounds[1])
 
