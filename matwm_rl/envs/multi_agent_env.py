@@ -54,8 +54,8 @@ class MultiAgentEnv(_WithLayout, TransformedEnv):
     """Turn a grouped multi-agent environment into one with a single dense group ``"agents"``.
 
     Works on any TorchRL environment that has a ``group_map`` and the keys ``(group, "observation")``,
-    ``(group, "action")`` and ``(group, "reward")`` (or one ``"reward"`` at the root, or one for a whole group, which each
-    agent then receives): :class:`~torchrl.envs.PettingZooWrapper` on a parallel environment,
+    ``(group, "action")`` and ``(group, "reward")`` (or one ``"reward"`` at the root, or of a whole group, which
+    each agent then receives): :class:`~torchrl.envs.PettingZooWrapper` on a parallel environment,
     :class:`~torchrl.envs.VmasEnv`, and environments that follow their conventions. E is the environment's batch size, N
     the number of agents, A the most actions of any agent, D the size of the largest observation:
 
