@@ -63,3 +63,14 @@ def test_a_default_device() -> None:
         assert make_env("mock", seed=0).rollout(3)["agents", "observation"].shape == (3, 3, 5)
     finally:
         torch.set_default_device(None)
+
+
+def test_large_values_keep_losses_and_gradients_finite() -> None:
+    model = make_model(latent="gaussian")
+    batch = random_batch(2, 4)
+    for key in (("agents", "observation"), ("next", "agents", "observation")):
+        batch[key] = 1000 * batch[key].abs()
+    losses = WorldModelLoss(model)(batch)
+    assert all(value.isfinite() for value in losses.values())
+    sum(value for name, value in losses.items() if name.startswith("loss")).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
