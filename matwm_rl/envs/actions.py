@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 from torchrl.data import Categorical, OneHot, TensorSpec
 
 from matwm_rl.action_space import ActionSpace, DiscreteActions
+from matwm_rl.envs.entries import action_mask_key
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ def read_stored_actions(rollout: TensorDictBase, group: str, num_actions: Mappin
     Raises:
         ValueError: if neither the data nor ``num_actions`` tells how many actions there are.
     """
-    action, mask = rollout.get((group, "action")), rollout.get((group, "action_mask"), None)
+    action = rollout.get((group, "action"))
+    mask_key = action_mask_key(set(rollout.keys(True, True)), group)
+    mask = None if mask_key is None else rollout.get(mask_key)
     is_one_hot = _stored_one_hot(action, rollout)
     if is_one_hot:
         count = action.shape[-1]

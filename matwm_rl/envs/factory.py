@@ -11,6 +11,7 @@ import torch
 from torchrl.envs import EnvBase
 
 from matwm_rl.envs.families import wrap_pettingzoo
+from matwm_rl.envs.images import Images
 from matwm_rl.envs.multi_agent_env import MultiAgentEnv, ParallelMultiAgentEnv, SerialMultiAgentEnv
 from matwm_rl.envs.registry import ClassRegistry, Family, MakeFamily, RegisteredEndRule, end_rules, families
 
@@ -23,6 +24,7 @@ def make_env(
     device: torch.device | str | None = None,
     parallel: bool = False,
     image_size: int = 64,
+    images: Images = "auto",
     **kwargs: Any,
 ) -> MultiAgentEnv | SerialMultiAgentEnv | ParallelMultiAgentEnv:
     """Make an environment with one dense ``"agents"`` group; see :class:`~matwm_rl.envs.MultiAgentEnv`.
@@ -53,7 +55,8 @@ def make_env(
         device: device of the tensors given and received.
         parallel: whether ``num_envs`` > 1 environments run each in a process of its own. Then call this function below
             ``if __name__ == "__main__":``. VMAS and the mock environment are vectorized and ignore it.
-        image_size: side of the square to which uint8 images are resized.
+        image_size: side of the square to which images are resized.
+        images: which observations are images; see :class:`~matwm_rl.envs.MultiAgentEnv`.
         kwargs: passed to the environment's own constructor, for example ``max_cycles`` or
             ``render_mode="rgb_array"``; of ``mpe2`` and ``butterfly`` ``group_map`` goes to TorchRL's wrapper.
 
@@ -73,7 +76,9 @@ def make_env(
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}.")
     family, task = _look_up(name)
-    make = partial(_make_one, family.make, task, name=name, device=device, image_size=image_size, kwargs=kwargs)
+    make = partial(
+        _make_one, family.make, task, name=name, device=device, image_size=image_size, images=images, kwargs=kwargs
+    )
     env: MultiAgentEnv | SerialMultiAgentEnv | ParallelMultiAgentEnv
     if family.vectorized:
         env = make(num_envs=num_envs)
@@ -120,6 +125,7 @@ def _make_one(
     name: str,
     device: torch.device | str | None,
     image_size: int,
+    images: Images,
     kwargs: dict[str, Any],
     num_envs: int = 1,
 ) -> MultiAgentEnv:
@@ -133,7 +139,7 @@ def _make_one(
             f"{name!r} made a {type(env).__name__}; expected a grouped TorchRL environment, a MultiAgentEnv or a "
             "PettingZoo parallel environment."
         )
-    return env if isinstance(env, MultiAgentEnv) else MultiAgentEnv(env, image_size=image_size)
+    return env if isinstance(env, MultiAgentEnv) else MultiAgentEnv(env, image_size=image_size, images=images)
 
 
 def _without_batch(make: partial[MultiAgentEnv], name: str) -> MultiAgentEnv:

@@ -9,15 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torch.nn.functional import pad
 from torchrl.envs import EnvBase
 
 from matwm_rl.envs.actions import GroupActions, read_action_specs, stored_group_actions
+from matwm_rl.envs.entries import Key, ObservationEntries, action_mask_key, agent_specs
 from matwm_rl.envs.episode_ends import read_agents, read_masks
-from matwm_rl.envs.images import resize_images
-from matwm_rl.envs.layout import AgentLayout, per_agent_specs
+from matwm_rl.envs.images import Images
+from matwm_rl.envs.layout import AgentLayout
 from matwm_rl.keys import ACTION_MASK, ALIVE, OBSERVATION
 
 
@@ -28,9 +29,13 @@ class Group:
     name: str
     rows: slice
     actions: GroupActions
-    is_ragged: bool
-    """Whether its observations differ in size, so that they can only be read agent by agent."""
-    has_action_mask: bool
+    observation: ObservationEntries
+    action_mask: Key | None
+    """Where its action mask is; None if it has none."""
+    reward: Key
+    """Where its rewards are, in the group or at the root."""
+    shares_reward: bool
+    """Whether there is one reward for all of its agents."""
     has_mask: bool
     has_ends: bool
     """Whether it has a ``"terminated"`` and a ``"truncated"`` of its own."""
@@ -43,20 +48,24 @@ def _rows(layout: AgentLayout) -> Iterator[tuple[str, slice]]:
         start += len(agents)
 
 
-def groups_of_env(env: EnvBase, layout: AgentLayout) -> list[Group]:
+def groups_of_env(env: EnvBase, layout: AgentLayout, images: Images) -> list[Group]:
     """Read the groups off the specs of an environment."""
     observation_keys = set(env.full_observation_spec.keys(True))
+    rewards = {_tuple(key): spec.shape[env.batch_dims :] for key, spec in env.full_reward_spec.items(True, True)}
     done_keys = set(env.full_done_spec.keys(True))
     groups = []
     for name, rows in _rows(layout):
-        observations = per_agent_specs(env, env.full_observation_spec, (name, "observation"))
+        agents = layout.group_map[name]
+        reward, shares_reward = _find_reward(rewards, name, len(agents))
         groups.append(
             Group(
                 name=name,
                 rows=rows,
-                actions=read_action_specs(per_agent_specs(env, env.full_action_spec, (name, "action")), name),
-                is_ragged=len({spec.shape for spec in observations}) > 1,
-                has_action_mask=(name, "action_mask") in observation_keys,
+                actions=read_action_specs(agent_specs(env, env.full_action_spec, (name, "action"), agents), name),
+                observation=ObservationEntries.of_env(env, name, agents, images),
+                action_mask=action_mask_key(observation_keys, name),
+                reward=reward,
+                shares_reward=shares_reward,
                 has_mask=(name, "mask") in observation_keys,
                 has_ends={(name, "terminated"), (name, "truncated")} <= done_keys,
             )
@@ -67,23 +76,60 @@ def groups_of_env(env: EnvBase, layout: AgentLayout) -> list[Group]:
 def groups_of_rollout(rollout: TensorDictBase, layout: AgentLayout) -> list[Group]:
     """Read the groups off stored data; an entry counts only if it is there before and after each step."""
     following = rollout.get("next")
+    both = set(rollout.keys(True, True)) & set(following.keys(True, True))
+    rewards = {_tuple(key): value.shape[rollout.ndim :] for key, value in following.items(True, True)}
 
     def is_stored(name: str, *entries: str) -> bool:
         keys = [(name, entry) for entry in entries]
         return all(data.get(key, None) is not None for key in keys for data in (rollout, following))
 
-    return [
-        Group(
-            name=name,
-            rows=rows,
-            actions=stored_group_actions(rollout, name, layout.actions, rows),
-            is_ragged=False,
-            has_action_mask=is_stored(name, "action_mask"),
-            has_mask=is_stored(name, "mask"),
-            has_ends=is_stored(name, "terminated", "truncated"),
+    groups = []
+    for name, rows in _rows(layout):
+        agents = layout.group_map[name]
+        reward, shares_reward = _find_reward(rewards, name, len(agents))
+        groups.append(
+            Group(
+                name=name,
+                rows=rows,
+                actions=stored_group_actions(rollout, name, layout.actions, rows),
+                observation=ObservationEntries.of_rollout(
+                    rollout, name, agents, layout.observation_shape[0] if layout.is_image else "none"
+                ),
+                action_mask=action_mask_key(both, name),
+                reward=reward,
+                shares_reward=shares_reward,
+                has_mask=is_stored(name, "mask"),
+                has_ends=is_stored(name, "terminated", "truncated"),
+            )
         )
-        for name, rows in _rows(layout)
-    ]
+    return groups
+
+
+def _tuple(key: NestedKey) -> Key:
+    return (key,) if isinstance(key, str) else key
+
+
+def _find_reward(shapes: dict[Key, torch.Size], group: str, num_agents: int) -> tuple[Key, bool]:
+    """Find the rewards of a group among entries of these shapes, and whether there is one for all of its agents."""
+    own: Key = (group, "reward")
+    root: Key = ("reward",)
+    each: list[tuple[int, ...]] = []
+    common: list[tuple[int, ...]] = [(1,)]
+    if own in shapes:
+        key, each = own, [(num_agents, 1), (num_agents,)]
+    elif root in shapes:
+        key, common = root, [(1,), ()]
+    else:
+        raise ValueError(
+            f"group {group!r} has no rewards: expected {own}, or 'reward' at the root for all agents, found "
+            f"{sorted(map(str, shapes))}."
+        )
+    if (shape := tuple(shapes[key])) not in (*each, *common):
+        raise ValueError(
+            f"expected rewards under {key} of one of the shapes {[*each, *common]} behind the batch dimensions, of "
+            f"{num_agents} agents, found {shape}."
+        )
+    return key, shape not in each
 
 
 class DenseReader:
@@ -99,7 +145,7 @@ class DenseReader:
         self.layout = layout
         self.groups = groups
         self._agents_die = agents_die
-        self._masks_change = agents_die or any(group.has_action_mask for group in groups)
+        self._masks_change = agents_die or any(group.action_mask for group in groups)
         self._own_actions: dict[torch.device, Tensor] = {}
 
     def own_actions(self, device: torch.device) -> Tensor:
@@ -126,8 +172,15 @@ class DenseReader:
         )
 
     def reward(self, tensordict: TensorDictBase) -> Tensor:
-        """Read the rewards ``[*E, N, 1]`` float32."""
-        return read_agents(tensordict, self.layout.group_map, "reward").to(torch.float32)
+        """Read the rewards ``[*E, N, 1]`` float32; one that a group or all agents have in common is each agent's."""
+        batch = tensordict.batch_size
+        parts = []
+        for group in self.groups:
+            count = group.rows.stop - group.rows.start
+            reward = tensordict.get(group.reward)
+            reward = reward.reshape(*batch, 1 if group.shares_reward else count, 1)
+            parts.append(reward.expand(*batch, count, 1))
+        return torch.cat(parts, dim=len(batch)).to(torch.float32)
 
     def flag(self, tensordict: TensorDictBase, name: str) -> Tensor:
         """Read an entry ``[*E, n, 1]`` of each group as ``[*E, N]``."""
@@ -144,23 +197,18 @@ class DenseReader:
             return legal
         legal = legal & alive.unsqueeze(-1)
         for group in self.groups:
-            if group.has_action_mask:
-                mask = tensordict.get(group.name).get("action_mask")
+            if group.action_mask is not None:
+                mask = tensordict.get(group.action_mask).to(torch.bool)
                 legal[..., group.rows, : group.actions.num_actions] &= mask
         return self.layout.actions.allow_one_(legal)
 
     def _observation(self, tensordict: TensorDictBase) -> Tensor:
-        parts: list[Tensor] = []
-        for group in self.groups:
-            data = tensordict.get(group.name)
-            if group.is_ragged:
-                parts += [agent.get("observation").unsqueeze(tensordict.ndim) for agent in data.unbind(tensordict.ndim)]
-            else:
-                parts.append(data.get("observation"))
-        if self.layout.is_image:
-            parts = [resize_images(part, self.layout.observation_shape[-1]) for part in parts]
-        else:
-            width, agents_ndim = self.layout.observation_shape[0], tensordict.ndim + 1
-            parts = [part.reshape(*part.shape[:agents_ndim], -1) for part in parts]
+        parts = [
+            part
+            for group in self.groups
+            for part in group.observation.read(tensordict, self.layout.observation_shape[-1])
+        ]
+        if not self.layout.is_image:
+            width = self.layout.observation_shape[0]
             parts = [pad(part, (0, width - part.shape[-1])) for part in parts]
         return torch.cat(parts, dim=tensordict.ndim).to(torch.uint8 if self.layout.is_image else torch.float32)

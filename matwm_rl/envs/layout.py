@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from tensordict import TensorDictBase
-from torchrl.data import Composite, TensorSpec
 from torchrl.envs import EnvBase
 
 from matwm_rl.action_space import ActionSpace
 from matwm_rl.envs.actions import GroupActions, join_actions, read_action_specs, read_stored_actions
-from matwm_rl.envs.images import is_image, is_image_spec
+from matwm_rl.envs.entries import ObservationEntries, action_mask_key, agent_specs
+from matwm_rl.envs.images import ImageFormat, Images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class AgentLayout:
         group_map: the original groups, ``{group: [agent names]}``.
         group_index: for each agent the index of its original group.
         actions: what the agents can do; see :class:`~matwm_rl.action_space.ActionSpace`.
-        observation_shape: one agent's padded observation, ``(D,)`` or, for images, ``(3, S, S)``.
+        observation_shape: one agent's padded observation, ``(D,)`` or, for images, ``(C, S, S)``.
         observation_sizes: for each agent the number of entries of ``observation_shape`` that it really uses.
         is_image: whether observations are uint8 images.
         has_action_mask: whether the environment says at each step which actions are legal.
@@ -112,12 +111,13 @@ class AgentLayout:
         return cls(**{**stored, "actions": actions, "observation_shape": tuple(stored["observation_shape"])})
 
     @classmethod
-    def from_env(cls, env: EnvBase, *, image_size: int = 64) -> AgentLayout:
+    def from_env(cls, env: EnvBase, *, image_size: int = 64, images: Images = "auto") -> AgentLayout:
         """Read the layout from the specs of a grouped environment.
 
         Args:
             env: environment with a ``group_map`` and the keys ``(group, "observation")`` and ``(group, "action")``.
-            image_size: side S of the square to which uint8 images are resized.
+            image_size: side S of the square to which images are resized.
+            images: which observations are images; see :class:`~matwm_rl.envs.MultiAgentEnv`.
 
         Raises:
             ValueError: if ``env`` has no ``group_map``, lacks one of these keys, has actions that are not discrete, or
@@ -128,22 +128,29 @@ class AgentLayout:
             raise ValueError(
                 f"expected an environment with a `group_map` (such as PettingZooWrapper or VmasEnv), got {env}."
             )
-        observation_specs: list[TensorSpec] = []
+        observations: list[tuple[int, ImageFormat | None]] = []
         actions: list[GroupActions] = []
-        for group in group_map:
-            observation_specs += per_agent_specs(env, env.full_observation_spec, (group, "observation"))
-            actions.append(read_action_specs(per_agent_specs(env, env.full_action_spec, (group, "action")), group))
+        for group, names in group_map.items():
+            entries = ObservationEntries.of_env(env, group, names, images)
+            observations += zip(entries.sizes, entries.formats, strict=True)
+            actions.append(read_action_specs(agent_specs(env, env.full_action_spec, (group, "action"), names), group))
+        observation_keys = set(env.full_observation_spec.keys(True, True))
         return cls._of(
             {group: list(names) for group, names in group_map.items()},
-            observations=[(spec.shape, is_image_spec(spec)) for spec in observation_specs],
+            observations=observations,
             actions=join_actions(actions),
-            has_action_mask=any((group, "action_mask") in env.full_observation_spec.keys(True) for group in group_map),
+            has_action_mask=any(action_mask_key(observation_keys, group) is not None for group in group_map),
             image_size=image_size,
         )
 
     @classmethod
     def from_rollout(
-        cls, rollout: TensorDictBase, *, num_actions: Mapping[str, int] | None = None, image_size: int = 64
+        cls,
+        rollout: TensorDictBase,
+        *,
+        num_actions: Mapping[str, int] | None = None,
+        image_size: int = 64,
+        images: Images = "auto",
     ) -> AgentLayout:
         """Read the layout from stored data of a grouped environment, without the environment.
 
@@ -155,6 +162,7 @@ class AgentLayout:
             num_actions: for each group the number of an agent's actions. Only needed of groups whose actions are
                 categorical and have no ``"action_mask"``, which would tell.
             image_size: side S of the square to which uint8 images are resized.
+            images: which observations are images; see :class:`~matwm_rl.envs.MultiAgentEnv`.
 
         Raises:
             ValueError: if there are no groups, both image and vector observations, or the number of actions is unknown.
@@ -170,19 +178,19 @@ class AgentLayout:
         if not groups:
             raise ValueError(f"no entry holds an observation and an action; there are {sorted(map(str, present))}.")
         group_map: dict[str, list[str]] = {}
-        observations: list[tuple[torch.Size, bool]] = []
+        observations: list[tuple[int, ImageFormat | None]] = []
         actions: list[GroupActions] = []
         for group in groups:
-            observation = rollout.get((group, "observation"))
-            count, shape = observation.shape[rollout.ndim], observation.shape[rollout.ndim + 1 :]
-            group_map[group] = [f"{group}_{agent}" for agent in range(count)]
-            observations += [(shape, is_image(shape, observation.dtype))] * count
-            actions.append(read_stored_actions(rollout, group, num_actions or {}))
+            group_actions = read_stored_actions(rollout, group, num_actions or {})
+            group_map[group] = [f"{group}_{agent}" for agent in range(len(group_actions.counts))]
+            entries = ObservationEntries.of_rollout(rollout, group, group_map[group], images)
+            observations += zip(entries.sizes, entries.formats, strict=True)
+            actions.append(group_actions)
         return cls._of(
             group_map,
             observations=observations,
             actions=join_actions(actions),
-            has_action_mask=any((group, "action_mask") in present for group in groups),
+            has_action_mask=any(action_mask_key(present, group) is not None for group in groups),
             image_size=image_size,
         )
 
@@ -191,42 +199,36 @@ class AgentLayout:
         cls,
         group_map: dict[str, list[str]],
         *,
-        observations: list[tuple[torch.Size, bool]],
+        observations: list[tuple[int, ImageFormat | None]],
         actions: ActionSpace,
         has_action_mask: bool,
         image_size: int,
     ) -> AgentLayout:
-        """Build a layout from the shape of each agent's observation, and whether it is an image."""
-        are_images = {image for _, image in observations}
-        if len(are_images) > 1:
-            raise ValueError("some agents observe images and others vectors; give all agents the same kind.")
-        (all_images,) = are_images
-        if all_images:
-            shape: tuple[int, ...] = (3, image_size, image_size)
-            sizes = [math.prod(shape)] * len(observations)
+        """Build a layout from the size of each agent's observation, and the format of its images."""
+        names = [name for agents in group_map.values() for name in agents]
+        channels = {
+            name: None if image is None else image.channels
+            for name, (_, image) in zip(names, observations, strict=True)
+        }
+        if len(set(channels.values())) > 1:
+            raise ValueError(
+                "all agents must observe vectors, or images of equally many channels; found the channels (None: a "
+                f"vector) {channels}. Say images='none' to read all observations as vectors."
+            )
+        (num_channels,) = set(channels.values())
+        if num_channels is None:
+            sizes = [size for size, _ in observations]
+            shape: tuple[int, ...] = (max(sizes),)
         else:
-            sizes = [math.prod(observed) for observed, _ in observations]
-            shape = (max(sizes),)
+            shape = (num_channels, image_size, image_size)
+            sizes = [math.prod(shape)] * len(observations)
         return cls(
-            agent_names=[name for names in group_map.values() for name in names],
+            agent_names=names,
             group_map=group_map,
-            group_index=[index for index, names in enumerate(group_map.values()) for _ in names],
+            group_index=[index for index, agents in enumerate(group_map.values()) for _ in agents],
             actions=actions,
             observation_shape=shape,
             observation_sizes=sizes,
-            is_image=all_images,
+            is_image=num_channels is not None,
             has_action_mask=has_action_mask,
         )
-
-
-def per_agent_specs(env: EnvBase, spec: Composite, key: tuple[str, str]) -> list[TensorSpec]:
-    """Return the spec of ``key`` for each agent of the group, without batch dimensions."""
-    if key not in spec.keys(True, True):
-        found = sorted(str(found) for found in spec.keys(True, True))
-        raise ValueError(
-            f"expected one tensor under {key}, found {found}. Observations and actions made of several tensors (Dict "
-            "or Tuple spaces) must be flattened by the environment first."
-        )
-    # Unbind the agents first: a spec of unlike agents is stacked along their dimension and cannot be indexed by others.
-    first_env = (0,) * len(env.batch_size)
-    return [agent_spec[key[1]][first_env] for agent_spec in spec[key[0]].unbind(len(env.batch_size))]

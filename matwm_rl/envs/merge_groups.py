@@ -13,6 +13,7 @@ from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 
 from matwm_rl.envs.episode_ends import end_by_agents, end_by_root
 from matwm_rl.envs.groups import DenseReader, Group, groups_of_env
+from matwm_rl.envs.images import Images
 from matwm_rl.envs.layout import AgentLayout
 from matwm_rl.envs.registry import Ends, RegisteredEndRule, end_rules, unwrap
 from matwm_rl.keys import ACTION, ACTION_MASK, AGENTS, EPISODE
@@ -47,12 +48,13 @@ class MergeGroups(Transform):
         self._episode: Tensor | None = None
 
     @classmethod
-    def from_env(cls, base_env: EnvBase, *, image_size: int = 64) -> MergeGroups:
+    def from_env(cls, base_env: EnvBase, *, image_size: int = 64, images: Images = "auto") -> MergeGroups:
         """Build the transform for an environment.
 
         Args:
             base_env: the grouped environment that the transform will be attached to.
-            image_size: side of the square to which uint8 images are resized.
+            image_size: side of the square to which images are resized.
+            images: which observations are images.
 
         Raises:
             ValueError: if ``base_env`` is not a grouped environment with discrete actions in which all agents act at
@@ -67,8 +69,8 @@ class MergeGroups(Transform):
                 f"expected an environment with a 'done' at the root, found {sorted(map(str, base_env.done_keys))}; "
                 "episodes of groups that end apart have no dense group. Add one that says when all are over."
             )
-        layout = AgentLayout.from_env(base_env, image_size=image_size)
-        groups = groups_of_env(base_env, layout)
+        layout = AgentLayout.from_env(base_env, image_size=image_size, images=images)
+        groups = groups_of_env(base_env, layout, images)
         registered = end_rules.find(unwrapped)
         if registered is not None:
             return cls(layout, groups, registered, unwrapped)
@@ -179,7 +181,7 @@ class MergeGroups(Transform):
         """Build the merged tensordict and keep which agents live and what is legal."""
         assert self._episode is not None, "an environment is reset before its first step"
         self._alive, self._legal = ends.alive, legal
-        output = tensordict.exclude(*self.layout.group_map)
+        output = tensordict.exclude(*self.layout.group_map, "reward")
         output.set(EPISODE, self._episode.clone())
         output.set("done", ends.done)
         output.set("terminated", ends.terminated)

@@ -7,6 +7,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from matwm_rl.checks import read_entry
+from matwm_rl.envs.entries import observation_keys
 from matwm_rl.envs.episode_ends import (
     combine_agent_ends,
     combine_root_ends,
@@ -89,10 +90,13 @@ def _check_rollout(rollout: TensorDictBase, layout: AgentLayout) -> None:
     read_entry(rollout, ("next", "done"), reader, (*rollout.shape, 1))
     for group, names in layout.group_map.items():
         shape = (*rollout.shape, len(names))
-        observation = read_entry(rollout, (group, "observation"), reader)
-        read_entry(rollout, (group, "observation"), reader, (*shape, *observation.shape[len(shape) :]))
-        read_entry(rollout, ("next", group, "observation"), reader, observation.shape)
-        read_entry(rollout, ("next", group, "reward"), reader, (*shape, 1))
+        read_entry(rollout, (group, "observation"), reader)
+        for key in observation_keys(rollout.keys(True, True), group):
+            observation = read_entry(rollout, key, reader)
+            read_entry(rollout, key, reader, (*shape, *observation.shape[len(shape) :]))
+            read_entry(rollout, ("next", *key), reader, observation.shape)
+        if rollout.get(("next", "reward"), None) is None:
+            read_entry(rollout, ("next", group, "reward"), reader)
         action = read_entry(rollout, (group, "action"), reader)
         read_entry(rollout, (group, "action"), reader, (*shape, *[None] * (action.ndim > len(shape))))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchrl.envs import Compose, EnvBase, ParallelEnv, SerialEnv, TransformedEnv
 
 from matwm_rl.action_space import ActionSpace
+from matwm_rl.envs.images import Images
 from matwm_rl.envs.layout import AgentLayout
 from matwm_rl.envs.merge_groups import MergeGroups
 from matwm_rl.envs.random_actions import LegalRandomActions
@@ -53,15 +54,16 @@ class MultiAgentEnv(_WithLayout, TransformedEnv):
     """Turn a grouped multi-agent environment into one with a single dense group ``"agents"``.
 
     Works on any TorchRL environment that has a ``group_map`` and the keys ``(group, "observation")``,
-    ``(group, "action")`` and ``(group, "reward")``: :class:`~torchrl.envs.PettingZooWrapper` on a parallel environment,
+    ``(group, "action")`` and ``(group, "reward")`` (or one ``"reward"`` at the root, or of a whole group, which
+    each agent then receives): :class:`~torchrl.envs.PettingZooWrapper` on a parallel environment,
     :class:`~torchrl.envs.VmasEnv`, and environments that follow their conventions. E is the environment's batch size, N
     the number of agents, A the most actions of any agent, D the size of the largest observation:
 
     ====================================  ==========================  ==============================================
     key                                   shape, dtype                content
     ====================================  ==========================  ==============================================
-    ``("agents", "observation")``         ``[*E, N, D]`` float32      flattened and padded with zeros; or, if uint8
-                                                                      images, ``[*E, N, 3, S, S]`` uint8
+    ``("agents", "observation")``         ``[*E, N, D]`` float32      flattened and padded with zeros; or, if images,
+                                                                      ``[*E, N, C, S, S]`` uint8
     ``("agents", "action")``              ``[*E, N]`` int64
     ``("agents", "action_mask")``         ``[*E, N, A]`` bool         legal actions; False beyond an agent's own
     ``("agents", "alive")``               ``[*E, N]`` bool            the agent acts, its observation is real
@@ -83,14 +85,25 @@ class MultiAgentEnv(_WithLayout, TransformedEnv):
     Args:
         env: the grouped environment. A PettingZoo environment in which agents die needs
             ``PettingZooWrapper(..., use_mask=True, done_on_any=False)``.
-        image_size: side S of the square to which uint8 images are resized.
+        image_size: side S of the square to which images are resized.
+        images: ``"auto"``, see above; ``"channels_first"`` or ``"channels_last"``: observations of three dimensions are
+            images of so many channels, whatever their sizes; ``"none"``: all observations are vectors.
+
+    An observation may be a ``Dict`` of vectors, which are joined in alphabetical order of their names, and of an
+    ``"action_mask"``, as PettingZoo documents it.
+
+    Images are stored as bytes, with all their channels: colours, an alpha channel, or stacked frames in their order.
+    ``images="auto"`` takes for images what has two sides of at least 16 pixels, fewer channels, first or last, and the
+    bounds of an image: uint8 from 0 to 255 (with or without a channel axis), or floats from 0 to 1, -1 to 1 or 0 to
+    255, of which 256 levels are kept. The bounds of the observation space decide the scale. Small grids, booleans and
+    other integers are vectors, in the units of the environment. What may be an image and cannot be read is refused.
 
     To batch environments use :class:`SerialMultiAgentEnv` or :class:`ParallelMultiAgentEnv` (as
     :func:`~matwm_rl.envs.make_env` does): unlike TorchRL's own they draw only legal random actions.
 
     Raises:
-        ValueError: if ``env`` has no groups, actions that are not discrete, observations of several tensors, or agents
-            that act in turns.
+        ValueError: if ``env`` has no groups, actions that are not discrete, images whose channels or scale cannot be
+            told, images beside vectors, or agents that act in turns.
 
     Examples:
         >>> from matwm_rl.envs import MockEnv, MultiAgentEnv
@@ -101,10 +114,10 @@ class MultiAgentEnv(_WithLayout, TransformedEnv):
         {'hunter': ['hunter_0', 'hunter_1'], 'prey': ['prey_0']}
     """
 
-    def __init__(self, env: EnvBase, *, image_size: int = 64) -> None:
+    def __init__(self, env: EnvBase, *, image_size: int = 64, images: Images = "auto") -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}.")
-        transform = MergeGroups.from_env(env, image_size=image_size)
+        transform = MergeGroups.from_env(env, image_size=image_size, images=images)
         super().__init__(env, transform)
         self.layout = transform.layout
 

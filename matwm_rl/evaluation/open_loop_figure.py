@@ -129,7 +129,10 @@ def _vector_figure(
 def _image_figure(
     real: Tensor, imagined: Tensor, decoded: Tensor, context_length: int, num_dims: int, layout: AgentLayout, agent: int
 ) -> tuple[Any, Any, Any]:
-    """Draw strips of at most ten frames: the real ones, and up to three imagined futures."""
+    """Draw strips of at most ten frames: the real ones, and up to three imagined futures.
+
+    Images of three channels have colours; of others the last channel is drawn, which is the newest of stacked frames.
+    """
     horizon, futures = imagined.shape[1], imagined[:3]
     # The last real frame, then frames at equal distances over the horizon.
     ahead = torch.linspace(0, horizon, min(horizon + 1, 10)).round().long().tolist()
@@ -139,6 +142,7 @@ def _image_figure(
     figure = new_figure(11.5, height + 2.6)
     grid = figure.add_gridspec(2, 2, height_ratios=[height, 2.0])
     pictures = figure.add_subplot(grid[0, :])
+    strips = [strip if strip.shape[1] == 3 else strip[:, -1:].expand(-1, 3, -1, -1) for strip in strips]
     framed = [pad(strip.clamp(0, 1), (1, 1, 1, 1), value=0.5) for strip in strips]
     rows = torch.cat([torch.cat(list(strip), -1) for strip in framed], -2)
     pictures.imshow(rows.permute(1, 2, 0).numpy(), interpolation="nearest")

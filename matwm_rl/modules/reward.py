@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from matwm_rl.functional import at_least_float32
-from matwm_rl.modules.encoders.features import FourierFeatures, PointDistances
+from matwm_rl.modules.encoders.features import MAX_DISTANCES, FourierFeatures, PointDistances
 from matwm_rl.modules.heads import Head
 from matwm_rl.modules.stacked import StackedLinear, mlp
 
@@ -247,7 +247,8 @@ class ObservationRewardConfig(RewardConfig):
     Attributes:
         depth: number of hidden layers.
         fourier_features: frequencies of the sines and cosines that it also reads.
-        point_size: coordinates of a point, whose distances it also reads; 0: none.
+        point_size: coordinates of a point, whose distances it also reads; 0: none. Observations with more than 1,000
+            distances, wider than 88 coordinates in the plane, are read without them: they grow as D squared.
 
     Raises:
         ValueError: by :meth:`build`, if observations are images.
@@ -273,6 +274,8 @@ class ObservationRewardConfig(RewardConfig):
         """Build the reward head."""
         if len(observation_shape) != 1:
             raise ValueError("ObservationRewardConfig is for vector observations; for images take HiddenRewardConfig")
+        points = -(-observation_shape[0] // self.point_size) if self.point_size > 0 else 0
+        is_wide = points * (points + 1) // 2 > MAX_DISTANCES
         return ObservationReward(
             observation_shape[0],
             num_bins,
@@ -280,5 +283,5 @@ class ObservationRewardConfig(RewardConfig):
             num_cells=hidden_size,
             depth=self.depth,
             fourier_features=self.fourier_features,
-            point_size=self.point_size,
+            point_size=0 if is_wide else self.point_size,
         )

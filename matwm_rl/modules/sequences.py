@@ -44,6 +44,22 @@ def read_sequences(
     return value.reshape(agents, -1, shape[-1], *event)
 
 
+def in_type_of(module: nn.Module, observation: Tensor) -> Tensor:
+    """Cast vector observations to the type of a module's weights, such as float64; images stay bytes.
+
+    Args:
+        module: that reads them.
+        observation: of any shape.
+
+    Examples:
+        >>> in_type_of(nn.Linear(2, 2).double(), torch.zeros(2)).dtype
+        torch.float64
+    """
+    if not observation.is_floating_point():
+        return observation
+    return observation.to(next(module.parameters(), observation).dtype)
+
+
 def encode_with_successors(
     encoder: nn.Module, observation: Tensor, following: Tensor, done: Tensor, max_boundaries: int | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from matwm_rl.modules.dynamics import Dynamics
 from matwm_rl.modules.latents import LatentSpace
 from matwm_rl.modules.reward import RewardHead, Transition
 from matwm_rl.modules.rollout import Act, Rollout, imagine
-from matwm_rl.modules.sequences import MISSING_ENTRIES, encode_with_successors, read_sequences
+from matwm_rl.modules.sequences import MISSING_ENTRIES, encode_with_successors, in_type_of, read_sequences
 from matwm_rl.modules.state import STATE_KEYS, Caches, State
 from matwm_rl.modules.teammates import TeammatePredictorBase
 from matwm_rl.modules.transformer import Transformer
@@ -167,7 +167,7 @@ class WorldModel(TensorDictModuleBase):
 
     def encode(self, observation: Tensor) -> Tensor:
         """Encode observations ``[N, *batch, *O]`` to posterior latents ``[N, *batch, Z]``."""
-        return self.latent.sample_posterior(self.encoder(observation))
+        return self.latent.sample_posterior(self.encoder(in_type_of(self.encoder, observation)))
 
     def decode(self, latent: Tensor) -> Tensor:
         """Decode latents ``[N, *batch, Z]`` to observations ``[N, *batch, *O]``."""
@@ -292,8 +292,8 @@ class WorldModel(TensorDictModuleBase):
         # Read off an entry, because a tensordict made from keyword arguments has no batch size.
         shape = read_entry(tensordict, keys.AGENT_DONE, self, note=MISSING_ENTRIES).shape[:-2]
         read = partial(read_sequences, tensordict, reader=self, shape=shape, agents=self.num_agents)
-        observation = read(keys.OBSERVATION, event=self.observation_shape)
-        next_observation = read(keys.NEXT_OBSERVATION, event=self.observation_shape)
+        observation = in_type_of(self.encoder, read(keys.OBSERVATION, event=self.observation_shape))
+        next_observation = in_type_of(self.encoder, read(keys.NEXT_OBSERVATION, event=self.observation_shape))
         action = read(keys.ACTION, event=self.actions.action_shape)
         done = read(keys.AGENT_DONE, event=[1]).squeeze(-1)
 

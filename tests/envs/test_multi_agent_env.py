@@ -21,7 +21,6 @@ from torchrl.envs import (
 )
 
 from matwm_rl.envs import MockEnv, MultiAgentEnv, SerialMultiAgentEnv, make_env
-from matwm_rl.envs.images import resize_images
 from matwm_rl.keys import (
     ACTION,
     ACTION_MASK,
@@ -212,16 +211,6 @@ def test_images_show_what_happens() -> None:
     env = make_env("butterfly/pistonball_v6", n_pistons=4, seed=0)
     images = env.rollout(8)[OBSERVATION].float()
     assert (images[1:] - images[:-1]).abs().amax((1, 2, 3, 4)).min() > 20
-
-
-@pytest.mark.parametrize("shape", [(2, 8, 6, 1), (2, 8, 6, 4), (2, 3, 8, 6), (8, 6, 3)])
-def test_resize_images_finds_the_channels(shape: tuple[int, ...]) -> None:
-    image = torch.full(shape, 7, dtype=torch.uint8)
-    if shape[-1] == 4:
-        image[..., 3] = 255
-    resized = resize_images(image, 5)
-    assert resized.shape == (*shape[:-3], 3, 5, 5)
-    assert (resized == 7).all()
 
 
 # ---------------------------------------------------------------------- collectors

@@ -85,6 +85,19 @@ def test_open_loop_of_images_shows_strips(tmp_path: Path) -> None:
         np.testing.assert_allclose(frames[18 * strip + 1 : 18 * strip + 17, 1:17], seen, atol=1e-4)
 
 
+def test_stacked_frames_are_drawn_by_their_newest(tmp_path: Path) -> None:
+    layout = make_layout([3, 3], [0, 0], (4, 16, 16))
+    model = WorldModel.from_env(layout, SMALL).eval()
+    pictures = torch.tensor([0, 50, 100, 200], dtype=torch.uint8).view(4, 1, 1).expand(8, 2, 4, 16, 16)
+    agents = {"observation": pictures, "action": torch.zeros(8, 2, dtype=torch.long)}
+    after = {"observation": pictures, "reward": torch.zeros(8, 2, 1)}
+    done = torch.zeros(8, 1, dtype=torch.bool)
+    episode = TensorDict({"agents": agents, "next": {"agents": after, "done": done}}, [8])
+    figure = plot_open_loop(model, episode, tmp_path / "a.png", layout=layout, context_length=3, horizon=5)
+    frames = np.asarray(figure.axes[0].get_images()[0].get_array())
+    assert frames[9, 9] * 255 == pytest.approx([200] * 3, abs=0.5)
+
+
 def test_open_loop_without_teammate_predictor(tmp_path: Path) -> None:
     env = make_env("mock", seed=0)
     model = WorldModel.from_env(env, replace(SMALL, teammate_predictor=False))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from matwm_rl import keys
+from matwm_rl import keys, presets
 from matwm_rl.modules import (
     HiddenReward,
     HiddenRewardConfig,
@@ -22,7 +22,18 @@ from matwm_rl.modules import (
     make_actor,
 )
 from matwm_rl.objectives import WorldModelLoss
-from tests.helpers import COUNTS, LATENTS, SIZE, grads, make_model, random_batch, random_latent, randomize, total
+from tests.helpers import (
+    COUNTS,
+    LATENTS,
+    SIZE,
+    grads,
+    make_layout,
+    make_model,
+    random_batch,
+    random_latent,
+    randomize,
+    total,
+)
 
 N = len(COUNTS)
 GROUPS = [0, 0, 1]
@@ -271,3 +282,23 @@ def test_a_reward_head_with_another_number_of_outputs_is_named() -> None:
         model(random_batch())
     with pytest.raises(ValueError, match=message):
         model.predict_outcome(random_state(model, 5), torch.zeros(N, 5, dtype=torch.long), random_state(model, 5))
+
+
+# ---------------------------------------------------------------------- wide observations
+
+
+@pytest.mark.parametrize(("size", "has_distances"), [(34, True), (88, True), (89, False), (512, False)])
+def test_wide_observations_are_read_without_distances(size: int, has_distances: bool) -> None:
+    head = ObservationRewardConfig().build([size], 128, 255, group_index=[0], depth=1)
+    assert isinstance(head, ObservationReward)
+    assert (head.distances is not None) == has_distances
+    assert sum(parameter.numel() for parameter in head.parameters()) < 1_500_000
+
+
+def test_the_vectors_preset_of_wide_observations_is_small() -> None:
+    def parameters(size: int) -> int:
+        layout = make_layout([3, 3], [0, 0], (size,))
+        model = WorldModel.from_env(layout, presets.vectors().world_model)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    assert parameters(512) - parameters(16) < 2_000_000

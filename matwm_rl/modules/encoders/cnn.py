@@ -49,7 +49,7 @@ class CNNEncoder(nn.Module):
     def forward(self, observation: Tensor) -> Tensor:
         """``[N, *batch, C, S, S]`` uint8 (0 to 255) or float (0 to 1) to ``[N, *batch, out_features]``."""
         images = observation.flatten(0, -4)
-        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        images = images.to(self.output.weight.dtype) / 255 if images.dtype == torch.uint8 else images
         features = at_least_float32(self.output(self.convolutions(images).flatten(1)))
         return features.unflatten(0, observation.shape[:-3])
 

@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+MAX_DISTANCES = 1000
+"""Distances that a reward head reads at most; 88 coordinates in the plane have 990. Their number grows as D squared."""
+
 
 class FourierFeatures(nn.Module):
     r"""Append sines and cosines of every coordinate: ``[..., D] -> [..., (2 K + 1) D]`` (arXiv:2006.10739).
