@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def first_non_finite(value: Tensor) -> tuple[list[int], float]:
         ([1, 0], -inf)
     """
     index: list[int] = value.isfinite().logical_not().nonzero()[0].tolist()
-    return index, float(value[tuple(index)])
+    return index, float(value.detach()[tuple(index)])
 
 
 def non_finite_entries(state: Any, name: str = "") -> Iterator[str]:
@@ -137,7 +138,8 @@ def find_source(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> 
     }
     handles = [part.register_forward_hook(watch(name)) for name, part in named.items()]
     try:
-        with torch.random.fork_rng(devices=[]):
+        # What such numbers make fail later, for instance as an index, is not what is looked for.
+        with torch.random.fork_rng(devices=[]), suppress(Exception):
             run()
     finally:
         for handle in handles:

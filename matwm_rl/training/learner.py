@@ -298,11 +298,14 @@ class Learner:
     def _losses_of_agents(self, starts: TensorDictBase) -> None:
         """Imagine and compute the losses, and change nothing; in search of an error."""
         self.actor_loss.eval()
-        imagined = self.returns(self.imagination(starts))
-        if self.config.actor.objective == PolicyObjective.ppo:
-            imagined.set(keys.ACTION_LOG_PROB, self._log_prob(imagined))
-        for loss in (self.actor_loss, self.critic_loss):
-            loss(imagined)
+        try:
+            imagined = self.returns(self.imagination(starts))
+            if self.config.actor.objective == PolicyObjective.ppo:
+                imagined.set(keys.ACTION_LOG_PROB, self._log_prob(imagined))
+            for loss in (self.actor_loss, self.critic_loss):
+                loss(imagined)
+        finally:
+            self.actor_loss.train()
 
     def _diagnosis(self, batch: TensorDictBase, run: Callable[[], object]) -> guard.Diagnosis:
         networks = {"world_model": self.world_model, "actor": self.actor, "critic": self.critic}
