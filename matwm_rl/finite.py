@@ -31,6 +31,24 @@ def is_finite(value: Tensor) -> bool:
     return math.isfinite(float(value.detach().sum())) or bool(value.isfinite().all())
 
 
+def is_readable(value: Tensor) -> bool:
+    """Return whether the numbers of a tensor can be read at no cost: on a CPU, outside ``torch.compile`` and ``vmap``.
+
+    Args:
+        value: of any shape.
+
+    Examples:
+        >>> is_readable(torch.ones(2))
+        True
+    """
+    # PyTorch has no public way to ask whether vmap is at work.
+    return (
+        value.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_batchedtensor(value)
+    )
+
+
 def first_non_finite(value: Tensor) -> tuple[list[int], float]:
     """Return the index of the first number that is not finite, and the number.
 

@@ -12,6 +12,8 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import keys
 from matwm_rl.envs import AgentLayout
+from matwm_rl.finite import check_finite
+from matwm_rl.modules.actor_critic import check_logits
 
 
 @dataclass(kw_only=True)
@@ -145,7 +147,8 @@ def evaluate(
         the returns of all episodes.
 
     Raises:
-        ValueError: if ``episodes`` is below 1.
+        ValueError: if ``episodes`` is below 1, or a return is not finite.
+        FloatingPointError: if the policy writes logits that are no distribution over the legal actions.
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -166,11 +169,14 @@ def evaluate(
     with torch.random.fork_rng(cuda_devices), set_exploration_type(exploration):
         tensordict = env.reset()
         while bool((played < quota).any()):
-            step, tensordict = env.step_and_maybe_reset(policy(tensordict))
+            acting = policy(tensordict)
+            check_logits(acting, acting.get(keys.ACTION_MASK), policy)
+            step, tensordict = env.step_and_maybe_reset(acting)
             running += step.get(keys.REWARD).reshape(num_envs, -1).cpu()
             done = step.get(keys.DONE).reshape(num_envs).cpu()
             ended = (done & (played < quota)).nonzero().squeeze(-1)
             returns[ended, played[ended]] = running[ended]
             played += done
             running[done] = 0.0
+    check_finite(dict(zip(layout.agent_names, returns.flatten(0, 1).unbind(-1), strict=True)), "the returns")
     return Returns(returns.flatten(0, 1), layout)
