@@ -67,11 +67,12 @@ class WorldModelPolicy(StateEstimator):
         mask = read_entry(tensordict, keys.ACTION_MASK, self, (*batch, model.num_agents, model.num_actions))
         state, history = self._estimate(tensordict)
         outputs = self.actor(state.set(keys.ACTION_MASK, mask))
-        if is_readable(mask):
+        logits = outputs.get(keys.LOGITS, None)
+        if logits is not None and is_readable(logits):
             check_logits(outputs, mask, self.actor)
         action = read_action(outputs, self.actor, model.actions, batch)
         tensordict.set(keys.ACTION, action)
-        if (logits := outputs.get(keys.LOGITS, None)) is not None:
+        if logits is not None:
             tensordict.set(keys.LOGITS, logits)
         for key, value in self._following_history(history, action).items():
             tensordict.set(("next", *key), value)
