@@ -364,7 +364,9 @@ def one_hot_classes(latent: Tensor, num_classes: int) -> Tensor:
         tensor([2, 0])
     """
     classes = torch.arange(num_classes, dtype=latent.dtype, device=latent.device)
-    return (latent.detach().unflatten(-1, (-1, num_classes)) @ classes).round().long()
+    index = (latent.detach().unflatten(-1, (-1, num_classes)) @ classes).round().long()
+    # A NaN becomes some integer, and rows that a layer does not have must not be looked up; the losses show the NaN.
+    return index.clamp_(0, num_classes - 1)
 
 
 def masked_mean(value: Tensor, mask: Tensor | None) -> Tensor:

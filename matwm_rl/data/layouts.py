@@ -29,6 +29,7 @@ from torchrl.envs.transforms import Transform
 
 from matwm_rl.checks import read_entry
 from matwm_rl.data.continuity import Continuity
+from matwm_rl.data.entry_check import check_entries
 from matwm_rl.keys import (
     ACTION,
     ACTION_MASK,
@@ -170,8 +171,9 @@ class FocalSlices(Transform):
 
     Raises:
         KeyError: On ``extend``, if an entry that is stored is missing.
-        ValueError: If a rollout does not continue the one before, or the number of agents or of environments does not
-            fit; on ``sample``, if the sampler draws no slices.
+        ValueError: If a rollout does not continue the one before, if the number of agents or of environments or the
+            shape or type of an entry does not fit, if a number is not finite, or if a living agent's action is not
+            legal; on ``sample``, if the sampler draws no slices.
 
     Examples:
         >>> from torchrl.data import LazyTensorStorage, RoundRobinWriter, TensorDictReplayBuffer
@@ -234,10 +236,9 @@ class FocalSlices(Transform):
                 "another process's steps would follow it. Have the workers write whole episodes, with the collector's "
                 "trajs_per_batch=1, or give the collector no replay_buffer and store what it yields with Replay.extend."
             )
+        check_entries(plain, self.num_agents)
         read = [*REPLAY_KEYS, AGENT_TRUNCATED] if AGENT_TRUNCATED in present else REPLAY_KEYS
         rows = _to_rows(add_agent_entries(plain.select(*read).transpose(0, 1)).exclude(AGENT_TRUNCATED))
-        if rows.shape[-1] != self.num_agents:
-            raise ValueError(f"got actions of {rows.shape[-1]} agents; this buffer was built for {self.num_agents}.")
         # Checked last, because the check remembers the rollout: one that is refused above is not stored.
         self.continuity.check(plain)
         return rows

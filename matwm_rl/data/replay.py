@@ -23,7 +23,8 @@ from torchrl.data import (
 from torchrl.data.replay_buffers.samplers import Sampler
 
 from matwm_rl.data.config import ReplayConfig, starts_per_agent_by_agents
-from matwm_rl.data.layouts import FocalSlices
+from matwm_rl.data.entry_check import check_like_stored
+from matwm_rl.data.layouts import REPLAY_KEYS, FocalSlices
 from matwm_rl.data.samplers import RecencySliceSampler, UniformSliceSampler
 from matwm_rl.data.slices import timeline
 
@@ -77,8 +78,9 @@ class Replay:
                 episodes one after the other.
 
         Raises:
-            ValueError: If the batch does not fit the number of environments, the capacity or the number of agents, or
-                does not continue the one before.
+            ValueError: If the batch does not fit the number of environments, the capacity, the number of agents or what
+                is stored, does not continue the one before, or holds numbers, flags or actions that cannot be; see
+                :class:`~matwm_rl.data.FocalSlices`. Nothing is stored then.
             KeyError: If an entry that replay stores is missing.
         """
         capacity = self.capacity // self.num_envs
@@ -207,6 +209,8 @@ class _RowBuffer(TensorDictReplayBuffer):
 
     def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:
         """Store what the transform makes of the data, see :meth:`torchrl.data.ReplayBuffer.extend`."""
+        if len(self.storage):
+            check_like_stored(tensordicts, self.storage[0], REPLAY_KEYS)
         return ReplayBuffer.extend(self, tensordicts, update_priority=update_priority)
 
 

@@ -18,6 +18,7 @@ from matwm_rl.action_space import ActionSpace
 from matwm_rl.envs.imagination_model import ImaginationModel
 from matwm_rl.envs.layout import AgentLayout
 from matwm_rl.envs.random_actions import LegalRandomActions
+from matwm_rl.finite import first_non_finite, is_finite, is_readable
 from matwm_rl.functional import agents_first, agents_last
 from matwm_rl.keys import ACTION, ACTION_MASK, AGENTS, ALIVE, CONTINUATION, OBSERVATION
 from matwm_rl.torchrl_internals import lock_batch
@@ -81,6 +82,7 @@ class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
             another shape or are not the agents' own, or if some dreams alone are to be stepped.
         TypeError: if ``starts`` neither has ``sample()`` nor can be called.
         RuntimeError: by a step or a partial reset, if no dream has begun.
+        FloatingPointError: by a step on a CPU, if a predicted reward or continuation is not finite.
 
     Examples:
         >>> from matwm_rl import presets
@@ -256,6 +258,13 @@ class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
         self._state = rollout.states[-1]
         step = rollout.pack()[:, 0].get("next")
         reward, continuation = (step.get((AGENTS, name)).squeeze(-1) for name in ("reward", "continuation"))
+        for name, value in (("reward", reward), ("continuation", continuation)):
+            if is_readable(value) and not is_finite(value):
+                index, number = first_non_finite(value)
+                raise FloatingPointError(
+                    f"the world model gave {number} as {name} of agent {index[-1]} in dream {index[0]}; its "
+                    "weights, its starts or what a part of your own gives are not finite"
+                )
         threshold = torch.rand_like(continuation) if self.end_threshold is None else self.end_threshold
         self._ended = self._ended | (continuation < threshold)
         self._steps = self._steps + 1

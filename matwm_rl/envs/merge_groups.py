@@ -16,6 +16,7 @@ from matwm_rl.envs.groups import DenseReader, Group, groups_of_env
 from matwm_rl.envs.images import Images
 from matwm_rl.envs.layout import AgentLayout
 from matwm_rl.envs.registry import Ends, RegisteredEndRule, end_rules, unwrap
+from matwm_rl.envs.step_check import StepCheck
 from matwm_rl.keys import ACTION, ACTION_MASK, AGENTS, EPISODE
 
 RESERVED = frozenset({"next", "done", "terminated", "truncated", "history", "collector", EPISODE, "_reset", "_step"})
@@ -46,6 +47,7 @@ class MergeGroups(Transform):
         self._alive: Tensor | None = None
         self._legal: Tensor | None = None
         self._episode: Tensor | None = None
+        self._step_check = StepCheck(layout)
 
     @classmethod
     def from_env(cls, base_env: EnvBase, *, image_size: int = 64, images: Images = "auto") -> MergeGroups:
@@ -167,7 +169,7 @@ class MergeGroups(Transform):
         self._episode = count + (1 if reset is None else reset.view_as(count).long())
         terminated = tensordict_reset.get("terminated", done)
         ends = Ends(alive=alive, done=done, terminated=terminated, truncated=done & ~terminated)
-        return self._output(tensordict_reset, legal, ends)
+        return self._step_check.after_reset(self._output(tensordict_reset, legal, ends), reset)
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         if self._alive is None:
@@ -175,7 +177,7 @@ class MergeGroups(Transform):
         ends = self._end_rule(next_tensordict, self._alive)
         output = self._output(next_tensordict, self._reader.legal_actions(next_tensordict, ends.alive), ends)
         output.set((AGENTS, "reward"), self._reader.reward(next_tensordict))
-        return output
+        return self._step_check.after_step(output)
 
     def _output(self, tensordict: TensorDictBase, legal: Tensor, ends: Ends) -> TensorDictBase:
         """Build the merged tensordict and keep which agents live and what is legal."""

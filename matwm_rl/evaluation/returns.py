@@ -12,6 +12,8 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import keys
 from matwm_rl.envs import AgentLayout
+from matwm_rl.finite import check_finite
+from matwm_rl.modules.actor_critic import check_logits
 
 
 @dataclass(kw_only=True)
@@ -153,8 +155,9 @@ def evaluate(
         the returns of all episodes.
 
     Raises:
-        ValueError: if ``episodes`` or ``max_steps`` is below 1.
+        ValueError: if ``episodes`` or ``max_steps`` is below 1, or a return is not finite.
         RuntimeError: if an episode has not ended after ``max_steps`` steps.
+        FloatingPointError: if the policy writes logits that are no distribution over the legal actions.
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -177,7 +180,9 @@ def evaluate(
     with torch.random.fork_rng(cuda_devices), set_exploration_type(exploration):
         tensordict = env.reset()
         while bool((played < quota).any()):
-            step, tensordict = env.step_and_maybe_reset(policy(tensordict))
+            acting = policy(tensordict)
+            check_logits(acting, acting.get(keys.ACTION_MASK), policy)
+            step, tensordict = env.step_and_maybe_reset(acting)
             running += step.get(keys.REWARD).reshape(num_envs, -1).cpu()
             done = step.get(keys.DONE).reshape(num_envs).cpu()
             ended = (done & (played < quota)).nonzero().squeeze(-1)
@@ -192,4 +197,5 @@ def evaluate(
                     "StepCounter around it; or raise max_steps, in the call of evaluate or in a play function of your "
                     "own (register_evaluation)."
                 )
+    check_finite(dict(zip(layout.agent_names, returns.flatten(0, 1).unbind(-1), strict=True)), "the returns")
     return Returns(returns.flatten(0, 1), layout)

@@ -116,6 +116,10 @@ class RunLog:
 
         Args:
             env_steps: env steps so far.
+
+        Raises:
+            FloatingPointError: if a loss is not finite. On a GPU the optimizers have skipped such updates, so the
+                weights are good, but what made it will make more.
         """
         if not self._sums:
             return
@@ -125,6 +129,11 @@ class RunLog:
         means = {name: total / self._counts[name] for name, total in zip(self._sums, totals, strict=True)}
         self._sums, self._counts = {}, {}
         self.log(means, env_steps)
+        if bad := {name: mean for name, mean in means.items() if name.startswith("loss_") and not math.isfinite(mean)}:
+            raise FloatingPointError(
+                f"losses up to env step {env_steps} are not finite: {bad}; go on from the last good checkpoint, with "
+                "smaller learning rates, or look into the data and your own parts"
+            )
 
     def log(self, metrics: Mapping[str, Scalar] | TensorDictBase, env_steps: int) -> None:
         """Write metrics at once, without averaging; names of an evaluation begin with ``evaluation/``.

@@ -15,6 +15,7 @@ from torchrl.modules import ProbabilisticActor
 from matwm_rl import keys
 from matwm_rl.action_space import ActionSpace
 from matwm_rl.checks import check_reads, check_writes, read_output
+from matwm_rl.finite import is_finite
 from matwm_rl.functional import agents_first, agents_last, at_least_float32
 from matwm_rl.modules.stacked import LatentLinear, StackedMLP, StackedNormSiLU
 from matwm_rl.modules.state import STATE_KEYS
@@ -183,3 +184,29 @@ def read_action(outputs: TensorDictBase, actor: nn.Module, actions: ActionSpace,
         name = type(actor).__name__
         raise ValueError(f"{name} must write {keys.ACTION!r} as {actions.dtype}, found {action.dtype}; {note}")
     return action
+
+
+def check_logits(outputs: TensorDictBase, mask: Tensor, actor: nn.Module) -> None:
+    """Check that logits, if an actor has written any, make a distribution; it reads them.
+
+    Of NaN logits the first action would be drawn, even where the mask forbids it. Minus infinity is an action without
+    probability, and what illegal actions have does not matter.
+
+    Args:
+        outputs: of the actor.
+        mask: bool ``[*batch, N, A]``, the legal actions.
+        actor: for the message.
+
+    Raises:
+        FloatingPointError: if the logits of some agent's legal actions are no distribution.
+    """
+    logits = outputs.get(keys.LOGITS, None)
+    if logits is None or is_finite(logits):
+        return
+    bad = logits.masked_fill(~mask, -torch.inf).logsumexp(-1).isfinite().logical_not()
+    if bad.any():
+        index = bad.nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"{type(actor).__name__} gave agent {index[-1]} the logits {logits[tuple(index)].tolist()}, from which no "
+            "legal action can be drawn. Its weights or its inputs are not finite: act with the last good ones"
+        )

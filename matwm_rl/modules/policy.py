@@ -9,7 +9,8 @@ from torch import nn
 
 from matwm_rl import keys
 from matwm_rl.checks import read_entry
-from matwm_rl.modules.actor_critic import check_actor, read_action
+from matwm_rl.finite import is_readable
+from matwm_rl.modules.actor_critic import check_actor, check_logits, read_action
 from matwm_rl.modules.state_estimator import HISTORY_KEYS, PolicyConfig, StateEstimator
 from matwm_rl.modules.world_model import WorldModel
 
@@ -35,6 +36,7 @@ class WorldModelPolicy(StateEstimator):
         ValueError: if the actor reads what is not part of s_t, does not write actions, or writes them in another shape;
             if ``history_length`` is below 1, or an entry that is read has another shape.
         KeyError: if an entry that is read is missing.
+        FloatingPointError: on a CPU, if the actor's logits are no distribution over the legal actions.
 
     Examples:
         >>> from matwm_rl import presets
@@ -66,9 +68,12 @@ class WorldModelPolicy(StateEstimator):
         mask = read_entry(tensordict, keys.ACTION_MASK, self, (*batch, model.num_agents, model.num_actions))
         state, history = self._estimate(tensordict)
         outputs = self.actor(state.set(keys.ACTION_MASK, mask))
+        logits = outputs.get(keys.LOGITS, None)
+        if logits is not None and is_readable(logits):
+            check_logits(outputs, mask, self.actor)
         action = read_action(outputs, self.actor, model.actions, batch)
         tensordict.set(keys.ACTION, action)
-        if (logits := outputs.get(keys.LOGITS, None)) is not None:
+        if logits is not None:
             tensordict.set(keys.LOGITS, logits)
         for key, value in self._following_history(history, action).items():
             tensordict.set(("next", *key), value)

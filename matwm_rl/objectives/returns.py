@@ -97,8 +97,8 @@ class LambdaReturn(TensorDictModuleBase):
 class ReturnScale(PercentileValueNorm):
     """EMA of the 95th minus the 5th percentile of the returns, one per agent (Eq. 13).
 
-    TorchRL's ``PercentileValueNorm`` with two additions: values of dead agents do not count, and an agent's
-    first update sets its percentiles instead of moving them by 1% from zero.
+    TorchRL's ``PercentileValueNorm`` with three additions: values of dead agents do not count, an agent's first update
+    sets its percentiles instead of moving them by 1% from zero, and percentiles that are not finite change nothing.
 
     Args:
         num_agents: N.
@@ -124,8 +124,9 @@ class ReturnScale(PercentileValueNorm):
         if mask is not None:
             flat = torch.where(mask.reshape(flat.shape), flat, torch.nan)
         low, high = torch.nanquantile(flat, percentile_levels(self).to(flat), dim=0).to(self.low)
+        usable = low.isfinite() & high.isfinite()
         rate = torch.where(self.seen, self.rate, 1.0).to(self.low)
         for average, batch in ((self.low, low), (self.high, high)):
             # An agent that is dead in the whole batch keeps its scale.
-            average.lerp_(torch.where(batch.isnan(), average, batch), rate)
-        self.seen |= ~low.isnan()
+            average.lerp_(torch.where(usable, batch, average), rate)
+        self.seen |= usable

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from matwm_rl.data import Replay
 from matwm_rl.files import PARTIAL, new_folder, remove_folder
+from matwm_rl.finite import check_finite
 from matwm_rl.training.collector import ResumableCollector
 from matwm_rl.training.learner import Learner
 from matwm_rl.training.process import random_state, set_random_state
@@ -53,7 +54,7 @@ def save_checkpoint(
         the new folder.
 
     Raises:
-        ValueError: if ``keep`` is below 1.
+        ValueError: if ``keep`` is below 1, or a weight or an optimizer's state is not finite. Older checkpoints stay.
         TypeError: if ``extra`` holds what ``torch.load(weights_only=True)`` refuses.
         RuntimeError: if nothing has been stored in replay yet.
 
@@ -77,6 +78,7 @@ def save_checkpoint(
         raise ValueError(f"keep must be at least 1, got {keep}")
     extra = dict(extra or {})
     _check_extra(extra)
+    check_finite(learner.state_dict(), "the learner")
     root = Path(run_dir) / FOLDER
     root.mkdir(parents=True, exist_ok=True)
     _remove_partial(root)
@@ -137,7 +139,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if it is of another version, or of a learner or replay with other sizes.
+        ValueError: if it is of another version, or of a learner or replay with other sizes, or has numbers that are not
+            finite.
 
     Examples:
         >>> import tempfile
@@ -163,6 +166,7 @@ def load_checkpoint(
     if state["version"] != VERSION:
         raise ValueError(f"{folder} has version {state['version']}; this release reads version {VERSION}")
     check_same_shapes(state["learner"], learner.state_dict(), source=str(folder), ignore=r"\w+_optimizer\.state\.")
+    check_finite(state["learner"], str(folder))
     replay.loads(folder / REPLAY_FOLDER)
     learner.load_state_dict(state["learner"])
     if collector is not None and state["collector"] is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor
 from torchrl.objectives import LossModule, SoftUpdate
 
 from matwm_rl import keys
-from matwm_rl.functional import autocast, clip_grad_norm_per_agent_
+from matwm_rl.finite import is_finite, shorten
+from matwm_rl.functional import autocast
 from matwm_rl.modules import Imagination, WorldModel
 from matwm_rl.objectives import (
     ActorLoss,
@@ -26,6 +27,7 @@ from matwm_rl.objectives import (
     WorldModelLossWeights,
 )
 from matwm_rl.objectives.returns import GAMMA, LMBDA
+from matwm_rl.training import guard
 
 _TRAINED = ("world_model", "actor", "critic", "world_model_optimizer", "actor_optimizer", "critic_optimizer")
 """Attributes of a learner that have a ``state_dict``, under the same names in the learner's own."""
@@ -218,6 +220,10 @@ class Learner:
 
         Returns:
             detached scalars for the log: all losses, ``kl``, ``world_model_grad_norm``.
+
+        Raises:
+            FloatingPointError: on a CPU, if a loss or the gradient is not finite, before any weight changes. On a GPU
+                the optimizer skips the step, and the returned numbers tell.
         """
         self._decay_learning_rate(self.world_model_optimizer)
         if self.config.cuda_graphs:
@@ -225,12 +231,16 @@ class Learner:
         return self._world_model_step(sequences)
 
     def _step_world_model(self, sequences: TensorDictBase) -> TensorDict:
+        clip, clip_ = self.config.world_model_clip, torch.nn.utils.clip_grad_norm_
         self.world_model.train()
-        with self._autocast():
-            losses = self.world_model_loss(sequences)
-        norm = _step(losses, self.world_model_optimizer, torch.nn.utils.clip_grad_norm_, self.config.world_model_clip)
-        self.world_model.eval()
-        return losses.detach().set("world_model_grad_norm", norm)
+        try:
+            with self._autocast():
+                losses = self.world_model_loss(sequences)
+            gradient = guard.backward(losses, self.world_model_optimizer, clip_, clip)
+            guard.step([gradient], self._diagnosis(sequences, lambda: self.world_model_loss(sequences)))
+        finally:
+            self.world_model.eval()
+        return losses.detach().set("world_model_grad_norm", gradient.norm)
 
     def update_agents(self, starts: TensorDictBase, *, train_actors: bool = True) -> TensorDict:
         """Imagine from replayed starts, then take ``agent_epochs`` steps of every actor and critic.
@@ -245,6 +255,7 @@ class Learner:
 
         Raises:
             ValueError: with ``cuda_graphs``, if the actors are not to learn: a graph repeats one update.
+            FloatingPointError: as :meth:`update_world_model`, also of what is imagined.
         """
         if self.config.cuda_graphs and not train_actors:
             raise ValueError("a CUDA graph repeats one update: with cuda_graphs, actors learn from the first update on")
@@ -263,20 +274,43 @@ class Learner:
                 imagined.set(keys.ACTION_LOG_PROB, self._log_prob(imagined))
             if cfg.agent_epochs > 1:
                 imagined.set(keys.SLOW_VALUE, self.critic_loss.slow_value(imagined))
+        diagnosis = self._diagnosis(starts, lambda: self._losses_of_agents(starts))
+        if guard.can_wait(imagined.get(keys.LAMBDA_RETURN).device) and not is_finite(imagined.get(keys.LAMBDA_RETURN)):
+            problem = shorten(list(guard.bad_entries(imagined, diagnosis.agents)))
+            raise FloatingPointError(diagnosis.explain(f"what was imagined is not finite: {problem}"))
         metrics = TensorDict({"imagined_reward": imagined["next", "agents", "reward"].mean()})
         learning = [(self.actor_loss, self.actor_optimizer)] if train_actors else []
         learning.append((self.critic_loss, self.critic_optimizer))
         for epoch in range(cfg.agent_epochs):
             # The return scale follows every rollout once.
             self.actor_loss.train(epoch == 0)
+            gradients = []
             for loss, optimizer in learning:
                 with self._autocast():
                     losses = loss(imagined)
-                _step(losses, optimizer, _clip_agents_, cfg.actor_critic_clip)
+                gradients.append(guard.backward(losses, optimizer, guard.clip_agents_, cfg.actor_critic_clip))
                 metrics.update(losses.detach())
+            guard.step(gradients, diagnosis)
         self.actor_loss.train()
         self.target_updater.step()
         return metrics
+
+    def _losses_of_agents(self, starts: TensorDictBase) -> None:
+        """Imagine and compute the losses, and change nothing; in search of an error."""
+        self.actor_loss.eval()
+        try:
+            imagined = self.returns(self.imagination(starts))
+            if self.config.actor.objective == PolicyObjective.ppo:
+                imagined.set(keys.ACTION_LOG_PROB, self._log_prob(imagined))
+            for loss in (self.actor_loss, self.critic_loss):
+                loss(imagined)
+        finally:
+            self.actor_loss.train()
+
+    def _diagnosis(self, batch: TensorDictBase, run: Callable[[], object]) -> guard.Diagnosis:
+        networks = {"world_model": self.world_model, "actor": self.actor, "critic": self.critic}
+        recipe, agents = self.world_model.recipe, [str(index) for index in range(self.world_model.num_agents)]
+        return guard.Diagnosis(batch, networks, agents if recipe is None else recipe[0].agent_names, run)
 
     @torch.no_grad()
     def _log_prob(self, imagined: TensorDictBase) -> Tensor:
@@ -310,29 +344,3 @@ class Learner:
         target.data.update_(TensorDict(state["target_critic"]).unflatten_keys("."))
         self.updates = int(state["updates"])
         self.world_model.eval()
-
-
-def _step(
-    losses: TensorDict,
-    optimizer: torch.optim.Optimizer,
-    clip_: Callable[[list[Tensor], float], Tensor],
-    max_norm: float,
-) -> Tensor:
-    """Take one optimizer step on the sum of the losses; returns the gradient's norm before clipping."""
-    optimizer.zero_grad(set_to_none=True)
-    torch.stack([value for key, value in losses.items() if key.startswith("loss_")]).sum().backward()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = clip_(parameters, max_norm)
-    optimizer.step()
-    return norm
-
-
-def _clip_agents_(parameters: list[Tensor], max_norm: float) -> Tensor:
-    """Clip each network of a stack on its own; networks that are no stack, all in one."""
-    clip_ = clip_grad_norm_per_agent_ if _is_stack(parameters) else torch.nn.utils.clip_grad_norm_
-    return clip_(parameters, max_norm)
-
-
-def _is_stack(parameters: Sequence[Tensor]) -> bool:
-    """Return whether all hold networks along their first dimension; a bias of an ordinary layer has but one."""
-    return all(parameter.ndim > 1 and len(parameter) == len(parameters[0]) for parameter in parameters)

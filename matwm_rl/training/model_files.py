@@ -10,6 +10,7 @@ import torch
 
 from matwm_rl.envs import AgentLayout
 from matwm_rl.files import new_file
+from matwm_rl.finite import check_finite
 from matwm_rl.modules import ActorCriticConfig, StateMLP, WorldModel, WorldModelConfig, WorldModelPolicy, make_actor
 from matwm_rl.settings import from_plain, to_plain
 from matwm_rl.training.checkpoint import check_same_shapes
@@ -26,7 +27,8 @@ def save_world_model(path: str | Path, world_model: WorldModel) -> None:
 
     Raises:
         ValueError: if the model has parts of your own, or is not as it was built: then save
-            ``world_model.state_dict()`` and build the model yourself.
+            ``world_model.state_dict()`` and build the model yourself; or if weights are not finite. An older
+            file stays.
 
     Examples:
         >>> import tempfile
@@ -82,7 +84,8 @@ def save_policy(path: str | Path, policy: WorldModelPolicy) -> None:
             :func:`~matwm_rl.modules.make_actor`.
 
     Raises:
-        ValueError: if the world model has parts of your own, or the actor is another.
+        ValueError: if the world model has parts of your own, the actor is another, or weights are not finite. An older
+            file stays.
 
     Examples:
         >>> import tempfile
@@ -162,6 +165,7 @@ def _recipe(world_model: WorldModel) -> dict[str, Any]:
 
 def _save(path: str | Path, recipe: Mapping[str, Any], modules: Mapping[str, torch.nn.Module]) -> None:
     state = {name: module.state_dict() for name, module in modules.items()}
+    check_finite(state, f"what is to be saved as {path}")
     with torch.random.fork_rng(devices=[]):
         expected = {"world_model": _build_world_model(recipe).state_dict()}
     found = {"world_model": state["world_model"]}
@@ -181,6 +185,7 @@ def _load(path: str | Path, layout: AgentLayout | None, device: torch.device | s
             f"{path} was trained in an environment with other {', '.join(different)}: {name} was {trained[name]}, "
             f"here it is {here[name]}"
         )
+    check_finite(saved["state"], str(path))
     return saved
 
 

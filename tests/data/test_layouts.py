@@ -15,12 +15,14 @@ def rollout(*batch: int, num_agents: int, features: int = 3) -> TensorDict:
     def numbers(*shape: int) -> torch.Tensor:
         return torch.arange(torch.Size(shape).numel()).reshape(shape)
 
+    action = numbers(*agents)
+    mask = numbers(*agents, action.numel()) % 3 > 0
     td = TensorDict(
         {
             "agents": {
                 "observation": numbers(*agents, features).float(),
-                "action": numbers(*agents),
-                "action_mask": numbers(*agents, 5) % 3 > 0,
+                "action": action,
+                "action_mask": mask.scatter(-1, action.unsqueeze(-1), True),
                 "alive": numbers(*agents) % 4 > 0,
             },
             "next": {

@@ -11,6 +11,11 @@ from matwm_rl import keys
 from matwm_rl.data import Replay, ReplayConfig, make_replay, starts_per_agent_by_agents
 
 N, T, C = 3, 6, 2
+ACTIONS = 101
+
+
+def action_of(env: torch.Tensor, step: torch.Tensor, agent: torch.Tensor) -> torch.Tensor:
+    return (env * 31 + step * 7 + agent) % ACTIONS
 
 
 def rollout(begin: int, end: int, num_envs: int | None, num_agents: int = N) -> TensorDict:
@@ -25,8 +30,8 @@ def rollout(begin: int, end: int, num_envs: int | None, num_agents: int = N) -> 
         {
             "agents": {
                 "observation": observation,
-                "action": env * 10_000 + step * 10 + agent,
-                "action_mask": torch.ones(*agent.shape, 4, dtype=torch.bool),
+                "action": action_of(env, step, agent),
+                "action_mask": torch.ones(*agent.shape, ACTIONS, dtype=torch.bool),
                 "alive": (step + agent) % 3 > 0,
                 "hidden": torch.zeros(*agent.shape, 2),
             },
@@ -66,8 +71,8 @@ def check_focal(sample: TensorDict, B: int, length: int) -> None:
     env, step, agent = sample[keys.OBSERVATION].long().unbind(-1)
     assert (agent == torch.arange(N)).all()
     assert (step.diff(dim=1) == 1).all() and (env.diff(dim=1) == 0).all()
-    assert torch.equal(sample[keys.ACTION], env * 10_000 + step * 10 + agent)
-    joint_action = (env * 10_000 + step * 10).unsqueeze(-1) + torch.arange(N)
+    assert torch.equal(sample[keys.ACTION], action_of(env, step, agent))
+    joint_action = action_of(env.unsqueeze(-1), step.unsqueeze(-1), torch.arange(N))
     joint_alive = (step.unsqueeze(-1) + torch.arange(N)) % 3 > 0
     for n in range(N):
         others = [other for other in range(N) if other != n]
