@@ -23,6 +23,7 @@ from matwm_rl.modules import (
     WorldModelPolicy,
     make_actor,
 )
+from matwm_rl.state_files import write_state
 from matwm_rl.training import load_policy, load_world_model, save_policy, save_world_model
 from tests.helpers import LATENTS, mock_env, randomize
 
@@ -140,7 +141,11 @@ def test_a_world_model_with_parts_of_ones_own_is_refused(tmp_path: Path) -> None
 def test_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "policy.pt"
     save_policy(path, make_policy())
-    torch.save({**torch.load(path, weights_only=True), "version": 0}, path)
+    state = {**torch.load(path, weights_only=True), "version": 0}
+    write_state(path, state)
     for load in (load_policy, load_world_model):
-        with pytest.raises(ValueError, match="has version 0; this release reads version 4"):
+        with pytest.raises(ValueError, match="has version 0; this release reads version 5"):
             load(path)
+    torch.save({**state, "version": 4}, path)  # files of that version had no checksum
+    with pytest.raises(ValueError, match=r"policy.pt has version 4: it does not end with a checksum"):
+        load_policy(path)
