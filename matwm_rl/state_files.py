@@ -69,7 +69,7 @@ def read_state(path: str | Path, *, map_location: torch.device | str = "cpu", mm
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is a link or no file, is damaged or incomplete, or holds anything but tensors and plain values.
+        ValueError: if it is a link or no file, is damaged, or holds anything but tensors and plain values.
 
     Examples:
         >>> import tempfile

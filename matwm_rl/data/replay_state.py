@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyTensorStorage, Writer
 
@@ -20,7 +20,7 @@ _NEXT = ("observation", "reward", "alive", "done", "terminated")
 
 def stored_rows(storage: LazyTensorStorage) -> dict[str, Any]:
     """Return what a storage holds as a nested dict of tensors ``[L, E, N, ...]``, on the storage's own memory."""
-    return _as_dict(storage[:]) if len(storage) else {}
+    return as_dict(storage[:]) if len(storage) else {}
 
 
 def load_rows(storage: LazyTensorStorage, rows: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ def check_rows(rows: Any, storage: LazyTensorStorage, *, num_agents: int, source
     check_same(rows, expected, source=source)
     if storage.initialized:
         held = TensorDict(rows, batch_size=batch)[0]
-        check_same(_as_dict(held), _as_dict(storage.get(slice(0, 1))[0]), source=source)
+        check_same(as_dict(held), as_dict(storage.get(slice(0, 1))[0]), source=source)
 
 
 def check_writer(state: Any, writer: Writer, *, source: str) -> None:
@@ -112,9 +112,8 @@ def check_random_state(state: Any, *, source: str) -> None:
         raise ValueError(f"{source} holds no state of a random generator: {error}") from error
 
 
-def _as_dict(rows: Any) -> dict[str, Any]:
-    """Turn a tensordict into nested dicts of plain tensors; those of a memory map are views of it."""
-    return {
-        name: value.as_subclass(Tensor) if isinstance(value, Tensor) else _as_dict(value)
-        for name, value in rows.items()
-    }
+def as_dict(rows: Any) -> Any:
+    """Turn a tensordict into nested dicts of plain tensors, views of the same memory; leave what is no tensor."""
+    if not isinstance(rows, TensorDictBase):
+        return rows.as_subclass(Tensor) if isinstance(rows, Tensor) else rows
+    return {name: as_dict(rows.get(name)) for name in rows.keys()}
