@@ -95,6 +95,8 @@ def read_state(path: str | Path, *, map_location: torch.device | str = "cpu", mm
     for name, value in leaves(state):
         if not _is_plain(value):
             raise ValueError(f"{path} may hold tensors and plain values alone, found a {type(value).__name__}: {name}")
+    if not _is_plain(state):
+        raise ValueError(f"{path} may hold dicts with text and integers as keys alone, found others")
     return state
 
 
