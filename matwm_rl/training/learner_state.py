@@ -99,7 +99,8 @@ def check_built(given: Any, expected: Mapping[str, Any], *, source: str) -> None
         ValueError: state.pt does not fit: start_dim was 1, here it is 2...
     """
     theirs, ours = (
-        {name.strip("."): value for name, value in leaves(description)} for description in (given, expected)
+        {name.replace("..", ".").strip("."): value for name, value in leaves(description)}
+        for description in (given, expected)
     )
     classes = {name: value for name, value in (theirs | ours).items() if name.split(".")[-1] == "class"}
     problems = [
