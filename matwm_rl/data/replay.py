@@ -175,8 +175,8 @@ class Replay:
             )
         check_rows(state_dict["rows"], self.sequences.storage, num_agents=self.num_agents, source=source)
         check_writer(state_dict["writer"], self.sequences.writer, source=source)
-        for name in ("sequences", "starts"):
-            check_generator(state_dict[name], source=f"{source}, {name},")
+        for name, sampler in (("sequences", self.sequences.sampler), ("starts", self.starts.sampler)):
+            check_generator(state_dict[name], sampler, source=f"{source}, {name},")
 
     def dumps(self, path: str | Path) -> None:
         """Write everything into the folder ``path``, as one file of tensors and plain values.

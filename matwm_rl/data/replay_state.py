@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyTensorStorage, Writer
+from torchrl.data.replay_buffers.samplers import Sampler
 
 from matwm_rl.state_files import check_entries, check_same, refuse
 
@@ -87,13 +88,14 @@ def check_writer(state: Any, writer: Writer, *, source: str) -> None:
     refuse([f"writer.{name} must be a number of steps, found {value!r}" for name, value in steps.items()], source)
 
 
-def check_generator(state: Any, *, source: str) -> None:
+def check_generator(state: Any, sampler: Sampler, *, source: str) -> None:
     """Check the state of a slice sampler: that of its generator, if it has one.
 
     Raises:
         ValueError: If it is no state of a generator.
     """
-    if state != {}:
+    # A sampler without a generator gets one; one that has its own would otherwise go on with that.
+    if state != {} or sampler.state_dict():
         check_entries(state, ["generator"], source=source)
         check_random_state(state["generator"], source=source)
 
