@@ -36,7 +36,7 @@ def save_dataset(path: str | Path, data: TensorDictBase) -> None:
     """
     rows = as_dict(data.detach())
     for name, value in leaves(rows):
-        if not isinstance(value, Tensor) and value != {}:
+        if not isinstance(value, Tensor | dict):
             raise TypeError(f"a data set holds tensors alone; {name} is a {type(value).__name__}. Leave it out")
     write_state(path, {"batch_size": list(data.batch_size), "data": rows})
 
@@ -65,7 +65,7 @@ def load_dataset(path: str | Path) -> TensorDict:
     if not isinstance(batch, list) or not all(type(size) is int and size >= 0 for size in batch):
         raise ValueError(f"{path} is no data set: batch_size must be a list of sizes, found {batch!r}")
     for name, value in leaves(saved["data"]):
-        if not isinstance(value, Tensor) and value != {}:
+        if not isinstance(value, Tensor | dict):
             raise ValueError(f"{path} is no data set: {name} is a {type(value).__name__}, expected a tensor")
         if isinstance(value, Tensor) and list(value.shape[: len(batch)]) != batch:
             raise ValueError(f"{path} is no data set: {name} has shape {tuple(value.shape)}, expected {batch} first")
