@@ -19,7 +19,7 @@ def save_dataset(path: str | Path, data: TensorDictBase) -> None:
 
     Args:
         path: the file; replaced as a whole if it exists.
-        data: any nesting of tensors.
+        data: any nesting of tensors. Nested tensordicts come back with the batch size of the whole.
 
     Raises:
         TypeError: if an entry is no tensor.
