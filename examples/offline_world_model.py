@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from mpe2 import simple_tag_v3
 from torchrl.collectors import Collector
-from torchrl.data import LazyMemmapStorage, TensorDictReplayBuffer
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 
 import matwm_rl as mw
+from matwm_rl.data import load_dataset, save_dataset
 from matwm_rl.envs import AgentLayout, merge_rollout
 from matwm_rl.evaluation import episode_windows, open_loop_errors
 from matwm_rl.training import load_world_model, save_world_model
@@ -19,17 +20,16 @@ def main(steps: int = 4_000, updates: int = 500, folder: Path = Path("runs/offli
     torch.manual_seed(0)
     # Random agents fill TorchRL's buffer from any grouped environment, one that knows nothing of this library.
     env = PettingZooWrapper(simple_tag_v3.parallel_env(max_cycles=25), use_mask=True, done_on_any=False)
-    buffer = TensorDictReplayBuffer(storage=LazyMemmapStorage(steps))
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(steps))
     for batch in Collector(env, None, frames_per_batch=steps // 10, total_frames=steps):
         buffer.extend(batch)
     folder.mkdir(parents=True, exist_ok=True)
-    buffer.dumps(folder)
+    save_dataset(folder / "data.pt", buffer[:])
 
-    # From here on there is the folder alone. Its storage is plain tensors; `buffer.loads` would unpickle a file, too.
-    storage = LazyMemmapStorage(steps)
-    storage.loads(folder / "storage")
-    layout = AgentLayout.from_rollout(storage[:], num_actions={"adversary": 5, "agent": 5})
-    data = merge_rollout(storage[:], layout)
+    # From here on there is the file alone. It may be a stranger's: `buffer.loads` would execute what a folder holds.
+    stored = load_dataset(folder / "data.pt")
+    layout = AgentLayout.from_rollout(stored, num_actions={"adversary": 5, "agent": 5})
+    data = merge_rollout(stored, layout)
     train, test = data[: steps * 4 // 5], episode_windows(data[steps * 4 // 5 :], length=20)
     cfg = mw.presets.vectors()
     world_model = mw.WorldModel.from_env(layout, cfg.world_model)

@@ -94,7 +94,26 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def remove_folder(path: str | Path) -> None:
     """Rename a folder, then delete it, so that no reader finds it half-deleted under its name."""
     path = Path(path)
-    shutil.rmtree(path.rename(path.with_name(PARTIAL + path.name)), ignore_errors=True)
+    _remove(path.rename(path.with_name(PARTIAL + path.name)))
+
+
+def remove_partial(folder: str | Path) -> None:
+    """Clear away what interrupted writes and deletions have left in a folder, and in the folders in it.
+
+    Call it when nothing else writes there: at the start of a run.
+    """
+    folder = Path(folder)
+    inner = [path for path in folder.glob("*") if path.is_dir() and not path.is_symlink()]
+    for path in (path for parent in (folder, *inner) for path in parent.glob(f"{PARTIAL}*")):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or a folder; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

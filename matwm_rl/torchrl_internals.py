@@ -7,13 +7,16 @@ define (``Sampler._empty``, ``Transform._inv_call``) are not private in this sen
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from torchrl.collectors import Collector
+from torchrl.data import LazyMemmapStorage
 from torchrl.data.replay_buffers import RoundRobinWriter, Sampler, Storage
 from torchrl.envs import EnvBase
 from torchrl.modules import PercentileValueNorm
@@ -53,6 +56,30 @@ def write_cursor(writer: RoundRobinWriter) -> int:
         2
     """
     return int(writer.state_dict()["_cursor"])
+
+
+class ReservedMemmapStorage(LazyMemmapStorage):
+    """A memory-mapped storage that takes its room on the disk when it creates its files.
+
+    Otherwise the disk may become full later, and a process that writes to a page without room is killed. The files are
+    created by a private method (``_init``); a public place to reserve them before the first write does not exist.
+
+    Raises:
+        OSError: When the first data arrives, if the disk has no room.
+    """
+
+    def _init(self, data: Any) -> None:
+        super()._init(data)
+        if not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            for file in Path(self.scratch_dir).rglob("*.memmap"):
+                with file.open("r+b") as opened:
+                    if size := os.fstat(opened.fileno()).st_size:
+                        os.posix_fallocate(opened.fileno(), 0, size)
+        except OSError as error:
+            self.initialized, self._storage = False, None
+            raise OSError(error.errno, f"no room for replay's data in {self.scratch_dir}: {error.strerror}") from None
 
 
 def buffer_generator(sampler: Sampler) -> torch.Generator | None:

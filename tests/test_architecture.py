@@ -7,6 +7,7 @@ Read top down, every room may import from the levels below its own, and from no 
     training  evaluation
     modules  objectives  envs  data
     action_space
+    state_files
     checks  files  finite  functional  keys  settings  torchrl_internals
 
 so a loss, above all, never knows which network it trains. ``matwm_rl/__init__.py`` gathers the public names: it may
@@ -31,6 +32,7 @@ LEVELS = (
     (f"{PACKAGE}.training", f"{PACKAGE}.evaluation"),
     (f"{PACKAGE}.modules", f"{PACKAGE}.objectives", f"{PACKAGE}.envs", f"{PACKAGE}.data"),
     (f"{PACKAGE}.action_space",),
+    (f"{PACKAGE}.state_files",),
     tuple(
         f"{PACKAGE}.{name}"
         for name in ("checks", "files", "finite", "functional", "keys", "settings", "torchrl_internals")

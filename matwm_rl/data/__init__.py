@@ -1,7 +1,8 @@
-"""Replay: slice samplers, the layouts of stored data, and two buffers on one storage."""
+"""Replay: slice samplers, the layouts of stored data, and two buffers on one storage; data sets in files."""
 
 from matwm_rl.data.config import ReplayConfig, starts_per_agent_by_agents
 from matwm_rl.data.continuity import Continuity
+from matwm_rl.data.dataset import load_dataset, save_dataset
 from matwm_rl.data.layouts import REPLAY_KEYS, FocalSlices, add_agent_entries
 from matwm_rl.data.replay import Replay, make_replay
 from matwm_rl.data.samplers import RecencySliceSampler, UniformSliceSampler
@@ -16,7 +17,9 @@ __all__ = [
     "ReplayConfig",
     "UniformSliceSampler",
     "add_agent_entries",
+    "load_dataset",
     "make_replay",
+    "save_dataset",
     "starts_per_agent_by_agents",
     "timeline",
 ]

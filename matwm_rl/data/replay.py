@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,9 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import (
     ImmutableDatasetWriter,
-    LazyMemmapStorage,
     LazyTensorStorage,
     ReplayBuffer,
     RoundRobinWriter,
-    Storage,
     TensorDictReplayBuffer,
     Writer,
 )
@@ -25,11 +22,15 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from matwm_rl.data.config import ReplayConfig, starts_per_agent_by_agents
 from matwm_rl.data.entry_check import check_like_stored
 from matwm_rl.data.layouts import REPLAY_KEYS, FocalSlices
+from matwm_rl.data.replay_state import check_generator, check_rows, check_writer, load_rows, stored_rows
 from matwm_rl.data.samplers import RecencySliceSampler, UniformSliceSampler
 from matwm_rl.data.slices import timeline
+from matwm_rl.state_files import check_entries, read_state, write_state
+from matwm_rl.torchrl_internals import ReservedMemmapStorage
 
 _DONE_ROW = ("next", "done")
-_LAYOUT_FILE = "layout.json"
+REPLAY_FILE = "replay.pt"
+"""What :meth:`Replay.dumps` writes into its folder."""
 
 
 @dataclass(frozen=True)
@@ -136,56 +137,84 @@ class Replay:
 
         The tensors are replay's own, not copies: save them before the next :meth:`extend`.
         """
-        return {"layout": self._layout, **{name: part.state_dict() for name, part in self._parts.items()}}
+        return {
+            "layout": self._layout,
+            "rows": stored_rows(self.sequences.storage),
+            **{name: part.state_dict() for name, part in self._parts.items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned: both buffers draw exactly the batches that would have come next.
 
-        Batch sizes and slice lengths stay those this replay was built with. If the next rollout does not continue the
-        last one stored, call :meth:`end_episodes` in between. With a ``scratch_dir`` use :meth:`loads` instead: here
-        TorchRL would put the data of a replay that is still empty into a temporary folder.
+        Batch sizes, slice lengths and recency stay those this replay was built with. If the next rollout does not
+        continue the last one stored, call :meth:`end_episodes` in between.
 
         Raises:
-            ValueError: If the state is of a replay with another capacity, number of agents or of environments.
+            ValueError: If the state does not fit, see :meth:`check_state_dict`; then nothing is changed.
         """
-        self._check_layout(state_dict["layout"])
+        self.check_state_dict(state_dict)
+        self.sequences.empty()
+        load_rows(self.sequences.storage, state_dict["rows"])
         for name, part in self._parts.items():
             part.load_state_dict(state_dict[name])
         self._focal_slices.continuity.forget()
 
-    def dumps(self, path: str | Path) -> None:
-        """Write everything below the folder ``path``, as memory-mapped tensors and JSON.
+    def check_state_dict(self, state_dict: Any, *, source: str = "the state") -> None:
+        """Check that :meth:`load_state_dict` can restore a state, and change nothing.
 
-        The parts are written one by one: ``ReplayBuffer.dumps`` would add a pickle, which its ``loads`` executes.
+        Args:
+            state_dict: what :meth:`state_dict` returned, perhaps in another process.
+            source: what the message calls it.
+
+        Raises:
+            ValueError: If it is of a replay with another capacity, number of agents or of environments, or an entry is
+                missing, unknown, or of another shape or type than replay stores.
+        """
+        check_entries(state_dict, ["layout", "rows", *self._parts], source=source)
+        if state_dict["layout"] != self._layout:
+            raise ValueError(
+                f"{source} is of a replay with {state_dict['layout']}; this one has {self._layout}. Build it to match."
+            )
+        check_rows(state_dict["rows"], self.sequences.storage, num_agents=self.num_agents, source=source)
+        check_writer(state_dict["writer"], self.sequences.writer, source=source)
+        for name, sampler in (("sequences", self.sequences.sampler), ("starts", self.starts.sampler)):
+            check_generator(state_dict[name], sampler, source=f"{source}, {name},")
+
+    def dumps(self, path: str | Path) -> None:
+        """Write everything into the folder ``path``, as one file of tensors and plain values.
+
+        ``ReplayBuffer.dumps`` is not used. TensorDict's memory-mapped folders may hold pickles, which their reader
+        executes, and a full disk kills the process that writes to a memory map.
 
         Raises:
             RuntimeError: If nothing has been stored yet.
+            OSError: If it cannot be written, because the disk is full for one.
         """
+        if not len(self):
+            raise RuntimeError("nothing has been stored yet, so that there is nothing to save")
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        for name, part in self._parts.items():
-            part.dumps(path / name)
-        (path / _LAYOUT_FILE).write_text(json.dumps(self._layout))
+        write_state(path / REPLAY_FILE, self.state_dict())
 
     def loads(self, path: str | Path) -> None:
         """Restore what :meth:`dumps` wrote: both buffers draw exactly the batches that would have come next.
 
-        If the next rollout does not continue the last one stored, call :meth:`end_episodes` in between.
+        If the next rollout does not continue the last one stored, call :meth:`end_episodes` in between. The folder may
+        be a stranger's: no code of it is run, no link followed, and nothing is changed in it.
 
         Raises:
-            ValueError: If it is of a replay with another capacity, number of agents or of environments.
+            FileNotFoundError: If there is no such folder, or it holds no replay.
+            ValueError: If the file is damaged, or of a replay that does not fit; then nothing is changed.
         """
-        path = Path(path)
-        self._check_layout(json.loads((path / _LAYOUT_FILE).read_text()))
-        for name, part in self._parts.items():
-            part.loads(path / name)
-        self._focal_slices.continuity.forget()
+        file = Path(path) / REPLAY_FILE
+        state = read_state(file, mmap=True)
+        self.check_state_dict(state, source=str(file))
+        self.load_state_dict(state)
 
     @property
-    def _parts(self) -> dict[str, Storage | Writer | Sampler]:
-        """What holds state, by its name in a saved state."""
+    def _parts(self) -> dict[str, Writer | Sampler]:
+        """What holds state beside the data, by its name in a saved state."""
         return {
-            "storage": self.sequences.storage,
             "writer": self.sequences.writer,
             "sequences": self.sequences.sampler,
             "starts": self.starts.sampler,
@@ -194,10 +223,6 @@ class Replay:
     @property
     def _layout(self) -> dict[str, int]:
         return {"capacity": self.capacity, "num_agents": self.num_agents, "num_envs": self.num_envs}
-
-    def _check_layout(self, layout: dict[str, int]) -> None:
-        if layout != self._layout:
-            raise ValueError(f"the state is of a replay with {layout}; this one has {self._layout}. Build it to match.")
 
 
 class _RowBuffer(TensorDictReplayBuffer):
@@ -231,7 +256,8 @@ def make_replay(
         num_envs: E, environments that step together.
         device: where the data is stored and sampled; "cpu" with ``scratch_dir``.
         seed: of both samplers. ``None``: they use the global random state, which ``state_dict`` leaves out.
-        scratch_dir: folder for memory-mapped data. ``None``: the data is kept in memory.
+        scratch_dir: folder for memory-mapped data, whose room on the disk is reserved when the first data arrives.
+            ``None``: the data is kept in memory.
 
     Raises:
         ValueError: If a number is not positive, the decay is not in (0, 1], or a batch could never be drawn.
@@ -271,7 +297,7 @@ def make_replay(
     if scratch_dir is None:
         storage = LazyTensorStorage(max_size, ndim=3, device=device)
     else:
-        storage = LazyMemmapStorage(max_size, ndim=3, device=device, scratch_dir=scratch_dir)
+        storage = ReservedMemmapStorage(max_size, ndim=3, device=device, scratch_dir=scratch_dir)
     generators = [None if seed is None else torch.Generator().manual_seed(seed + offset) for offset in (0, 1)]
     sequences = _RowBuffer(
         storage=storage,

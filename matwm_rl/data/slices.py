@@ -209,9 +209,17 @@ class SliceSamplerBase(Sampler):
         (Path(path) / _STATE_FILE).write_text(json.dumps(state))
 
     def loads(self, path: str | Path) -> None:
-        """Read what :meth:`dumps` wrote."""
-        state = json.loads((Path(path) / _STATE_FILE).read_text())
-        self.load_state_dict({key: torch.tensor(value, dtype=torch.uint8) for key, value in state.items()})
+        """Read what :meth:`dumps` wrote.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        file = Path(path) / _STATE_FILE
+        try:
+            state = json.loads(file.read_text())
+            self.load_state_dict({key: torch.tensor(value, dtype=torch.uint8) for key, value in state.items()})
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
 
     def _empty(self) -> None:
         # Nothing is kept about the data: it is read from the storage at every call.

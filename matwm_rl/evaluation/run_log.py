@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.record.loggers import Logger
 
-from matwm_rl.files import import_optional, write_text
+from matwm_rl.files import import_optional, remove_partial, write_text
 
 METRICS_FILE = "metrics.csv"
 SUMMARY_FILE = "summary.json"
@@ -76,6 +76,7 @@ class RunLog:
             import_optional("tensorboard")
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        remove_partial(self.run_dir)
         self._metrics_path = self.run_dir / METRICS_FILE
         self._start_metrics(resume_from)
         self.loggers: list[Logger] = [*loggers]

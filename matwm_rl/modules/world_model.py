@@ -7,6 +7,7 @@ Methods on tensors are agent-major (``[N, ...]``); :meth:`WorldModel.forward` re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -160,7 +161,7 @@ class WorldModel(TensorDictModuleBase):
         layout: Any = getattr(env, "layout", env)
         if not hasattr(layout, "observation_shape"):
             raise AttributeError(f"{type(env).__name__} has no `layout`; wrap it: MultiAgentEnv(env)")
-        config = config or WorldModelConfig()
+        config = deepcopy(config or WorldModelConfig())  # the recipe is what the model was built from
         model = cls(**build_parts(layout, config, **parts))
         model.recipe = None if parts else (layout, config)
         return model

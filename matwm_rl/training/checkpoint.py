@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import io
 import pickle
-import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from matwm_rl.data import Replay
-from matwm_rl.files import PARTIAL, new_folder, remove_folder
+from matwm_rl.data.replay import REPLAY_FILE
+from matwm_rl.files import new_folder, remove_folder, remove_partial
 from matwm_rl.finite import check_finite
+from matwm_rl.state_files import check_entries, read_state, refuse, stored_checksum, write_state
 from matwm_rl.training.collector import ResumableCollector
 from matwm_rl.training.learner import Learner
-from matwm_rl.training.process import random_state, set_random_state
+from matwm_rl.training.learner_state import check_built
+from matwm_rl.training.process import check_random_states, random_states, set_random_states
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.pt"
 REPLAY_FOLDER = "replay"
-VERSION = 4
+VERSION = 5
+_ENTRIES = ("version", "env_steps", "learner", "built", "replay", "collector", "random", "extra")
 
 
 def save_checkpoint(
@@ -54,9 +55,10 @@ def save_checkpoint(
         the new folder.
 
     Raises:
-        ValueError: if ``keep`` is below 1, or a weight or an optimizer's state is not finite. Older checkpoints stay.
+        ValueError: if ``keep`` is below 1.
         TypeError: if ``extra`` holds what ``torch.load(weights_only=True)`` refuses.
         RuntimeError: if nothing has been stored in replay yet.
+        OSError: if the disk is full; the older checkpoints stay, and nothing is left of the new one.
 
     Examples:
         >>> import tempfile
@@ -81,20 +83,23 @@ def save_checkpoint(
     check_finite(learner.state_dict(), "the learner")
     root = Path(run_dir) / FOLDER
     root.mkdir(parents=True, exist_ok=True)
-    _remove_partial(root)
+    remove_partial(root)
     older = _complete(root)
     folder = root / f"{int(older[-1].name) + 1 if older else 0:06d}"
-    state = {
-        "version": VERSION,
-        "env_steps": int(env_steps),
-        "learner": learner.state_dict(),
-        "collector": None if collector is None else collector.state_dict(),
-        "random": random_state(),
-        "extra": extra,
-    }
     with new_folder(folder) as partial:
-        torch.save(state, partial / STATE_FILE)
         replay.dumps(partial / REPLAY_FOLDER)
+        state = {
+            "version": VERSION,
+            "env_steps": int(env_steps),
+            "learner": learner.state_dict(),
+            "built": _built(learner),
+            # Ties the two files together: another run's replay would fit as well.
+            "replay": stored_checksum(partial / REPLAY_FOLDER / REPLAY_FILE),
+            "collector": None if collector is None else collector.state_dict(),
+            "random": random_states(),
+            "extra": extra,
+        }
+        write_state(partial / STATE_FILE, state)
     for old in [*older, folder][:-keep]:
         remove_folder(old)
     return folder
@@ -125,7 +130,7 @@ def load_checkpoint(
 
     With a collector, a run goes on bit by bit as if it had not been interrupted (on a CPU). Without one, or where
     environments do not repeat themselves, they begin new episodes, and the newest stored step of each is marked as the
-    end of its own. Nothing is changed if the checkpoint does not fit.
+    end of its own. Everything is checked before anything is changed. The files may be a stranger's: no code of theirs is run, no link followed.
 
     Args:
         run_dir: folder of the run.
@@ -139,8 +144,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if it is of another version, or of a learner or replay with other sizes, or has numbers that are not
-            finite.
+        ValueError: if it is damaged or of another version, or of another learner or replay: with other networks,
+            sizes or agents. Settings of the learner that weights do not depend on may differ; they stay as they are.
 
     Examples:
         >>> import tempfile
@@ -162,77 +167,90 @@ def load_checkpoint(
     if not folders:
         raise FileNotFoundError(f"no checkpoint in {Path(run_dir) / FOLDER}: start without resuming, or check run_dir")
     folder = folders[-1]
-    state = torch.load(folder / STATE_FILE, map_location=map_location, weights_only=True)
-    if state["version"] != VERSION:
-        raise ValueError(f"{folder} has version {state['version']}; this release reads version {VERSION}")
-    check_same_shapes(state["learner"], learner.state_dict(), source=str(folder), ignore=r"\w+_optimizer\.state\.")
-    check_finite(state["learner"], str(folder))
-    replay.loads(folder / REPLAY_FOLDER)
+    # First everything is read and checked; nothing of the learner, replay or random state changes.
+    state = _read(folder, map_location)
+    replay_state = _read_replay(folder, state["replay"])
+    _check(state, replay_state, learner, replay, folder)
+    if collector is not None and state["collector"] is not None:
+        collector.check_state_dict(state["collector"], source=f"{folder / STATE_FILE}, collector,")
+    # Then everything is applied.
+    replay.load_state_dict(replay_state)
     learner.load_state_dict(state["learner"])
     if collector is not None and state["collector"] is not None:
         collector.load_state_dict(state["collector"])
     if collector is None or state["collector"] is None or not collector.continues:
         replay.end_episodes()
-    set_random_state(state["random"])
+    set_random_states(state["random"])
     return {"env_steps": state["env_steps"], "extra": state["extra"]}
 
 
-def check_same_shapes(
-    given: Mapping[str, Any], expected: Mapping[str, Any], *, source: str, ignore: str | None = None
-) -> None:
-    """Compare two nested states before one is loaded where the other is from.
+def _read(folder: Path, map_location: torch.device | str) -> dict[str, Any]:
+    """Read the state, and check its version and the names of its entries."""
+    for link in (folder.parent, folder, folder / REPLAY_FOLDER):
+        if link.is_symlink():
+            raise ValueError(f"{link} is a symbolic link, and links are not followed: copy what it points to there")
+    file = folder / STATE_FILE
+    if not file.exists():
+        raise ValueError(f"{file} is missing: the checkpoint is not complete. Use another copy of {folder}")
+    state = read_state(file, map_location=map_location)
+    if state.get("version") != VERSION:
+        raise ValueError(f"{file} has version {state.get('version')}; this release reads version {VERSION}")
+    check_entries(state, _ENTRIES, source=str(file))
+    return state
 
-    Args:
-        given: the state to load.
-        expected: the state that is there.
-        source: what the message calls the given one.
-        ignore: pattern of names that may differ; Adam, for one, has a state only after its first step.
 
-    Raises:
-        ValueError: if they have other names or shapes; lists the first few.
+def _read_replay(folder: Path, checksum: Any) -> dict[str, Any]:
+    file = folder / REPLAY_FOLDER / REPLAY_FILE
+    if not file.exists():
+        raise ValueError(f"{file} is missing: the checkpoint is not complete. Use another copy of {folder}")
+    if stored_checksum(file) != checksum:
+        raise ValueError(f"{file} is not the replay that {folder / STATE_FILE} was saved with. Use another copy")
+    return read_state(file, mmap=True)
 
-    Examples:
-        >>> check_same_shapes({"w": torch.zeros(3)}, {"w": torch.zeros(2)}, source="weights.pt")
-        Traceback (most recent call last):
-        ValueError: weights.pt does not fit: w has shape (3,), expected (2,)...
-    """
-    theirs, ours = (
-        {name: shape for name, shape in _shapes(state) if ignore is None or not re.match(ignore, name)}
-        for state in (given, expected)
+
+def _check(state: dict[str, Any], replay_state: dict[str, Any], learner: Learner, replay: Replay, folder: Path) -> None:
+    """Check that all entries of a checkpoint fit what they shall be loaded into."""
+    source = str(folder / STATE_FILE)
+    learner.check_state_dict(state["learner"], source=source)
+    check_finite(state["learner"], source)
+    check_built(state["built"], _built(learner), source=source)
+    replay.check_state_dict(replay_state, source=str(folder / REPLAY_FOLDER / REPLAY_FILE))
+    _check_sizes(replay_state["rows"], learner, source=str(folder / REPLAY_FOLDER / REPLAY_FILE))
+    if type(state["env_steps"]) is not int or state["env_steps"] < 0:
+        raise ValueError(f"{source}: env_steps must be a number of steps, found {state['env_steps']!r}")
+    if not isinstance(state["extra"], dict):
+        raise ValueError(f"{source}: extra must be a dict, found a {type(state['extra']).__name__}")
+    check_random_states(state["random"], source=f"{source}, random,")
+
+
+def _check_sizes(rows: dict[str, Any], learner: Learner, *, source: str) -> None:
+    """Check that the world model can read the rows of replay."""
+    model = learner.world_model
+    found = {name: tuple(rows[name].shape[3:]) for name in ("observation", "action", "action_mask")} if rows else {}
+    expected = {
+        "observation": model.observation_shape,
+        "action": tuple(model.actions.action_shape),
+        "action_mask": (model.num_actions,),
+    }
+    refuse(
+        [
+            f"{name} of an agent has shape {found[name]}, expected {expected[name]}"
+            for name in found
+            if found[name] != expected[name]
+        ],
+        source,
     )
-    problems = [f"{name} is missing" for name in ours if name not in theirs]
-    problems += [f"{name} is unknown here" for name in theirs if name not in ours]
-    problems += [
-        f"{name} has shape {theirs[name]}, expected {ours[name]}"
-        for name in ours
-        if name in theirs and theirs[name] != ours[name]
-    ]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
-            f"{source} does not fit: {'; '.join(problems[:5])}{more}. "
-            "Build the environment and the networks with the configuration that it was saved with"
-        )
 
 
-def _shapes(state: Any, name: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Dotted name and shape of every tensor in a nested state."""
-    if isinstance(state, Tensor):
-        yield name, tuple(state.shape)
-    elif isinstance(state, Mapping):
-        for key, value in state.items():
-            yield from _shapes(value, f"{name}.{key}" if name else str(key))
+def _built(learner: Learner) -> dict[str, Any]:
+    """Describe what the weights are of: the networks, and the agents where the world model knows them."""
+    recipe = learner.world_model.recipe
+    return {**learner.built, **({} if recipe is None else {"layout": recipe[0].to_dict()})}
 
 
 def _complete(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted((path for path in root.glob("*") if path.name.isdigit()), key=lambda path: int(path.name))
-
-
-def _remove_partial(root: Path) -> None:
-    """Clear away what an interrupted save or deletion has left."""
-    for path in root.glob(f"{PARTIAL}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    return sorted((path for path in root.glob("*") if path.name.isdecimal()), key=lambda path: int(path.name))
 
 
 def _check_extra(extra: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torchrl.collectors import Collector
 
 from matwm_rl import keys
+from matwm_rl.checks import check_shape
+from matwm_rl.state_files import check_entries, check_same
 from matwm_rl.torchrl_internals import collector_carrier
 
 RESTART_EVERY = 10_000
@@ -84,8 +86,35 @@ class ResumableCollector(Collector):
             **{name: counters[name] for name in _COUNTERS},
             "seeded_at": self._seeded_at,
             "actions": torch.cat(self._actions, dim=self.env.ndim).cpu() if self._actions else None,
-            "carrier": collector_carrier(self).flatten_keys(".").clone().cpu().to_dict(),
+            "carrier": self._flat_carrier(),
         }
+
+    def check_state_dict(self, state: Any, *, source: str) -> None:
+        """Check that :meth:`load_state_dict` can restore a state, and change nothing.
+
+        Args:
+            state: what :meth:`state_dict` returned, perhaps in another process.
+            source: what the message calls it.
+
+        Raises:
+            ValueError: if an entry is missing, unknown, or of another shape or type than here.
+        """
+        expected = self.state_dict()
+        check_entries(state, list(expected), source=source)
+        actions = {"actions": state["actions"]}
+        check_same({**state, **actions}, {**expected, **actions}, source=source)
+        if actions["actions"] is None:
+            return
+        shape = [*self.env.batch_size, None, self.env.layout.num_agents]
+        if not isinstance(actions["actions"], Tensor) or actions["actions"].dtype != torch.int64:
+            raise ValueError(f"{source} actions must be an int64 tensor, found {type(actions['actions']).__name__}")
+        check_shape(actions["actions"], f"{source} actions must be", shape)
+        if (problem := self.env.layout.actions.problem(actions["actions"])) is not None:
+            raise ValueError(f"{source} actions: {problem}")
+
+    def _flat_carrier(self) -> dict[str, Tensor]:
+        carrier: dict[str, Tensor] = collector_carrier(self).flatten_keys(".").clone().cpu().to_dict()
+        return carrier
 
     def load_state_dict(self, state_dict: dict[str, Any], **kwargs: Any) -> None:
         """Bring the environments and the policy's history back to where :meth:`state_dict` was called.

@@ -28,9 +28,7 @@ from matwm_rl.objectives import (
 )
 from matwm_rl.objectives.returns import GAMMA, LMBDA
 from matwm_rl.training import guard
-
-_TRAINED = ("world_model", "actor", "critic", "world_model_optimizer", "actor_optimizer", "critic_optimizer")
-"""Attributes of a learner that have a ``state_dict``, under the same names in the learner's own."""
+from matwm_rl.training.learner_state import NETWORKS, check_learner_state, describe, learner_state, load_learner_state
 
 
 class Precision(StrEnum):
@@ -136,6 +134,7 @@ class Learner:
         imagination: makes the imagined rollout.
         returns: writes its lambda-returns.
         updates: number of :meth:`update_agents` calls.
+        built: what the networks are made of, see :func:`~matwm_rl.training.learner_state.describe`.
 
     Raises:
         ValueError: if a setting does not fit another, the device, or the networks; see also
@@ -185,6 +184,7 @@ class Learner:
         self.actor_optimizer = self._optimizer(self.actor_loss, cfg.actor_lr)
         self.critic_optimizer = self._optimizer(self.critic_loss, cfg.critic_lr)
         self.updates = 0
+        self.built = {name: describe(part) for name, part in zip(NETWORKS, (world_model, actor, critic), strict=True)}
         self._build_callables()
 
     def _build_callables(self) -> None:
@@ -328,19 +328,27 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an update changes; every tensor once. Loads with ``torch.load(weights_only=True)``."""
-        return {
-            **{name: getattr(self, name).state_dict() for name in _TRAINED},
-            "target_critic": self.critic_loss.target_critic_network_params.flatten_keys(".").to_dict(),
-            "return_scale": self.actor_loss.return_scale.state_dict(),
-            "updates": self.updates,
-        }
+        return learner_state(self)
+
+    def check_state_dict(self, state: Any, *, source: str = "the state") -> None:
+        """Check that :meth:`load_state_dict` can restore a state, and change nothing.
+
+        Args:
+            state: what :meth:`state_dict` returned, perhaps in another process.
+            source: what the message calls it.
+
+        Raises:
+            ValueError: if an entry, an optimizer's too, is missing, unknown, or of another shape or type than here.
+        """
+        check_learner_state(self, state, source=source)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`, into the same objects; the world model then is in ``eval`` mode, as ever."""
-        for name in _TRAINED:
-            getattr(self, name).load_state_dict(state[name])
-        self.actor_loss.return_scale.load_state_dict(state["return_scale"])
-        target = self.critic_loss.target_critic_network_params
-        target.data.update_(TensorDict(state["target_critic"]).unflatten_keys("."))
-        self.updates = int(state["updates"])
-        self.world_model.eval()
+        """Restore :meth:`state_dict`, into the same objects; the world model then is in ``eval`` mode, as ever.
+
+        All settings stay those this learner was built with, the learning rates too.
+
+        Raises:
+            ValueError: if the state does not fit, see :meth:`check_state_dict`; then nothing is changed.
+        """
+        self.check_state_dict(state)
+        load_learner_state(self, state)

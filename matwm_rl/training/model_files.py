@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from matwm_rl.envs import AgentLayout
-from matwm_rl.files import new_file
 from matwm_rl.finite import check_finite
 from matwm_rl.modules import ActorCriticConfig, StateMLP, WorldModel, WorldModelConfig, WorldModelPolicy, make_actor
 from matwm_rl.settings import from_plain, to_plain
-from matwm_rl.training.checkpoint import check_same_shapes
+from matwm_rl.state_files import check_entries, check_same, read_state, write_state
+from matwm_rl.training.learner_state import check_built, describe
 
-VERSION = 4
+VERSION = 5
 
 
 def save_world_model(path: str | Path, world_model: WorldModel) -> None:
@@ -29,6 +28,7 @@ def save_world_model(path: str | Path, world_model: WorldModel) -> None:
         ValueError: if the model has parts of your own, or is not as it was built: then save
             ``world_model.state_dict()`` and build the model yourself; or if weights are not finite. An older
             file stays.
+        OSError: if the file cannot be written, because the disk is full for one; an older one stays.
 
     Examples:
         >>> import tempfile
@@ -49,6 +49,8 @@ def load_world_model(
 ) -> WorldModel:
     """Build the world model that :func:`save_world_model` or :func:`save_policy` saved, in ``eval`` mode.
 
+    The file may be a stranger's: no code of it is run, and no link followed.
+
     Args:
         path: the file.
         layout: of the agents it shall be used for; an error tells early if they do not fit.
@@ -56,7 +58,7 @@ def load_world_model(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is of another version, or was trained with other agents than ``layout``'s.
+        ValueError: if it is damaged or of another version, or was trained with other agents than ``layout``'s.
 
     Examples:
         >>> import tempfile
@@ -70,9 +72,7 @@ def load_world_model(
         (True, False)
     """
     saved = _load(path, layout, device)
-    world_model = _build_world_model(saved["recipe"]).to(device)
-    world_model.load_state_dict(saved["state"]["world_model"])
-    return world_model.eval()
+    return _build(path, saved)["world_model"].to(device).eval()
 
 
 def save_policy(path: str | Path, policy: WorldModelPolicy) -> None:
@@ -84,8 +84,8 @@ def save_policy(path: str | Path, policy: WorldModelPolicy) -> None:
             :func:`~matwm_rl.modules.make_actor`.
 
     Raises:
-        ValueError: if the world model has parts of your own, the actor is another, or weights are not finite. An older
-            file stays.
+        ValueError: if the world model has parts of your own, the actor is another, or weights are not finite.
+        OSError: if the file cannot be written, because the disk is full for one; an older one stays.
 
     Examples:
         >>> import tempfile
@@ -118,7 +118,8 @@ def load_policy(
 ) -> WorldModelPolicy:
     """Build the policy that :func:`save_policy` saved, ready to act.
 
-    Append its ``make_tensordict_primer()`` to the environment; ``policy.world_model`` is the world model.
+    Append its ``make_tensordict_primer()`` to the environment; ``policy.world_model`` is the world model. The file may
+    be a stranger's: no code of it is run, and no link followed.
 
     Args:
         path: the file.
@@ -127,8 +128,8 @@ def load_policy(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is of another version, was trained with other agents than ``layout``'s, or holds a world model
-            alone.
+        ValueError: if it is damaged or of another version, was trained with other agents than ``layout``'s, or holds a
+            world model alone.
 
     Examples:
         >>> import tempfile
@@ -142,15 +143,11 @@ def load_policy(
         4
     """
     saved = _load(path, layout, device)
-    recipe = saved["recipe"]
-    if "actor" not in recipe:
+    if "actor" not in saved["recipe"]:
         raise ValueError(f"{path} holds a world model and no actor; read it with load_world_model")
-    world_model = _build_world_model(recipe)
-    actor = make_actor(world_model, from_plain(ActorCriticConfig, recipe["actor"]))
-    policy = WorldModelPolicy(world_model, actor, history_length=recipe["history_length"]).to(device)
-    policy.world_model.load_state_dict(saved["state"]["world_model"])
-    policy.actor.load_state_dict(saved["state"]["actor"])
-    return policy.eval()
+    if type(length := saved["recipe"]["history_length"]) is not int or length < 0:
+        raise ValueError(f"{path}: history_length must be a number of steps, found {length!r}")
+    return WorldModelPolicy(**_build(path, saved), history_length=length).to(device).eval()
 
 
 def _recipe(world_model: WorldModel) -> dict[str, Any]:
@@ -163,32 +160,69 @@ def _recipe(world_model: WorldModel) -> dict[str, Any]:
     return {"layout": layout.to_dict(), "world_model": to_plain(config)}
 
 
-def _save(path: str | Path, recipe: Mapping[str, Any], modules: Mapping[str, torch.nn.Module]) -> None:
-    state = {name: module.state_dict() for name, module in modules.items()}
-    check_finite(state, f"what is to be saved as {path}")
+def _save(path: str | Path, recipe: dict[str, Any], modules: dict[str, Any]) -> None:
     with torch.random.fork_rng(devices=[]):
-        expected = {"world_model": _build_world_model(recipe).state_dict()}
-    found = {"world_model": state["world_model"]}
-    check_same_shapes(found, expected, source="the world model, which is no longer as it was built,")
-    with new_file(path) as partial:
-        torch.save({"version": VERSION, "recipe": dict(recipe), "state": state}, partial)
+        expected = _networks(recipe)
+    for name, module in modules.items():
+        source = f"the {name.replace('_', ' ')}, which is no longer as it was built,"
+        check_same(module.state_dict(), expected[name].state_dict(), source=source)
+        check_built(describe(module), describe(expected[name]), source=source)
+        check_finite(module.state_dict(), f"what is to be saved as {path}")
+    saved = {
+        "version": VERSION,
+        "recipe": recipe,
+        "built": {name: describe(module) for name, module in modules.items()},
+        "state": {name: module.state_dict() for name, module in modules.items()},
+    }
+    write_state(path, saved)
 
 
 def _load(path: str | Path, layout: AgentLayout | None, device: torch.device | str) -> dict[str, Any]:
-    saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    if saved["version"] != VERSION:
-        raise ValueError(f"{path} has version {saved['version']}; this release reads version {VERSION}")
-    trained, here = saved["recipe"]["layout"], None if layout is None else layout.to_dict()
-    if here is not None and (different := [name for name in trained if here[name] != trained[name]]):
-        name = different[0]
-        raise ValueError(
-            f"{path} was trained in an environment with other {', '.join(different)}: {name} was {trained[name]}, "
-            f"here it is {here[name]}"
-        )
+    """Read a file, and check all but what is compared with the networks that it describes."""
+    saved = read_state(path, map_location=device)
+    if saved.get("version") != VERSION:
+        raise ValueError(f"{path} has version {saved.get('version')}; this release reads version {VERSION}")
+    check_entries(saved, ["version", "recipe", "built", "state"], source=str(path))
+    recipe, networks = saved["recipe"], ["world_model"]
+    if isinstance(recipe, dict) and "actor" in recipe:
+        networks.append("actor")
+    check_entries(recipe, ["layout", *networks, *(["history_length"] if "actor" in networks else [])], source=str(path))
+    for part in ("built", "state"):
+        check_entries(saved[part], networks, source=f"{path}, {part},")
+    trained, here = recipe["layout"], None if layout is None else layout.to_dict()
+    if here is not None:
+        check_entries(trained, list(here), source=f"{path}, layout,")
+        if different := [name for name in trained if here[name] != trained[name]]:
+            name = different[0]
+            raise ValueError(
+                f"{path} was trained in an environment with other {', '.join(different)}: {name} was {trained[name]}, "
+                f"here it is {here[name]}"
+            )
     check_finite(saved["state"], str(path))
     return saved
 
 
-def _build_world_model(recipe: Mapping[str, Any]) -> WorldModel:
+def _build(path: str | Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """Build the networks of a file and load their weights, after everything has been compared."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            networks = _networks(saved["recipe"])
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes networks that cannot be built: {error}") from error
+    for name, module in networks.items():
+        check_same(saved["state"][name], module.state_dict(), source=f"{path}, {name},")
+        check_built(saved["built"][name], describe(module), source=f"{path}, {name},")
+    for name, module in networks.items():
+        module.load_state_dict(saved["state"][name])
+    return networks
+
+
+def _networks(recipe: dict[str, Any]) -> dict[str, Any]:
     config = from_plain(WorldModelConfig, recipe["world_model"])
-    return WorldModel.from_env(AgentLayout.from_dict(recipe["layout"]), config)
+    world_model = WorldModel.from_env(AgentLayout.from_dict(recipe["layout"]), config)
+    if "actor" not in recipe:
+        return {"world_model": world_model}
+    return {
+        "world_model": world_model,
+        "actor": make_actor(world_model, from_plain(ActorCriticConfig, recipe["actor"])),
+    }

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from matwm_rl.data.replay_state import check_random_state
+from matwm_rl.state_files import check_entries, check_same
+
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
@@ -62,13 +65,13 @@ def prepare_process(*, num_threads: int, matmul_precision: str = "highest") -> N
         libc.mallopt(M_MMAP_MAX, 0)
 
 
-def random_state() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
     """Return the global random states of torch, NumPy and Python; loads with ``torch.load(weights_only=True)``.
 
     Examples:
-        >>> state = random_state()
+        >>> state = random_states()
         >>> first = torch.rand(3)
-        >>> set_random_state(state)
+        >>> set_random_states(state)
         >>> torch.equal(torch.rand(3), first)
         True
     """
@@ -82,10 +85,29 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Set the global random states to what :func:`random_state` returned; GPUs that are not there are left out."""
+def set_random_states(state: Mapping[str, Any]) -> None:
+    """Set the global random states to what :func:`random_states` returned; GPUs that are not there are left out."""
     torch.set_rng_state(state["torch"].cpu())
     for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(cuda_state.cpu(), index)
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
+
+
+def check_random_states(states: Any, *, source: str) -> None:
+    """Check that :func:`set_random_states` can set these, and change nothing.
+
+    Raises:
+        ValueError: if an entry is missing or unknown, or is no random state.
+    """
+    check_entries(states, ["torch", "cuda", "numpy", "python"], source=source)
+    check_random_state(states["torch"], source=f"{source} torch,")
+    if not isinstance(states["cuda"], list):
+        raise ValueError(f"{source} cuda must be a list, found a {type(states['cuda']).__name__}")
+    for cuda_state in states["cuda"] if torch.cuda.is_available() else []:
+        check_same({"cuda": cuda_state}, {"cuda": torch.cuda.get_rng_state()}, source=source)
+    for name, generator in (("numpy", np.random.RandomState().set_state), ("python", random.Random().setstate)):
+        try:
+            generator(states[name])
+        except (TypeError, ValueError, OverflowError, IndexError) as error:
+            raise ValueError(f"{source} {name} is no random state: {error}") from error

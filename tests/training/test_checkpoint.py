@@ -19,6 +19,7 @@ from matwm_rl.modules import (
     make_actor,
     make_critic,
 )
+from matwm_rl.state_files import write_state
 from matwm_rl.training import checkpoint
 from matwm_rl.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from matwm_rl.training.learner import Learner, LearnerConfig
@@ -207,8 +208,11 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     learner, replay = make_learner(), make_filled_replay()
     folder = save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=40)
     state = torch.load(folder / "state.pt", weights_only=True)
-    torch.save({**state, "version": 0}, folder / "state.pt")
-    with pytest.raises(ValueError, match="version 0"):
+    write_state(folder / "state.pt", {**state, "version": 0})
+    with pytest.raises(ValueError, match="version 0; this release reads version 5"):
+        load_checkpoint(tmp_path, learner=learner, replay=replay)
+    torch.save({**state, "version": 4}, folder / "state.pt")  # files of that version had no checksum
+    with pytest.raises(ValueError, match="version 4"):
         load_checkpoint(tmp_path, learner=learner, replay=replay)
 
 

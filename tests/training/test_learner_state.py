@@ -91,5 +91,5 @@ def test_a_copied_learner_goes_on_exactly_and_leaves_the_original_alone(copied: 
 
 def test_state_of_another_size_is_refused() -> None:
     state = make_learner().state_dict()
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match=r"has shape \(2, 5, 16\), expected \(2, 5, 32\)"):
         make_learner(make_model(hidden_size=32)).load_state_dict(state)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +20,13 @@ from matwm_rl.modules import (
     DynamicsLoss,
     GaussianLatentConfig,
     ObservationRewardConfig,
+    TwoHot,
     WorldModel,
     WorldModelConfig,
     WorldModelPolicy,
     make_actor,
 )
+from matwm_rl.state_files import read_state, write_state
 from matwm_rl.training import load_policy, load_world_model, save_policy, save_world_model
 from tests.helpers import LATENTS, mock_env, randomize
 
@@ -140,7 +144,71 @@ def test_a_world_model_with_parts_of_ones_own_is_refused(tmp_path: Path) -> None
 def test_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "policy.pt"
     save_policy(path, make_policy())
-    torch.save({**torch.load(path, weights_only=True), "version": 0}, path)
+    state = {**torch.load(path, weights_only=True), "version": 0}
+    write_state(path, state)
     for load in (load_policy, load_world_model):
-        with pytest.raises(ValueError, match="has version 0; this release reads version 4"):
+        with pytest.raises(ValueError, match="has version 0; this release reads version 5"):
             load(path)
+    torch.save({**state, "version": 4}, path)  # files of that version had no checksum
+    with pytest.raises(ValueError, match=r"policy.pt has version 4: it does not end with a checksum"):
+        load_policy(path)
+
+
+class OtherModel(WorldModel):
+    """One's own, whose weights have the same shapes."""
+
+
+def changed_models() -> dict[str, WorldModel]:
+    layout = mock_env().layout
+    models = {name: WorldModel.from_env(layout, CONFIG) for name in ("switched", "replaced", "heads")}
+    models["switched"].reencode = True
+    models["replaced"].two_hot = TwoHot(interpolation="raw")
+    models["heads"].transformer.blocks[0].num_heads = 4
+    models["subclass"] = OtherModel.from_env(layout, CONFIG)
+    return models
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("switched", "reencode was True, here it is False"),
+        ("replaced", "two_hot.interpolation was 'raw', here it is 'symlog'"),
+        ("heads", r"num_heads was 4, here it is 2"),
+        ("subclass", r"was a .*OtherModel, here it is a .*WorldModel"),
+    ],
+)
+def test_a_model_that_would_load_as_another_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"no longer as it was built, does not fit: .*{message}"):
+        save_world_model(tmp_path / "model.pt", changed_models()[name])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_remembers_what_it_was_built_from(tmp_path: Path) -> None:
+    config = replace(CONFIG, reencode=True)
+    model = WorldModel.from_env(mock_env(), config)
+    config.reencode, config.num_heads = False, 4  # for the next model
+    save_world_model(tmp_path / "model.pt", model)
+    loaded = load_world_model(tmp_path / "model.pt")
+    assert loaded.reencode and loaded.transformer.num_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved.pop("recipe"), r"policy\.pt does not fit: recipe is missing"),
+        (lambda saved: saved["state"].pop("actor"), r"policy\.pt, state, does not fit: actor is missing"),
+        (lambda saved: saved["state"]["actor"].popitem(), r"policy\.pt, actor, does not fit: .* is missing"),
+        (lambda saved: saved["recipe"].update(history_length="3"), r"policy\.pt: history_length must be"),
+        (lambda saved: saved["recipe"]["world_model"].update(num_heads=4), r"num_heads was 2, here it is 4"),
+        (lambda saved: saved["recipe"]["world_model"].update(kind="os"), r"policy\.pt describes networks that cannot"),
+        (lambda saved: saved["recipe"].update(layout={}), r"policy\.pt describes networks that cannot"),
+    ],
+)
+def test_entries_that_do_not_fit_are_named(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
+    path = tmp_path / "policy.pt"
+    save_policy(path, make_policy())
+    saved = read_state(path)
+    change(saved)
+    write_state(path, saved)
+    with pytest.raises(ValueError, match=message):
+        load_policy(path)
