@@ -42,20 +42,21 @@ def write_state(path: str | Path, state: Mapping[str, Any]) -> None:
         ...     read_state(f"{folder}/state.pt")
         {'weight': tensor([1., 1.]), 'steps': 3}
     """
-    with new_file(path) as partial:
-        try:
+    try:
+        with new_file(path) as partial:
             # A file object: where the disk is full, its error says so, and torch's own does not.
             with partial.open("wb") as file:
                 torch.save(state, file)
-        except RuntimeError as error:
-            if isinstance(cause := error.__context__, OSError):
-                raise OSError(cause.errno, f"cannot write {path}: {cause.strerror}") from None
-            raise
-        with partial.open("r+b") as file:
-            # The last two bytes of an archive are the length of its comment, which torch leaves empty.
-            file.seek(-2, os.SEEK_END)
-            file.write(struct.pack("<H", _COMMENT_SIZE))
-            file.write(_LABEL + _hash(file, file.tell()).encode())
+            with partial.open("r+b") as file:
+                # The last two bytes of an archive are the length of its comment, which torch leaves empty.
+                file.seek(-2, os.SEEK_END)
+                file.write(struct.pack("<H", _COMMENT_SIZE))
+                file.write(_LABEL + _hash(file, file.tell()).encode())
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, f"cannot write {path}: {cause.strerror}") from None
+        raise
 
 
 def read_state(path: str | Path, *, map_location: torch.device | str = "cpu", mmap: bool = False) -> dict[str, Any]:
