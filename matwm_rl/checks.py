@@ -1,6 +1,7 @@
 """Checks of what users give: that tensordicts have the entries that are read, and modules write what they must.
 
-Only names and shapes are looked at, which Python knows, so that no check waits for a GPU.
+Only names, shapes and types are looked at, which Python knows, so that no check waits for a GPU. Numbers, switches and
+names that constructors are given are checked by :mod:`matwm_rl.arguments`.
 """
 
 from __future__ import annotations

@@ -26,12 +26,13 @@ from matwm_rl.modules import (
     WorldModelConfig,
 )
 from matwm_rl.objectives import ActorLossConfig, Advantage, PolicyObjective, WorldModelLossWeights
+from matwm_rl.settings import Settings, setting
 from matwm_rl.training.learner import LearnerConfig
 from matwm_rl.training.process import MatmulPrecision
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Everything that a training script needs to know; the defaults are the paper's, where it says anything.
 
     Attributes:
@@ -61,6 +62,10 @@ class TrainConfig:
         replay: replay and its batches.
         evaluation: evaluations.
 
+    Raises:
+        TypeError: if an entry is of another type, or there is none of a name.
+        ValueError: if an entry is out of range, or entries together could never lead to an update.
+
     Examples:
         >>> from dataclasses import replace
         >>> replace(vectors(), seed=3).learner.horizon
@@ -69,28 +74,55 @@ class TrainConfig:
 
     env: str = "mpe2/simple_tag_v3"
     imports: list[str] = field(default_factory=list)
-    seed: int = 0
-    device: str = "cpu"
+    seed: int = setting(0, minimum=0, maximum=2**31 - 1)
+    device: str = setting("cpu", is_device=True)
     run_dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"
     resume: bool = False
     progress: bool = True
-    total_steps: int = 50_000
-    max_minutes: float | None = None
-    num_envs: int = 1
-    num_threads: int = 2
+    total_steps: int = setting(50_000, minimum=1)
+    max_minutes: float | None = setting(None, above=0)
+    num_envs: int = setting(1, minimum=1)
+    num_threads: int = setting(2, minimum=1)
     matmul_precision: MatmulPrecision = MatmulPrecision.high
-    init_random_steps: int = 1000
-    frames_per_batch: int = 1
-    updates_per_batch: int = 1
-    world_model_warmup: int = 0
-    critic_warmup: int = 0
-    log_every: int = 100
+    init_random_steps: int = setting(1000, minimum=0)
+    frames_per_batch: int = setting(1, minimum=1)
+    updates_per_batch: int = setting(1, minimum=1)
+    world_model_warmup: int = setting(0, minimum=0)
+    critic_warmup: int = setting(0, minimum=0)
+    log_every: int = setting(100, minimum=1)
     world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
     actor_critic: ActorCriticConfig = field(default_factory=ActorCriticConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def check(self) -> None:
+        """Refuse a run that could never make an update, as far as that can be known before it begins."""
+        if self.frames_per_batch % self.num_envs:
+            raise ValueError(
+                f"TrainConfig.frames_per_batch must be a multiple of num_envs, {self.num_envs}, got "
+                f"{self.frames_per_batch}: it counts the steps of all environments together"
+            )
+        collected = -(-self.total_steps // self.frames_per_batch) * self.frames_per_batch
+        if collected < self.init_random_steps:
+            raise ValueError(
+                f"TrainConfig.init_random_steps must be at most total_steps, {self.total_steps}, got "
+                f"{self.init_random_steps}: nothing would be learnt"
+            )
+        rooms = {"total_steps": collected, "replay.capacity": self.replay.capacity}
+        needs = {
+            "frames_per_batch": -(-self.frames_per_batch // self.num_envs),
+            "replay.sequence_length": self.replay.sequence_length,
+            "replay.context_length + 1": self.replay.context_length + 1,
+        }
+        for room, steps in rooms.items():
+            for need, length in needs.items():
+                if length > steps // self.num_envs:
+                    raise ValueError(
+                        f"TrainConfig.{need} asks for {length} steps of every environment, and {room} gives "
+                        f"{steps // self.num_envs} to each of {self.num_envs}: nothing would be learnt"
+                    )
 
 
 def paper() -> TrainConfig:
@@ -227,7 +259,8 @@ def compose(overrides: Sequence[str] = ()) -> TrainConfig:
 
     Raises:
         ImportError: if Hydra is not installed.
-        ValueError: if there is no such entry, or its value is of another type; the message names those that there are.
+        ValueError: if there is no such entry, or its value is of another type or out of range; the message names what
+            there is, and what is allowed.
 
     Examples:
         >>> compose(["preset=paper", "learner.gamma=0.9"]).learner.gamma
@@ -252,7 +285,9 @@ def to_config(composed: Any) -> TrainConfig:
         composed: what ``hydra.main`` gives to its function.
 
     Raises:
-        ValueError: if it has entries that the dataclasses do not have; the message names near ones.
+        TypeError: if it is not composed of a preset.
+        ValueError: if it has entries that the dataclasses do not have; the message names near ones. Or if the value of
+            an entry is out of range.
 
     Examples:
         >>> from dataclasses import replace
@@ -260,8 +295,12 @@ def to_config(composed: Any) -> TrainConfig:
         >>> to_config(OmegaConf.structured(replace(tiny(), run_dir="runs/mine"))).env
         'mock'
     """
-    config: TrainConfig = import_optional("omegaconf").OmegaConf.to_object(composed)
-    _refuse_added(config)
+    omegaconf = import_optional("omegaconf").OmegaConf
+    kind = omegaconf.get_type(composed) if omegaconf.is_dict(composed) else type(composed)
+    if not issubclass(kind, TrainConfig):
+        raise TypeError(f"composed must be what Hydra composes of a preset, got a {kind.__name__}")
+    _refuse_added(omegaconf, composed)
+    config: TrainConfig = omegaconf.to_object(composed)
     return config
 
 
@@ -288,13 +327,13 @@ def check_names(overrides: Sequence[str]) -> None:
             raise ValueError(_unknown(name))
 
 
-def _refuse_added(config: Any, prefix: str = "") -> None:
-    names = [entry.name for entry in fields(config)]
-    for name, value in vars(config).items():
+def _refuse_added(omegaconf: Any, composed: Any, prefix: str = "") -> None:
+    names = [entry.name for entry in fields(omegaconf.get_type(composed))]
+    for name, value in composed.items():
         if name not in names:
             raise ValueError(_unknown(prefix + name))
-        if is_dataclass(value):
-            _refuse_added(value, f"{prefix}{name}.")
+        if omegaconf.is_dict(value):
+            _refuse_added(omegaconf, value, f"{prefix}{name}.")
 
 
 def _names(config: Any, prefix: str = "") -> Iterator[str]:

@@ -11,11 +11,13 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import keys
+from matwm_rl.arguments import check_ints
 from matwm_rl.envs import AgentLayout
+from matwm_rl.settings import Settings, setting
 
 
 @dataclass(kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Settings):
     """How a run is evaluated.
 
     Attributes:
@@ -30,10 +32,10 @@ class EvaluationConfig:
         50
     """
 
-    every: int = 5000
-    episodes: int = 50
-    final_episodes: int = 100
-    num_envs: int = 10
+    every: int = setting(5000, minimum=1)
+    episodes: int = setting(50, minimum=1)
+    final_episodes: int = setting(100, minimum=1)
+    num_envs: int = setting(10, minimum=1)
     keep_policies: bool = False
 
 
@@ -154,8 +156,7 @@ def evaluate(
         >>> evaluate(env, RandomActions(), episodes=2).values.shape
         torch.Size([2, 3])
     """
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    check_ints(1, episodes=episodes)
     num_envs = env.batch_size.numel()
     quota = -(-episodes // num_envs)
     layout: AgentLayout = env.layout

@@ -14,16 +14,18 @@ from torchrl.modules import ProbabilisticActor
 
 from matwm_rl import keys
 from matwm_rl.action_space import ActionSpace
+from matwm_rl.arguments import check_ints, check_kinds
 from matwm_rl.checks import check_reads, check_writes, read_output
 from matwm_rl.functional import agents_first, agents_last, at_least_float32
 from matwm_rl.modules.stacked import LatentLinear, StackedMLP, StackedNormSiLU
 from matwm_rl.modules.state import STATE_KEYS
 from matwm_rl.modules.two_hot import TwoHot
 from matwm_rl.modules.world_model import WorldModel
+from matwm_rl.settings import Settings, setting
 
 
 @dataclass(kw_only=True)
-class ActorCriticConfig:
+class ActorCriticConfig(Settings):
     """Sizes of the networks of :func:`make_actor` and :func:`make_critic`; the defaults are the paper's.
 
     Attributes:
@@ -37,8 +39,8 @@ class ActorCriticConfig:
         2
     """
 
-    num_cells: int = 512
-    depth: int = 2
+    num_cells: int = setting(512, minimum=1)
+    depth: int = setting(2, minimum=0)
     share_by_group: bool = False
 
 
@@ -63,6 +65,9 @@ class StateMLP(nn.Module):
 
     def __init__(self, world_model: WorldModel, out_features: int, config: ActorCriticConfig) -> None:
         super().__init__()
+        check_kinds(WorldModel, world_model=world_model)
+        check_kinds(ActorCriticConfig, config=config)
+        check_ints(1, out_features=out_features)
         self.config, self.actions = config, world_model.actions
         index = world_model.group_index if config.share_by_group else range(world_model.num_agents)
         teammates = 0 if world_model.teammates is None else (world_model.num_agents - 1) * world_model.num_actions

@@ -16,10 +16,12 @@ from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer
 
 from matwm_rl import keys
+from matwm_rl.arguments import check_ints, check_kinds
 from matwm_rl.checks import batch_shape, read_entry
 from matwm_rl.functional import agents_first, agents_last
 from matwm_rl.modules.state import STATE_KEYS
 from matwm_rl.modules.world_model import WorldModel
+from matwm_rl.settings import Settings, setting
 
 HISTORY_CODE: NestedKey = ("history", "code")
 HISTORY_ACTION: NestedKey = ("history", "action")
@@ -29,7 +31,7 @@ HISTORY_KEYS = [HISTORY_CODE, HISTORY_ACTION, HISTORY_LENGTH]
 
 
 @dataclass(kw_only=True)
-class PolicyConfig:
+class PolicyConfig(Settings):
     """Settings of :class:`~matwm_rl.modules.WorldModelPolicy`.
 
     Attributes:
@@ -40,7 +42,7 @@ class PolicyConfig:
         PolicyConfig(history_length=16)
     """
 
-    history_length: int = 64
+    history_length: int = setting(64, minimum=1)
 
 
 class _History(NamedTuple):
@@ -95,8 +97,8 @@ class StateEstimator(TensorDictModuleBase):
 
     def __init__(self, world_model: WorldModel, *, history_length: int = PolicyConfig.history_length) -> None:
         super().__init__()
-        if history_length < 1:
-            raise ValueError(f"history_length must be at least 1, got {history_length}")
+        check_kinds(WorldModel, world_model=world_model)
+        check_ints(1, history_length=history_length)
         self.world_model = world_model
         self.history_length = history_length
         self.in_keys: list[NestedKey] = [keys.OBSERVATION, *HISTORY_KEYS]

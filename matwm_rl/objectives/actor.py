@@ -18,6 +18,7 @@ from matwm_rl.functional import masked_mean, per_agent_mean, per_agent_sum
 from matwm_rl.objectives.common import KeyedLoss
 from matwm_rl.objectives.regularizers import MeanPolicyEntropy, Regularizer, Signalling
 from matwm_rl.objectives.returns import ReturnScale
+from matwm_rl.settings import Settings, setting
 
 
 class Advantage(StrEnum):
@@ -40,7 +41,7 @@ class PolicyObjective(StrEnum):
 
 
 @dataclass(kw_only=True)
-class ActorLossConfig:
+class ActorLossConfig(Settings):
     """Settings of :class:`ActorLoss`; the defaults are the paper's, STORM's where it is silent.
 
     Attributes:
@@ -55,11 +56,11 @@ class ActorLossConfig:
         [Signalling()]
     """
 
-    entropy_coeff: float = 3e-4
+    entropy_coeff: float = setting(3e-4, minimum=0)
     advantage: Advantage = Advantage.return_scale
     objective: PolicyObjective = PolicyObjective.reinforce
-    mean_policy_entropy_coeff: float = 0.0
-    signalling_coeff: float = 0.0
+    mean_policy_entropy_coeff: float = setting(0.0, minimum=0)
+    signalling_coeff: float = setting(0.0, minimum=0)
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of :class:`ActorLoss`: bonuses as objects, those with a weight of 0 left out."""

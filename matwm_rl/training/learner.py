@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import CudaGraphModule, ProbabilisticTensorDictSequential, TensorDictModuleBase
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.objectives import LossModule, SoftUpdate
 
 from matwm_rl import keys
+from matwm_rl.arguments import check_ints, check_kinds, check_switches
 from matwm_rl.functional import autocast, clip_grad_norm_per_agent_
 from matwm_rl.modules import Imagination, WorldModel
 from matwm_rl.objectives import (
@@ -26,6 +27,7 @@ from matwm_rl.objectives import (
     WorldModelLossWeights,
 )
 from matwm_rl.objectives.returns import GAMMA, LMBDA
+from matwm_rl.settings import Settings, setting
 
 _TRAINED = ("world_model", "actor", "critic", "world_model_optimizer", "actor_optimizer", "critic_optimizer")
 """Attributes of a learner that have a ``state_dict``, under the same names in the learner's own."""
@@ -39,7 +41,7 @@ class Precision(StrEnum):
 
 
 @dataclass(kw_only=True)
-class LearnerConfig:
+class LearnerConfig(Settings):
     """Settings of :class:`Learner`; the defaults are the paper's (Table C.6, STORM where it is silent).
 
     Attributes:
@@ -64,8 +66,8 @@ class LearnerConfig:
             launches. Batches must then not change their shape.
 
     Raises:
-        ValueError: if a number must be positive and is not, or several epochs are asked for with another objective than
-            ``ppo``.
+        ValueError: if a number is out of range, several epochs are asked for with another objective than ``ppo``, or
+            learning rates that fall with ``cuda_graphs``.
 
     Examples:
         >>> config = LearnerConfig(horizon=10, loss_weights=WorldModelLossWeights(reward=50.0))
@@ -73,33 +75,31 @@ class LearnerConfig:
         (0.985, 0.5)
     """
 
-    world_model_lr: float = 3e-5
-    world_model_clip: float = 1000.0
+    world_model_lr: float = setting(3e-5, above=0)
+    world_model_clip: float = setting(1000.0, above=0)
     loss_weights: WorldModelLossWeights = field(default_factory=WorldModelLossWeights)
-    actor_lr: float = 3e-4
-    critic_lr: float = 3e-4
-    actor_critic_clip: float = 100.0
-    horizon: int | None = None
-    gamma: float = GAMMA
-    lmbda: float = LMBDA
+    actor_lr: float = setting(3e-4, above=0)
+    critic_lr: float = setting(3e-4, above=0)
+    actor_critic_clip: float = setting(100.0, above=0)
+    horizon: int | None = setting(None, minimum=1)
+    gamma: float = setting(GAMMA, minimum=0, maximum=1)
+    lmbda: float = setting(LMBDA, minimum=0, maximum=1)
     actor: ActorLossConfig = field(default_factory=ActorLossConfig)
-    agent_epochs: int = 1
-    critic_decay: float = 0.98
-    lr_decay_updates: int | None = None
+    agent_epochs: int = setting(1, minimum=1)
+    critic_decay: float = setting(0.98, minimum=0, below=1)
+    lr_decay_updates: int | None = setting(None, minimum=1)
     precision: Precision = Precision.float32
     cuda_graphs: bool = False
 
-    def __post_init__(self) -> None:
-        positive = ("world_model_lr", "world_model_clip", "actor_lr", "critic_lr", "actor_critic_clip")
-        for name in (*positive, "agent_epochs", "lr_decay_updates", "horizon"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+    def check(self) -> None:
+        """Refuse several epochs without PPO, and learning rates that fall in CUDA graphs."""
         if self.agent_epochs > 1 and self.actor.objective != PolicyObjective.ppo:
             raise ValueError(
                 f"agent_epochs={self.agent_epochs} takes several steps on one rollout, for which the actors' objective "
                 f"must be 'ppo', got {str(self.actor.objective)!r}"
             )
+        if self.cuda_graphs and self.lr_decay_updates is not None:
+            raise ValueError("a CUDA graph repeats one update: with cuda_graphs, lr_decay_updates must be None")
 
 
 def horizon_by_agents(num_agents: int) -> int:
@@ -112,6 +112,7 @@ def horizon_by_agents(num_agents: int) -> int:
         >>> [horizon_by_agents(n) for n in (3, 4, 20)]
         [16, 12, 8]
     """
+    check_ints(1, num_agents=num_agents)
     return 16 if num_agents <= 3 else 12 if num_agents <= 6 else 8
 
 
@@ -163,7 +164,11 @@ class Learner:
         critic: TensorDictModuleBase,
         config: LearnerConfig | None = None,
     ) -> None:
-        self.config = cfg = config or LearnerConfig()
+        self.config = cfg = LearnerConfig() if config is None else config
+        check_kinds(LearnerConfig, config=cfg)
+        cfg.check()
+        check_kinds(WorldModel, world_model=world_model)
+        check_kinds(nn.Module, actor=actor, critic=critic)
         self.world_model, self.actor, self.critic = world_model, actor, critic
         agents = world_model.num_agents
         self.world_model_loss = WorldModelLoss(world_model, weights=cfg.loss_weights)
@@ -175,8 +180,6 @@ class Learner:
         device = next(world_model.parameters()).device
         if cfg.cuda_graphs and device.type != "cuda":
             raise ValueError(f"cuda_graphs needs the world model on a CUDA device, it is on {device}")
-        if cfg.cuda_graphs and cfg.lr_decay_updates:
-            raise ValueError("a CUDA graph repeats one update: with cuda_graphs, lr_decay_updates must be None")
         for loss in (self.actor_loss, self.critic_loss):
             loss.to(device)
         self.world_model_optimizer = self._optimizer(self.world_model_loss, cfg.world_model_lr)
@@ -246,6 +249,7 @@ class Learner:
         Raises:
             ValueError: with ``cuda_graphs``, if the actors are not to learn: a graph repeats one update.
         """
+        check_switches(train_actors=train_actors)
         if self.config.cuda_graphs and not train_actors:
             raise ValueError("a CUDA graph repeats one update: with cuda_graphs, actors learn from the first update on")
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
