@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from torchrl.data import Categorical, TensorSpec
 from torchrl.modules import MaskedCategorical
 
+from matwm_rl.arguments import check_ints, check_kinds
 from matwm_rl.functional import sample_index, softmax_over_few
 
 ILLEGAL_LOGIT = -1e9
@@ -175,8 +176,11 @@ class DiscreteActions(ActionSpace, kind="discrete"):
     """Kind of action space; stored with the counts."""
 
     def __post_init__(self) -> None:
-        if not self.counts or min(self.counts) < 1:
-            raise ValueError(f"every agent needs at least one action, got the counts {self.counts}")
+        check_kinds((list, tuple), counts=self.counts)
+        if not self.counts:
+            raise ValueError("counts must have the number of actions of each agent, got none: there must be an agent")
+        for agent, count in enumerate(self.counts):
+            check_ints(1, **{f"counts[{agent}]": count})
 
     @property
     def num_agents(self) -> int:  # type: ignore[override]

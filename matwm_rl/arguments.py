@@ -1,7 +1,7 @@
 """Checks of the numbers, switches and names that constructors, functions and settings are given.
 
-Every message says what was given, and what is allowed. Values of another type raise a ``TypeError``, values out of range
-a ``ValueError``. A ``bool`` is no number, and NaN and infinity lie in no range; numbers of NumPy are numbers.
+Every message says what was given, and what is allowed. Values of another type raise a ``TypeError``, values out of
+range a ``ValueError``. A ``bool`` is no number, and NaN and infinity lie in no range; numbers of NumPy are numbers.
 """
 
 from __future__ import annotations
@@ -148,30 +148,29 @@ def check_kinds(kind: type | tuple[type, ...], /, **values: Any) -> None:
             raise TypeError(f"{name} must be a {' or a '.join(each.__name__ for each in kinds)}, got {given}")
 
 
-def check_index(*, num_agents: int | None = None, **values: Any) -> None:
-    """Check that arguments give an index, 0 or more, for every agent.
+def read_index(name: str, value: Any, num_agents: int | None = None) -> list[int]:
+    """Return an index, 0 or more, for every agent.
 
     Args:
+        name: of the argument, for the message.
+        value: given: a sequence, such as a list or a range.
         num_agents: N; by default as many as are given.
-        **values: by the names of the arguments.
 
     Raises:
-        TypeError: if one is no sequence of whole numbers.
-        ValueError: if one is empty or of another length, or an index is negative.
+        TypeError: if it is no sequence of whole numbers.
+        ValueError: if it is empty or of another length, or an index is negative.
 
     Examples:
-        >>> check_index(num_agents=3, group_index=[0, 0])
+        >>> read_index("group_index", [0, 0], num_agents=3)
         Traceback (most recent call last):
         ValueError: group_index must have an index for each of 3 agents, got [0, 0]
     """
-    for name, value in values.items():
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise TypeError(f"{name} must be a sequence with an index for each agent, got {_short(value)}")
-        if not value or num_agents not in (None, len(value)):
-            agents = "each agent" if num_agents is None else f"each of {num_agents} agents"
-            raise ValueError(f"{name} must have an index for {agents}, got {_short(value)}")
-        for agent, index in enumerate(value):
-            read_int(f"{name}[{agent}]", index, Range(0))
+    agents = "each agent" if num_agents is None else f"each of {num_agents} agents"
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence with an index for {agents}, got {_short(value)}")
+    if not value or num_agents not in (None, len(value)):
+        raise ValueError(f"{name} must have an index for {agents}, got {_short(value)}")
+    return [read_int(f"{name}[{agent}]", index, Range(0)) for agent, index in enumerate(value)]
 
 
 def read_int(name: str, value: Any, bounds: Range) -> int:
@@ -228,7 +227,19 @@ def read_number(name: str, value: Any, bounds: Range) -> float:
 
 
 def read_switch(name: str, value: Any) -> bool:
-    """Return ``True`` or ``False``; see :func:`check_switches`."""
+    """Return ``True`` or ``False``.
+
+    Args:
+        name: of the argument, for the message.
+        value: given.
+
+    Raises:
+        TypeError: if it is neither.
+
+    Examples:
+        >>> read_switch("reencode", np.True_)
+        True
+    """
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {_short(value)}")
     return bool(value)

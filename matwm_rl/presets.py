@@ -6,9 +6,9 @@ Hydra (:func:`store`), which refuses names and types that the dataclasses do not
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import product
 from typing import Any
 
 from matwm_rl.data import ReplayConfig
@@ -26,7 +26,7 @@ from matwm_rl.modules import (
     WorldModelConfig,
 )
 from matwm_rl.objectives import ActorLossConfig, Advantage, PolicyObjective, WorldModelLossWeights
-from matwm_rl.settings import Settings, setting
+from matwm_rl.settings import Settings, entry_names, setting, unknown_entry
 from matwm_rl.training.learner import LearnerConfig
 from matwm_rl.training.process import MatmulPrecision
 
@@ -99,30 +99,23 @@ class TrainConfig(Settings):
 
     def check(self) -> None:
         """Refuse a run that could never make an update, as far as that can be known before it begins."""
-        if self.frames_per_batch % self.num_envs:
-            raise ValueError(
-                f"TrainConfig.frames_per_batch must be a multiple of num_envs, {self.num_envs}, got "
-                f"{self.frames_per_batch}: it counts the steps of all environments together"
-            )
-        collected = -(-self.total_steps // self.frames_per_batch) * self.frames_per_batch
-        if collected < self.init_random_steps:
-            raise ValueError(
-                f"TrainConfig.init_random_steps must be at most total_steps, {self.total_steps}, got "
-                f"{self.init_random_steps}: nothing would be learnt"
-            )
+        frames, envs = self.frames_per_batch, self.num_envs
+        if frames % envs:
+            raise ValueError(f"TrainConfig.frames_per_batch must be a multiple of num_envs, {envs}, got {frames}")
+        collected = -(-self.total_steps // frames) * frames
         rooms = {"total_steps": collected, "replay.capacity": self.replay.capacity}
         needs = {
-            "frames_per_batch": -(-self.frames_per_batch // self.num_envs),
+            "init_random_steps": -(-self.init_random_steps // envs) if collected < self.init_random_steps else 0,
+            "frames_per_batch": frames // envs,
             "replay.sequence_length": self.replay.sequence_length,
             "replay.context_length + 1": self.replay.context_length + 1,
         }
-        for room, steps in rooms.items():
-            for need, length in needs.items():
-                if length > steps // self.num_envs:
-                    raise ValueError(
-                        f"TrainConfig.{need} asks for {length} steps of every environment, and {room} gives "
-                        f"{steps // self.num_envs} to each of {self.num_envs}: nothing would be learnt"
-                    )
+        for (need, length), (room, steps) in product(needs.items(), rooms.items()):
+            if length > steps // envs:
+                raise ValueError(
+                    f"TrainConfig.{need} asks for {length} steps of each of {envs} environments, and {room} has room "
+                    f"for {steps // envs}: nothing would ever be learnt"
+                )
 
 
 def paper() -> TrainConfig:
@@ -259,8 +252,7 @@ def compose(overrides: Sequence[str] = ()) -> TrainConfig:
 
     Raises:
         ImportError: if Hydra is not installed.
-        ValueError: if there is no such entry, or its value is of another type or out of range; the message names what
-            there is, and what is allowed.
+        ValueError: if there is no such entry, or its value is refused; the message names what is allowed.
 
     Examples:
         >>> compose(["preset=paper", "learner.gamma=0.9"]).learner.gamma
@@ -286,8 +278,7 @@ def to_config(composed: Any) -> TrainConfig:
 
     Raises:
         TypeError: if it is not composed of a preset.
-        ValueError: if it has entries that the dataclasses do not have; the message names near ones. Or if the value of
-            an entry is out of range.
+        ValueError: if it has entries that the dataclasses do not have, or one's value is refused.
 
     Examples:
         >>> from dataclasses import replace
@@ -296,9 +287,8 @@ def to_config(composed: Any) -> TrainConfig:
         'mock'
     """
     omegaconf = import_optional("omegaconf").OmegaConf
-    kind = omegaconf.get_type(composed) if omegaconf.is_dict(composed) else type(composed)
-    if not issubclass(kind, TrainConfig):
-        raise TypeError(f"composed must be what Hydra composes of a preset, got a {kind.__name__}")
+    if not (omegaconf.is_dict(composed) and issubclass(omegaconf.get_type(composed), TrainConfig)):
+        raise TypeError(f"composed must be what Hydra composes of a preset, got {composed!r}")
     _refuse_added(omegaconf, composed)
     config: TrainConfig = omegaconf.to_object(composed)
     return config
@@ -336,17 +326,12 @@ def _refuse_added(omegaconf: Any, composed: Any, prefix: str = "") -> None:
             _refuse_added(omegaconf, value, f"{prefix}{name}.")
 
 
-def _names(config: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all entries."""
-    for entry in fields(config):
-        name, value = prefix + entry.name, getattr(config, entry.name)
-        yield name
-        if is_dataclass(value):
-            yield from _names(value, f"{name}.")
-
-
 def _known_names() -> set[str]:
-    return {name for preset in PRESETS.values() for name in _names(preset())}
+    return {name for preset in PRESETS.values() for name in entry_names(preset())}
+
+
+def _unknown(name: str) -> str:
+    return unknown_entry(name, sorted(_known_names()))
 
 
 def _problem(error: Exception) -> str:
@@ -360,17 +345,3 @@ def _problem(error: Exception) -> str:
     what = f"{name}: {str(cause).partition(chr(10))[0]}"
     lacks = is_dataclass(kind) and name.rpartition(".")[2] not in (names := [entry.name for entry in fields(kind)])
     return f"{what}, which has {', '.join(names)}" if lacks else what
-
-
-def _unknown(name: str) -> str:
-    known = sorted(_known_names())
-    folder, _, last = name.rpartition(".")
-    # Entries of the same last name in another place, then entries that are spelt alike.
-    near = [other for other in known if other.rpartition(".")[2] == last]
-    near += difflib.get_close_matches(name, known, n=3)
-    beside = [other for other in known if other.rpartition(".")[0] == folder] or known
-    return (
-        f"there is no entry {name!r}; "
-        + (f"near ones are {', '.join(dict.fromkeys(near))}; " if near else "")
-        + f"the entries there are {', '.join(beside)}"
-    )

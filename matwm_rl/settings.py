@@ -10,7 +10,16 @@ from enum import Enum
 from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from matwm_rl.arguments import Range, check_kinds, read_choice, read_device, read_int, read_number, read_switch, read_text
+from matwm_rl.arguments import (
+    Range,
+    check_kinds,
+    read_choice,
+    read_device,
+    read_int,
+    read_number,
+    read_switch,
+    read_text,
+)
 
 T = TypeVar("T")
 
@@ -37,8 +46,6 @@ def setting(
         is_device: whether the text must name a device of PyTorch.
 
     Examples:
-        See :class:`Settings`.
-
         >>> setting(0.9, minimum=0, maximum=1).default
         0.9
     """
@@ -72,7 +79,7 @@ class Settings:
         TypeError: RateConfig.warm must be True or False, got 'no'
         >>> RateConfig().rat = 0.2
         Traceback (most recent call last):
-        AttributeError: RateConfig has no entry 'rat'; near ones are rate; its entries are rate, warm
+        AttributeError: RateConfig has no entry 'rat'; near ones are rate; the entries there are rate, warm
     """
 
     def __new__(cls, *args: Any, **entries: Any) -> Any:
@@ -110,11 +117,51 @@ def _entries(cls: type[Settings]) -> dict[str, tuple[Any, Mapping[str, Any]]]:
     return {entry.name: (hints[entry.name], entry.metadata) for entry in fields(cls)}  # type: ignore[arg-type]
 
 
+def unknown_entry(name: str, known: Sequence[str], owner: str = "there") -> str:
+    """Say that there is no entry of a name, and which there are.
+
+    Args:
+        name: of the entry, in full: ``learner.gamma``.
+        known: names of all entries.
+        owner: what lacks it, if it has a name.
+
+    Examples:
+        >>> unknown_entry("learner.gama", ["learner.gamma", "seed"])
+        "there is no entry 'learner.gama'; near ones are learner.gamma; the entries there are learner.gamma"
+    """
+    folder, _, last = name.rpartition(".")
+    # Entries of the same last name in another place, then entries that are spelt alike.
+    near = [other for other in known if other.rpartition(".")[2] == last]
+    near += difflib.get_close_matches(name, known, n=3)
+    beside = [other for other in known if other.rpartition(".")[0] == folder] or known
+    return (
+        f"{owner} {'is' if owner == 'there' else 'has'} no entry {name!r}; "
+        + (f"near ones are {', '.join(dict.fromkeys(near))}; " if near else "")
+        + f"the entries there are {', '.join(beside)}"
+    )
+
+
+def entry_names(config: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the full names of all entries of settings, such as ``learner.gamma``.
+
+    Args:
+        config: the settings.
+        prefix: before every name.
+
+    Examples:
+        >>> from matwm_rl.data import ReplayConfig
+        >>> list(entry_names(ReplayConfig()))[:2]
+        ['capacity', 'sequences']
+    """
+    for entry in fields(config):
+        name, value = prefix + entry.name, getattr(config, entry.name)
+        yield name
+        if is_dataclass(value):
+            yield from entry_names(value, f"{name}.")
+
+
 def _unknown(cls: type[Settings], name: str) -> str:
-    known = list(_entries(cls))
-    near = difflib.get_close_matches(name, known, n=3)
-    near_ones = f"near ones are {', '.join(near)}; " if near else ""
-    return f"{cls.__name__} has no entry {name!r}; {near_ones}its entries are {', '.join(known)}"
+    return unknown_entry(name, list(_entries(cls)), cls.__name__)
 
 
 def _read(name: str, value: Any, hint: Any, allowed: Mapping[str, Any]) -> Any:

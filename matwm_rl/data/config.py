@@ -43,7 +43,7 @@ class ReplayConfig(Settings):
         for name, steps in (("sequence_length", self.sequence_length), ("context_length + 1", self.context_length + 1)):
             if steps > self.capacity:
                 raise ValueError(
-                    f"ReplayConfig.{name} must be at most the capacity, {self.capacity}, got {steps}: no slice would fit"
+                    f"ReplayConfig.{name} must be at most the capacity, {self.capacity}, got {steps}: none fits"
                 )
 
     def sequences_per_agent(self, num_agents: int) -> int:

@@ -121,7 +121,8 @@ def make_actor(world_model: WorldModel, config: ActorCriticConfig | None = None)
         >>> make_actor(world_model).out_keys
         [('agents', 'logits'), ('agents', 'action')]
     """
-    network = StateMLP(world_model, world_model.num_actions, config or ActorCriticConfig())
+    check_kinds(WorldModel, world_model=world_model)
+    network = StateMLP(world_model, world_model.num_actions, ActorCriticConfig() if config is None else config)
     return ProbabilisticActor(
         TensorDictModule(network, in_keys=STATE_KEYS, out_keys=[keys.LOGITS]),
         in_keys={"logits": keys.LOGITS, "mask": keys.ACTION_MASK},
@@ -150,8 +151,10 @@ def make_critic(
         >>> make_critic(world_model).out_keys
         [('agents', 'state_value_logits'), ('agents', 'state_value')]
     """
-    two_hot = two_hot or deepcopy(world_model.two_hot)
-    network = StateMLP(world_model, two_hot.num_bins, config or ActorCriticConfig())
+    check_kinds(WorldModel, world_model=world_model)
+    two_hot = deepcopy(world_model.two_hot) if two_hot is None else two_hot
+    check_kinds(TwoHot, two_hot=two_hot)
+    network = StateMLP(world_model, two_hot.num_bins, ActorCriticConfig() if config is None else config)
     return TensorDictSequential(
         TensorDictModule(network, in_keys=STATE_KEYS, out_keys=[keys.STATE_VALUE_LOGITS]),
         TensorDictModule(two_hot, in_keys=[keys.STATE_VALUE_LOGITS], out_keys=[keys.STATE_VALUE]),

@@ -197,12 +197,15 @@ def build_parts(layout: Any, config: WorldModelConfig, **given: Any) -> dict[str
 
 
 def check_parts(**parts: Any) -> None:
-    """Check that parts are of their interfaces: ``latent``, ``dynamics``, ``reward``, ``teammates``.
+    """Check that parts are of their interfaces, by their names (:data:`PARTS`).
 
     Raises:
         TypeError: if one is not.
     """
     kinds = {"latent": LatentSpace, "dynamics": Dynamics, "reward": RewardHead, "teammates": TeammatePredictorBase}
+    kinds |= {"transformer": Transformer, "two_hot": TwoHot}
     for name, part in parts.items():
-        if part is not None and not isinstance(part, kinds[name]):
-            raise TypeError(f"{name} must be a {kinds[name].__name__} (subclass it), got a {type(part).__name__}")
+        kind = kinds.get(name, nn.Module)
+        absent = part is None and name in ("teammates", "action_mask", "end_reward")
+        if not absent and not isinstance(part, kind):
+            raise TypeError(f"{name} must be a {kind.__name__} (subclass it), got a {type(part).__name__}")

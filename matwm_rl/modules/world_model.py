@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from matwm_rl import keys
 from matwm_rl.action_space import ActionSpace
+from matwm_rl.arguments import check_kinds, check_switches, read_index
 from matwm_rl.checks import batch_shape, check_shape, read_entry
 from matwm_rl.functional import agents_last, causal_segment_mask, segment_ids, shift_within_segments
 from matwm_rl.modules.builder import WorldModelConfig, build_parts, check_parts
@@ -112,14 +113,17 @@ class WorldModel(TensorDictModuleBase):
         reencode: bool = False,
     ) -> None:
         super().__init__()
+        check_kinds(ActionSpace, actions=actions)
+        check_switches(reencode=reencode)
         self.actions = actions
         self.num_agents, self.num_actions = actions.num_agents, actions.num_parameters
         self.observation_shape = tuple(observation_shape)
         self.observation_dims = len(self.observation_shape)
-        self.group_index = [0] * self.num_agents if group_index is None else list(group_index)
-        if len(self.group_index) != self.num_agents:
-            raise ValueError(f"group_index must name a group for each of {self.num_agents} agents, got {group_index}")
-        check_parts(latent=latent, dynamics=dynamics, reward=reward, teammates=teammates)
+        groups = [0] * self.num_agents if group_index is None else group_index
+        self.group_index = read_index("group_index", groups, self.num_agents)
+        check_parts(latent=latent, dynamics=dynamics, reward=reward, teammates=teammates, transformer=transformer)
+        check_parts(encoder=encoder, decoder=decoder, action_mixer=action_mixer, continuation=continuation)
+        check_parts(two_hot=two_hot, action_mask=action_mask, end_reward=end_reward)
         self.encoder, self.latent, self.decoder = encoder, latent, decoder
         self.action_mixer, self.transformer = action_mixer, transformer
         self.dynamics, self.reward, self.continuation = dynamics, reward, continuation
@@ -160,7 +164,7 @@ class WorldModel(TensorDictModuleBase):
         layout: Any = getattr(env, "layout", env)
         if not hasattr(layout, "observation_shape"):
             raise AttributeError(f"{type(env).__name__} has no `layout`; wrap it: MultiAgentEnv(env)")
-        config = config or WorldModelConfig()
+        config = WorldModelConfig() if config is None else config
         model = cls(**build_parts(layout, config, **parts))
         model.recipe = None if parts else (layout, config)
         return model

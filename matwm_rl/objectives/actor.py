@@ -13,6 +13,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictParams, d
 from torch import Tensor, nn
 
 from matwm_rl import keys
+from matwm_rl.arguments import check_ints, check_kinds, check_numbers, read_choice
 from matwm_rl.checks import check_shape, read_entry, read_optional
 from matwm_rl.functional import masked_mean, per_agent_mean, per_agent_sum
 from matwm_rl.objectives.common import KeyedLoss
@@ -147,14 +148,17 @@ class ActorLoss(KeyedLoss):
                 f"ActorLoss needs an actor with `get_dist`, such as TorchRL's ProbabilisticActor, got a "
                 f"{type(actor_network).__name__}"
             )
-        if not clip_epsilon >= 0:
-            raise ValueError(f"clip_epsilon must not be negative, got {clip_epsilon}")
+        check_ints(1, num_agents=num_agents)
+        check_numbers(minimum=0, entropy_coeff=entropy_coeff, clip_epsilon=clip_epsilon)
+        check_kinds((list, tuple), regularizers=regularizers)
+        for place, regularizer in enumerate(regularizers):
+            check_kinds(Regularizer, **{f"regularizers[{place}]": regularizer})
         super().__init__()
         self.num_agents = num_agents
         self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
         self.entropy_coeff = entropy_coeff
-        self.advantage = Advantage(advantage)
-        self.objective = PolicyObjective(objective)
+        self.advantage = read_choice("advantage", advantage, Advantage)
+        self.objective = read_choice("objective", objective, PolicyObjective)
         self.clip_epsilon = clip_epsilon
         self.regularizers = nn.ModuleList(regularizers)
         self.return_scale = ReturnScale(num_agents, decay=scale_decay)

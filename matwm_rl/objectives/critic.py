@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchrl.modules import SymExpTwoHot
 
 from matwm_rl import keys
+from matwm_rl.arguments import check_kinds
 from matwm_rl.checks import check_shape, check_writes, read_entry, read_optional, read_output
 from matwm_rl.functional import masked_mean, per_agent_mean
 from matwm_rl.objectives.common import KeyedLoss
@@ -64,6 +65,7 @@ class CriticLoss(KeyedLoss):
     _logits_network: TensorDictModuleBase
 
     def __init__(self, critic_network: TensorDictModuleBase, *, two_hot: nn.Module | None = None) -> None:
+        check_kinds(nn.Module, critic_network=critic_network)
         super().__init__()
         self.convert_to_functional(critic_network, "critic_network", create_target_params=True)
         own = (module for module in critic_network.modules() if isinstance(module, SymExpTwoHot))

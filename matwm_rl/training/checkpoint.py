@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matwm_rl.arguments import check_ints
 from matwm_rl.data import Replay
 from matwm_rl.files import PARTIAL, new_folder, remove_folder
 from matwm_rl.training.learner import Learner
@@ -69,8 +70,8 @@ def save_checkpoint(
         >>> load_checkpoint(run_dir, learner=learner, replay=replay)
         {'env_steps': 50, 'extra': {'due': 0.5}}
     """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}")
+    check_ints(1, keep=keep)
+    check_ints(0, env_steps=env_steps)
     extra = dict(extra or {})
     _check_extra(extra)
     root = Path(run_dir) / FOLDER
