@@ -76,7 +76,8 @@ def make_env(
     check_switches(parallel=parallel)
     if seed is not None:
         check_ints(0, seed=seed)
-    device = None if device is None else read_device("device", device)
+    if device is not None:
+        read_device("device", device)
     family, task = _look_up(name)
     make = partial(_make_one, family.make, task, name=name, device=device, image_size=image_size, kwargs=kwargs)
     env: MultiAgentEnv | SerialMultiAgentEnv | ParallelMultiAgentEnv

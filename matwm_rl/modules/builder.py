@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from matwm_rl.action_space import ActionSpace
 from matwm_rl.arguments import check_kinds
 from matwm_rl.modules.dynamics import Dynamics, PriorDynamics
 from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, EncoderConfig, MLPEncoderConfig
@@ -203,7 +204,7 @@ def check_parts(**parts: Any) -> None:
         TypeError: if one is not.
     """
     kinds = {"latent": LatentSpace, "dynamics": Dynamics, "reward": RewardHead, "teammates": TeammatePredictorBase}
-    kinds |= {"transformer": Transformer, "two_hot": TwoHot}
+    kinds |= {"actions": ActionSpace, "transformer": Transformer, "two_hot": TwoHot}
     for name, part in parts.items():
         kind = kinds.get(name, nn.Module)
         absent = part is None and name in ("teammates", "action_mask", "end_reward")
