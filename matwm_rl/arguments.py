@@ -126,7 +126,7 @@ def check_switches(**values: Any) -> None:
         read_switch(name, value)
 
 
-def check_kinds(kind: type | tuple[type, ...], /, **values: Any) -> None:
+def check_kinds(kind: Any, /, **values: Any) -> None:
     """Check that arguments are objects of a class.
 
     Args:
@@ -192,9 +192,10 @@ def read_int(name: str, value: Any, bounds: Range) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be {bounds.describe('integer')}, got {_short(value)}")
-    if not -(2**63) <= value < 2**63 or not bounds.holds(int(value)):
+    number = int(value)
+    if not -(2**63) <= number < 2**63 or not bounds.holds(number):
         raise ValueError(f"{name} must be {bounds.describe('integer')}, got {value}")
-    return int(value)
+    return number
 
 
 def read_number(name: str, value: Any, bounds: Range) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -110,11 +110,13 @@ class Settings:
         """
 
 
-@cache
-def _entries(cls: type[Settings]) -> dict[str, tuple[Any, Mapping[str, Any]]]:
+def _read_entries(cls: Any) -> dict[str, tuple[Any, Mapping[str, Any]]]:
     """Annotation and allowed values of every entry."""
     hints = get_type_hints(cls)
-    return {entry.name: (hints[entry.name], entry.metadata) for entry in fields(cls)}  # type: ignore[arg-type]
+    return {entry.name: (hints[entry.name], entry.metadata) for entry in fields(cls)}
+
+
+_entries: Callable[[Any], dict[str, tuple[Any, Mapping[str, Any]]]] = cache(_read_entries)
 
 
 def unknown_entry(name: str, known: Sequence[str], owner: str = "there") -> str:

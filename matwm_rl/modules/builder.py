@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from matwm_rl.action_space import ActionSpace
 from matwm_rl.arguments import check_kinds
 from matwm_rl.modules.dynamics import Dynamics, PriorDynamics
 from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, EncoderConfig, MLPEncoderConfig
@@ -197,16 +196,16 @@ def build_parts(layout: Any, config: WorldModelConfig, **given: Any) -> dict[str
     }
 
 
-def check_parts(**parts: Any) -> None:
-    """Check that parts are of their interfaces, by their names (:data:`PARTS`).
+def check_parts(model: Any) -> None:
+    """Check that the parts of a model (:data:`PARTS`) are of their interfaces.
 
     Raises:
         TypeError: if one is not.
     """
     kinds = {"latent": LatentSpace, "dynamics": Dynamics, "reward": RewardHead, "teammates": TeammatePredictorBase}
-    kinds |= {"actions": ActionSpace, "transformer": Transformer, "two_hot": TwoHot}
-    for name, part in parts.items():
-        kind = kinds.get(name, nn.Module)
+    kinds |= {"transformer": Transformer, "two_hot": TwoHot}
+    for name in PARTS:
+        part, kind = getattr(model, name), kinds.get(name, nn.Module)
         absent = part is None and name in ("teammates", "action_mask", "end_reward")
         if not absent and not isinstance(part, kind):
             raise TypeError(f"{name} must be a {kind.__name__} (subclass it), got a {type(part).__name__}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from matwm_rl import keys
 from matwm_rl.action_space import ActionSpace
-from matwm_rl.arguments import check_switches, read_index
+from matwm_rl.arguments import check_kinds, check_switches, read_index
 from matwm_rl.checks import batch_shape, check_shape, read_entry
 from matwm_rl.functional import agents_last, causal_segment_mask, segment_ids, shift_within_segments
 from matwm_rl.modules.builder import WorldModelConfig, build_parts, check_parts
@@ -113,11 +113,7 @@ class WorldModel(TensorDictModuleBase):
         reencode: bool = False,
     ) -> None:
         super().__init__()
-        check_parts(
-            actions=actions, latent=latent, dynamics=dynamics, reward=reward, teammates=teammates, encoder=encoder
-        )
-        check_parts(decoder=decoder, action_mixer=action_mixer, transformer=transformer, continuation=continuation)
-        check_parts(two_hot=two_hot, action_mask=action_mask, end_reward=end_reward)
+        check_kinds(ActionSpace, actions=actions)
         check_switches(reencode=reencode)
         self.actions = actions
         self.num_agents, self.num_actions = actions.num_agents, actions.num_parameters
@@ -126,10 +122,10 @@ class WorldModel(TensorDictModuleBase):
         groups = [0] * self.num_agents if group_index is None else group_index
         self.group_index = read_index("group_index", groups, self.num_agents)
         self.encoder, self.latent, self.decoder, self.two_hot = encoder, latent, decoder, two_hot
-        self.action_mixer, self.transformer = action_mixer, transformer
-        self.dynamics, self.reward, self.continuation = dynamics, reward, continuation
+        self.action_mixer, self.transformer, self.dynamics = action_mixer, transformer, dynamics
+        self.reward, self.continuation, self.reencode = reward, continuation, reencode
         self.action_mask, self.teammates, self.end_reward = action_mask, teammates, end_reward
-        self.reencode = reencode
+        check_parts(self)
         self.max_boundaries: int | None = None
         self.recipe: tuple[Any, WorldModelConfig] | None = None
         self.register_buffer("legal", actions.legal(), persistent=False)
