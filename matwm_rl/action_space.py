@@ -20,6 +20,7 @@ from torchrl.data import Categorical, TensorSpec
 from torchrl.modules import MaskedCategorical
 
 from matwm_rl.arguments import check_ints, check_kinds
+from matwm_rl.checks import check_shape, check_type
 from matwm_rl.functional import sample_index, softmax_over_few
 
 ILLEGAL_LOGIT = -1e9
@@ -300,6 +301,17 @@ class ActionDistribution(MaskedCategorical):
 
     _validate_args = False
 
+    def __init__(self, *, logits: Tensor, mask: Tensor) -> None:
+        check_type(mask, "'action_mask' is read", torch.bool)
+        super().__init__(logits=logits, mask=check_shape(mask, "'action_mask' is read", logits.shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probabilities ``[*batch]`` of actions ``[*batch]``."""
+        check_type(value, "a discrete agent's action is read", torch.int64)
+        batch = self.logits.shape[:-1]
+        check_shape(value, "a discrete agent's action is read", (*value.shape[: value.ndim - len(batch)], *batch))
+        return super().log_prob(value)
+
     def sample(self, sample_shape: torch.Size | Sequence[int] | None = None) -> Tensor:
         """Draw actions ``[*sample_shape, *batch]``."""
         probs = softmax_over_few(self.logits)
@@ -339,4 +351,5 @@ class ActionRows(nn.Module):
 
     def forward(self, action: Tensor) -> Tensor:
         """Return the embeddings ``[N, *batch, F]`` of actions ``[N, *batch]``."""
+        check_type(action, "a discrete agent's action is read", torch.int64)
         return self.rows(action + self.offset.view(-1, *[1] * (action.ndim - 1)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import signal
 import time
@@ -32,6 +33,8 @@ from targets import BATCHES, ENVIRONMENTS, TARGETS, Batch
 
 from matwm_rl import presets
 from matwm_rl.files import write_text
+
+logging.getLogger("torchrl").setLevel(logging.WARNING)
 
 RESULTS = Path(__file__).parents[1] / "results" / "robustness" / "bad_inputs.json"
 PACKAGE = str(Path(presets.__file__).parent)
@@ -146,19 +149,19 @@ def wrong_arguments(draw: DrawFn) -> Input:
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
-def wider(value: torch.Tensor) -> torch.Tensor:
-    return torch.cat([value, value[..., :1]], -1)
+def wider(value: torch.Tensor, amount: int) -> torch.Tensor:
+    return torch.cat([value, *[value[..., :1]] * amount], -1)
 
 
-def narrower(value: torch.Tensor) -> torch.Tensor:
-    return value[..., :-1]
+def narrower(value: torch.Tensor, amount: int) -> torch.Tensor:
+    return value[..., : max(0, value.shape[-1] - amount)]
 
 
-def deeper(value: torch.Tensor) -> torch.Tensor:
-    return value.unsqueeze(-1)
+def deeper(value: torch.Tensor, amount: int) -> torch.Tensor:
+    return value.unsqueeze(-1).expand(*value.shape, amount)
 
 
-def as_other_type(value: torch.Tensor) -> torch.Tensor:
+def as_other_type(value: torch.Tensor, amount: int) -> torch.Tensor:
     return value.float() if value.dtype in (torch.bool, torch.int64) else value.to(torch.complex64)
 
 
@@ -170,6 +173,7 @@ def wrong_batches(draw: DrawFn) -> Input:
     batch: Batch = draw(st.sampled_from(BATCHES()))
     key = draw(st.sampled_from(batch.keys))
     change = draw(st.sampled_from([*CHANGES, "missing"]))
+    amount = draw(st.integers(1, 40))
     if change == "missing" and key in batch.optional:
         change = "wider"
 
@@ -177,10 +181,10 @@ def wrong_batches(draw: DrawFn) -> Input:
         data = batch.make()
         if change == "missing":
             return batch.reader(data.exclude(key))
-        return batch.reader(data.set(key, CHANGES[change](data.get(key))))
+        return batch.reader(data.set(key, CHANGES[change](data.get(key), amount)))
 
     name = key if isinstance(key, str) else key[-1]
-    return Input(f"batch: {change}", name, f"{batch.name}: {key} {change}", call)
+    return Input(f"batch: {change}", name, f"{batch.name}: {key} {change} by {amount}", call)
 
 
 @st.composite

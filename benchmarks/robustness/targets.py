@@ -150,7 +150,6 @@ TARGETS = [
             "advantage": "choice",
             "objective": "choice",
             "regularizers": "choice",
-            "scale_decay": "share",
             "clip_epsilon": "weight",
         },
         {"advantage": ("return_scale", "standardize"), "objective": ("ppo", "reinforce")},
@@ -218,6 +217,19 @@ class Batch:
     optional: tuple[NestedKey, ...] = ()
 
 
+def loose(data: TensorDictBase) -> Callable[[], TensorDictBase]:
+    """Make copies whose groups take entries of any number of agents, as wrong data has."""
+
+    def make() -> TensorDictBase:
+        copy = data.clone()
+        for group in (copy.get("agents"), copy.get(("next", "agents"), None), copy.get("history", None)):
+            if group is not None:
+                group.batch_size = data.batch_size
+        return copy
+
+    return make
+
+
 @cache
 def BATCHES() -> list[Batch]:  # noqa: N802
     plain = env().rollout(12, break_when_any_done=False)
@@ -225,28 +237,30 @@ def BATCHES() -> list[Batch]:  # noqa: N802
     imagination = mw.Imagination(MODEL, ACTOR, horizon=3)
     returns = mw.LambdaReturn(CRITIC)
     policy = mw.WorldModelPolicy(MODEL, ACTOR, history_length=4)
-    acting = mw.make_env("mock", seed=0).append_transform(policy.make_tensordict_primer()).reset()
+    acting = mw.make_env("mock", seed=0, num_envs=2).append_transform(policy.make_tensordict_primer()).reset()
     dreams = returns(imagination(focal)).contiguous()
     loss, actor_loss, critic_loss = mw.WorldModelLoss(MODEL), mw.ActorLoss(ACTOR, num_agents=3), mw.CriticLoss(CRITIC)
 
     def extend(data: TensorDictBase) -> None:
-        mw.make_replay(3, SETTINGS.replay).extend(data)
+        replay = mw.make_replay(3, SETTINGS.replay)
+        replay.extend(plain)
+        replay.extend(data)
 
     alive: tuple[NestedKey, ...] = (("agents", "alive"), ("next", "agents", "alive"), ("agents", "teammate_alive"))
     read: list[NestedKey] = [key for key in loss.in_keys if key in focal.keys(True)]
     model_keys: list[NestedKey] = [key for key in MODEL.in_keys if key in focal.keys(True)]
     mask: NestedKey = ("agents", "action_mask")
     return [
-        Batch("WorldModel", MODEL, focal.clone, model_keys),
-        Batch("WorldModelLoss", loss, focal.clone, read, alive),
-        Batch("Imagination", imagination, focal.clone, list(imagination.in_keys), alive),
-        Batch("LambdaReturn", returns, dreams.clone, list(returns.in_keys)),
-        Batch("ActorLoss", actor_loss, dreams.clone, list(actor_loss.in_keys), (*alive, mask)),
+        Batch("WorldModel", MODEL, loose(focal), model_keys),
+        Batch("WorldModelLoss", loss, loose(focal), read, alive),
+        Batch("Imagination", imagination, loose(focal), list(imagination.in_keys), alive),
+        Batch("LambdaReturn", returns, loose(dreams), list(returns.in_keys)),
+        Batch("ActorLoss", actor_loss, loose(dreams), list(actor_loss.in_keys), (*alive, mask)),
         Batch(
-            "CriticLoss", critic_loss, dreams.clone, [k for k in critic_loss.in_keys if k in dreams.keys(True)], alive
+            "CriticLoss", critic_loss, loose(dreams), [k for k in critic_loss.in_keys if k in dreams.keys(True)], alive
         ),
-        Batch("WorldModelPolicy", policy, acting.clone, list(policy.in_keys)),
-        Batch("Replay", extend, plain.clone, list(mw.data.REPLAY_KEYS)),
+        Batch("WorldModelPolicy", policy, loose(acting), list(policy.in_keys)),
+        Batch("Replay", extend, loose(plain), list(mw.data.REPLAY_KEYS)),
     ]
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torchrl.envs.transforms import Transform
 
 from matwm_rl.arguments import check_ints
-from matwm_rl.checks import read_entry
+from matwm_rl.checks import check_type, read_entry
 from matwm_rl.data.continuity import Continuity
 from matwm_rl.keys import (
     ACTION,
@@ -125,6 +125,21 @@ def _to_focal(rows: TensorDictBase) -> TensorDictBase:
     return focal.set(("next", AGENTS), rows.get("next"))
 
 
+def _check_entries(plain: TensorDictBase, num_agents: int) -> None:
+    """Check shapes and types of what is stored, ``[E, T]``, as far as they are known."""
+    found = plain.get(ACTION).shape[2:3]
+    if found != (num_agents,):
+        raise ValueError(f"got actions of {found.numel()} agents; this buffer was built for {num_agents}.")
+    batch, agents = tuple(plain.batch_size), (*plain.batch_size, num_agents)
+    shapes = {DONE: (*batch, 1), TERMINATED: (*batch, 1), REWARD: (*agents, 1), ALIVE: agents, NEXT_ALIVE: agents}
+    observation = read_entry(plain, OBSERVATION, "replay")
+    shapes[OBSERVATION] = shapes[NEXT_OBSERVATION] = (*agents, *observation.shape[3:])
+    shapes[ACTION_MASK] = (*agents, *plain.get(ACTION_MASK).shape[-1:])
+    for key, shape in shapes.items():
+        read_entry(plain, key, "replay", shape)
+    check_type(plain.get(NEXT_OBSERVATION), f"replay reads {NEXT_OBSERVATION!r}", observation.dtype)
+
+
 class FocalSlices(Transform):
     """Store rows and sample focal batches: the transform of a buffer on a [time, env, agent] storage.
 
@@ -212,9 +227,8 @@ class FocalSlices(Transform):
                 "another process's steps would follow it. Have the workers write whole episodes, with the collector's "
                 "trajs_per_batch=1, or give the collector no replay_buffer and store what it yields with Replay.extend."
             )
+        _check_entries(plain, self.num_agents)
         rows = _to_rows(add_agent_entries(plain.select(*REPLAY_KEYS).transpose(0, 1)))
-        if rows.shape[-1] != self.num_agents:
-            raise ValueError(f"got actions of {rows.shape[-1]} agents; this buffer was built for {self.num_agents}.")
         # Checked last, because the check remembers the rollout: one that is refused above is not stored.
         self.continuity.check(plain)
         return rows

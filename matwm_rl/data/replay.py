@@ -24,9 +24,10 @@ from torchrl.data.replay_buffers.samplers import Sampler
 
 from matwm_rl.arguments import check_ints, check_kinds, read_device
 from matwm_rl.data.config import ReplayConfig, starts_per_agent_by_agents
-from matwm_rl.data.layouts import FocalSlices
+from matwm_rl.data.layouts import REPLAY_KEYS, FocalSlices
 from matwm_rl.data.samplers import RecencySliceSampler, UniformSliceSampler
 from matwm_rl.data.slices import timeline
+from matwm_rl.keys import AGENTS
 
 _DONE_ROW = ("next", "done")
 _LAYOUT_FILE = "layout.json"
@@ -208,7 +209,22 @@ class _RowBuffer(TensorDictReplayBuffer):
 
     def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:
         """Store what the transform makes of the data, see :meth:`torchrl.data.ReplayBuffer.extend`."""
+        if len(self.storage):
+            _check_like_stored(tensordicts, self.storage[0])
         return ReplayBuffer.extend(self, tensordicts, update_priority=update_priority)
+
+
+def _check_like_stored(plain: TensorDictBase, row: TensorDictBase) -> None:
+    """Refuse agents' entries of another shape or dtype than those in storage, of which ``row [E, N]`` is one step."""
+    for key in REPLAY_KEYS:
+        given, own = plain.get(key, None), tuple(name for name in key if name != AGENTS)
+        if given is not None and AGENTS in key:
+            stored, shape = row.get(own), given.shape[plain.ndim + 1 :]
+            if shape != stored.shape[2:] or given.dtype != stored.dtype:
+                raise ValueError(
+                    f"replay holds {key!r} of shape {list(stored.shape[2:])} and {stored.dtype} for each agent, found "
+                    f"{list(shape)} and {given.dtype}"
+                )
 
 
 def make_replay(

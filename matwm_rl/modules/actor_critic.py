@@ -15,7 +15,7 @@ from torchrl.modules import ProbabilisticActor
 from matwm_rl import keys
 from matwm_rl.action_space import ActionSpace
 from matwm_rl.arguments import check_ints, check_kinds
-from matwm_rl.checks import check_reads, check_writes, read_output
+from matwm_rl.checks import check_reads, check_shape, check_writes, read_output
 from matwm_rl.functional import agents_first, agents_last, at_least_float32
 from matwm_rl.modules.stacked import LatentLinear, StackedMLP, StackedNormSiLU
 from matwm_rl.modules.state import STATE_KEYS
@@ -70,13 +70,14 @@ class StateMLP(nn.Module):
         check_ints(1, out_features=out_features)
         self.config, self.actions = config, world_model.actions
         index = world_model.group_index if config.share_by_group else range(world_model.num_agents)
-        teammates = 0 if world_model.teammates is None else (world_model.num_agents - 1) * world_model.num_actions
+        self.sizes = (world_model.latent.latent_size, world_model.transformer.features)
+        self.others = 0 if world_model.teammates is None else world_model.num_agents - 1
         self.input = LatentLinear(
             world_model.latent.latent_size,
             config.num_cells if config.depth else out_features,
             index,
             num_classes=world_model.latent.num_classes,
-            extra_features=world_model.transformer.features + teammates,
+            extra_features=world_model.transformer.features + self.others * world_model.num_actions,
             zero_init=not config.depth,
         )
         self.rest = nn.Sequential()
@@ -96,6 +97,11 @@ class StateMLP(nn.Module):
         Returns:
             ``[*batch, N, out_features]``.
         """
+        agents, (latent_size, hidden_size) = self.actions.num_agents, self.sizes
+        check_shape(latent, "StateMLP reads 'latent'", (*latent.shape[:-2], agents, latent_size))
+        check_shape(hidden, "StateMLP reads 'hidden'", (*latent.shape[:-2], agents, hidden_size))
+        logits = (*latent.shape[:-2], agents, self.others, self.actions.num_parameters)
+        check_shape(teammate_logits, "StateMLP reads 'teammate_logits'", logits)
         teammates = self.actions.features(agents_first(teammate_logits, 2)).flatten(-2)
         out = self.rest(self.input(agents_first(latent), torch.cat([agents_first(hidden), teammates], -1)))
         # Contiguous in the layout of the output, because later steps read the 255 logits of every state one by one.

@@ -17,7 +17,7 @@ from torchrl.envs import TensorDictPrimer
 
 from matwm_rl import keys
 from matwm_rl.arguments import check_ints, check_kinds
-from matwm_rl.checks import batch_shape, read_entry
+from matwm_rl.checks import batch_shape, check_type, read_entry
 from matwm_rl.functional import agents_first, agents_last
 from matwm_rl.modules.state import STATE_KEYS
 from matwm_rl.modules.world_model import WorldModel
@@ -178,8 +178,11 @@ class StateEstimator(TensorDictModuleBase):
     def _read_history(self, tensordict: TensorDictBase, batch: torch.Size, newest: Tensor) -> _History:
         note = "append make_tensordict_primer() to the environment, so that the history starts with every episode"
         code, action, length = (
-            self._flat(read_entry(tensordict, key, self, (*batch, *shape), note), len(shape) - 1)
-            for key, shape in self.history_shapes.items()
+            self._flat(
+                check_type(read_entry(tensordict, key, self, (*batch, *spec.shape), note), f"{key}", spec.dtype),
+                len(spec.shape) - 1,
+            )
+            for key, spec in self.history_specs().items()
         )
         return _History(code, action, length, newest.unsqueeze(2))
 

@@ -10,7 +10,7 @@ from torchrl.modules import PercentileValueNorm
 
 from matwm_rl import keys
 from matwm_rl.arguments import check_ints, check_kinds, check_numbers
-from matwm_rl.checks import batch_shape, check_writes, read_entry, read_output
+from matwm_rl.checks import batch_shape, check_shape, check_writes, read_entry, read_output
 from matwm_rl.functional import lambda_return
 from matwm_rl.torchrl_internals import percentile_levels
 
@@ -75,8 +75,10 @@ class LambdaReturn(TensorDictModuleBase):
         time = len(batch) - 1
         reward = read_entry(tensordict, keys.REWARD, self, (*batch, None, 1))
         continuation = read_entry(tensordict, keys.CONTINUATION, self, reward.shape)
-        for key in self.in_keys:
-            read_entry(tensordict, key, self)
+        for key in self.critic.in_keys:
+            entry = read_entry(tensordict, key, self)
+            check_shape(entry, f"LambdaReturn reads {key!r}", (*batch, *entry.shape[time + 1 :]))
+            read_entry(tensordict, _next(key), self, entry.shape)
         # s_0 .. s_H in one call of the critic: the successors of all steps but the last are states themselves.
         with_last = {
             key: torch.cat([tensordict.get(key), tensordict.get(_next(key)).narrow(time, -1, 1)], time)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from matwm_rl.arguments import check_ints
+from matwm_rl.checks import check_type
 from matwm_rl.functional import at_least_float32
 from matwm_rl.modules.encoders.features import FourierFeatures
 from matwm_rl.modules.latents import LatentSpace
@@ -51,6 +53,7 @@ class MLPEncoder(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """Encode ``[N, *batch, D]`` to ``[N, *batch, out_features]``."""
+        check_type(observation, f"{type(self).__name__} reads 'observation'", torch.float32)
         return at_least_float32(self._encode(observation))
 
     def _encode(self, observation: Tensor) -> Tensor:
