@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from matwm_rl import keys
 from matwm_rl.arguments import check_ints, check_kinds, check_numbers, read_choice
-from matwm_rl.checks import batch_shape, check_shape, read_entry, read_optional
+from matwm_rl.checks import check_shape, read_entry, read_optional
 from matwm_rl.functional import masked_mean, per_agent_mean, per_agent_sum
 from matwm_rl.objectives.common import KeyedLoss
 from matwm_rl.objectives.regularizers import MeanPolicyEntropy, Regularizer, Signalling
@@ -181,8 +181,10 @@ class ActorLoss(KeyedLoss):
         """Return the loss of an imagined rollout ``[*S, H]``; in training mode the return scale is updated first."""
         k = self.tensor_keys
         action = read_entry(tensordict, k.action, self)
-        batch = batch_shape(tensordict, k.lambda_return, 2, self)
-        returns = read_entry(tensordict, k.lambda_return, self, (*batch, self.num_agents, 1))
+        returns = read_entry(tensordict, k.lambda_return, self)
+        check_shape(
+            returns, f"{type(self).__name__} reads {k.lambda_return!r}", (*returns.shape[:-2], self.num_agents, 1)
+        )
         shape, returns = returns.shape[:-1], returns.squeeze(-1)
         check_shape(action, f"{type(self).__name__} reads {k.action!r}", (*shape, *action.shape[len(shape) :]))
         value, weight = (

@@ -13,7 +13,7 @@ from torchrl.modules import SymExpTwoHot
 
 from matwm_rl import keys
 from matwm_rl.arguments import check_kinds
-from matwm_rl.checks import batch_shape, check_shape, check_writes, read_entry, read_optional, read_output
+from matwm_rl.checks import check_shape, check_writes, read_entry, read_optional, read_output
 from matwm_rl.functional import masked_mean, per_agent_mean
 from matwm_rl.objectives.common import KeyedLoss
 
@@ -108,9 +108,9 @@ class CriticLoss(KeyedLoss):
         """Loss of an imagined rollout ``[*S, H]``."""
         k, critic = self.tensor_keys, self.critic_network
         check_writes(critic, [k.state_value_logits, k.state_value], "the critic")
-        batch = batch_shape(tensordict, k.lambda_return, 2, self)
-        returns = read_entry(tensordict, k.lambda_return, self, (*batch, None, 1)).detach()
-        weight = read_entry(tensordict, k.weight, self, returns.shape).squeeze(-1)
+        returns = read_entry(tensordict, k.lambda_return, self).detach()
+        check_shape(returns, f"{type(self).__name__} reads {k.lambda_return!r}", (*returns.shape[:-1], 1))
+        weight = read_entry(tensordict, k.weight, self, returns.shape, f"that of {k.lambda_return!r}").squeeze(-1)
         with self._using(self.critic_network_params, critic):
             logits = self._logits_network(self._states(tensordict))
             logits = read_output(logits, k.state_value_logits, critic, (*returns.shape[:-1], None))
