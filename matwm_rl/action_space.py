@@ -19,9 +19,9 @@ from torch.nn.functional import cross_entropy
 from torchrl.data import Categorical, TensorSpec
 from torchrl.modules import MaskedCategorical
 
-from matwm_rl.arguments import check_ints, check_kinds
+from matwm_rl.arguments import check_ints, read_index
 from matwm_rl.checks import check_shape, check_type
-from matwm_rl.functional import sample_index, softmax_over_few
+from matwm_rl.functional import random_index, sample_index, softmax_over_few
 
 ILLEGAL_LOGIT = -1e9
 """Logit of an action that an agent does not have."""
@@ -177,11 +177,8 @@ class DiscreteActions(ActionSpace, kind="discrete"):
     """Kind of action space; stored with the counts."""
 
     def __post_init__(self) -> None:
-        check_kinds((list, tuple), counts=self.counts)
-        if not self.counts:
-            raise ValueError("counts must have the number of actions of each agent, got none: there must be an agent")
-        for agent, count in enumerate(self.counts):
-            check_ints(1, **{f"counts[{agent}]": count})
+        read_index("counts", self.counts)
+        check_ints(1, **{f"counts[{agent}]": count for agent, count in enumerate(self.counts)})
 
     @property
     def num_agents(self) -> int:  # type: ignore[override]
@@ -265,22 +262,6 @@ class DiscreteActions(ActionSpace, kind="discrete"):
         return frequency.clamp(min=1e-12).log()
 
 
-def random_index(mask: Tensor) -> Tensor:
-    """Draw one index per row, uniformly from those that a mask allows.
-
-    Args:
-        mask: bool ``[*batch, A]``, at least one true per row.
-
-    Returns:
-        ``[*batch]``, int64.
-
-    Examples:
-        >>> random_index(torch.tensor([[False, True, False], [False, False, True]]))
-        tensor([1, 2])
-    """
-    return torch.multinomial(mask.flatten(0, -2).float(), 1).view(mask.shape[:-1])
-
-
 @lru_cache(maxsize=128)
 def _counts_on(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Return counts as a tensor that nobody may write into; kept, because environments need it at every step."""
@@ -292,6 +273,10 @@ class ActionDistribution(MaskedCategorical):
 
     ``torch.multinomial`` takes four times as long, and the checks that distributions make by default make a GPU wait at
     every step.
+
+    Args:
+        logits: ``[*batch, A]``.
+        mask: bool ``[*batch, A]``, which actions are legal.
 
     Examples:
         >>> mask = torch.tensor([False, True, False])
@@ -307,10 +292,9 @@ class ActionDistribution(MaskedCategorical):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probabilities ``[*batch]`` of actions ``[*batch]``."""
-        check_type(value, "a discrete agent's action is read", torch.int64)
-        batch = self.logits.shape[:-1]
-        check_shape(value, "a discrete agent's action is read", (*value.shape[: value.ndim - len(batch)], *batch))
-        return super().log_prob(value)
+        check_type(value, what := "a discrete agent's action is read", torch.int64)
+        shape = (*value.shape[: value.ndim + 1 - self.logits.ndim], *self.logits.shape[:-1])
+        return super().log_prob(check_shape(value, what, shape))
 
     def sample(self, sample_shape: torch.Size | Sequence[int] | None = None) -> Tensor:
         """Draw actions ``[*sample_shape, *batch]``."""

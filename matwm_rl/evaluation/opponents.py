@@ -14,10 +14,10 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor, nn
 
 from matwm_rl import keys
-from matwm_rl.action_space import random_index
 from matwm_rl.arguments import check_kinds
 from matwm_rl.checks import read_entry
 from matwm_rl.envs import AgentLayout
+from matwm_rl.functional import random_index
 
 
 class RandomActions(TensorDictModuleBase):
