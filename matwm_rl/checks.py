@@ -97,7 +97,7 @@ def read_optional(
     Examples:
         >>> import torch
         >>> from tensordict import TensorDict
-        >>> td = TensorDict({"alive": torch.ones(4, 3)}, [4])
+        >>> td = TensorDict({"alive": torch.ones(4, 3, dtype=torch.bool)}, [4])
         >>> read_optional(td, "alive", "SomeLoss", [4, 3]).shape, read_optional(td, "weight", "SomeLoss", [4, 3])
         (torch.Size([4, 3]), None)
     """
