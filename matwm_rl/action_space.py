@@ -19,7 +19,9 @@ from torch.nn.functional import cross_entropy
 from torchrl.data import Categorical, TensorSpec
 from torchrl.modules import MaskedCategorical
 
-from matwm_rl.functional import sample_index, softmax_over_few
+from matwm_rl.arguments import check_ints, read_index
+from matwm_rl.checks import check_shape, check_type
+from matwm_rl.functional import random_index, sample_index, softmax_over_few
 
 ILLEGAL_LOGIT = -1e9
 """Logit of an action that an agent does not have."""
@@ -175,8 +177,8 @@ class DiscreteActions(ActionSpace, kind="discrete"):
     """Kind of action space; stored with the counts."""
 
     def __post_init__(self) -> None:
-        if not self.counts or min(self.counts) < 1:
-            raise ValueError(f"every agent needs at least one action, got the counts {self.counts}")
+        read_index("counts", self.counts)
+        check_ints(1, **{f"counts[{agent}]": count for agent, count in enumerate(self.counts)})
 
     @property
     def num_agents(self) -> int:  # type: ignore[override]
@@ -260,22 +262,6 @@ class DiscreteActions(ActionSpace, kind="discrete"):
         return frequency.clamp(min=1e-12).log()
 
 
-def random_index(mask: Tensor) -> Tensor:
-    """Draw one index per row, uniformly from those that a mask allows.
-
-    Args:
-        mask: bool ``[*batch, A]``, at least one true per row.
-
-    Returns:
-        ``[*batch]``, int64.
-
-    Examples:
-        >>> random_index(torch.tensor([[False, True, False], [False, False, True]]))
-        tensor([1, 2])
-    """
-    return torch.multinomial(mask.flatten(0, -2).float(), 1).view(mask.shape[:-1])
-
-
 class _OwnActions(Categorical):
     """Keeps the mask that it was made with: TorchRL's ``ActionMask`` would write one that is stale a step later."""
 
@@ -296,6 +282,10 @@ class ActionDistribution(MaskedCategorical):
     ``torch.multinomial`` takes four times as long, and the checks that distributions make by default make a GPU wait at
     every step.
 
+    Args:
+        logits: ``[*batch, A]``.
+        mask: bool ``[*batch, A]``, which actions are legal.
+
     Examples:
         >>> mask = torch.tensor([False, True, False])
         >>> ActionDistribution(logits=torch.zeros(3), mask=mask).sample()
@@ -303,6 +293,18 @@ class ActionDistribution(MaskedCategorical):
     """
 
     _validate_args = False
+
+    def __init__(self, *, logits: Tensor, mask: Tensor) -> None:
+        if mask is None:
+            raise ValueError("'action_mask' is missing: it says which actions are legal")
+        check_type(mask, "'action_mask' is read", torch.bool)
+        super().__init__(logits=logits, mask=check_shape(mask, "'action_mask' is read", logits.shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probabilities ``[*batch]`` of actions ``[*batch]``."""
+        check_type(value, what := "a discrete agent's action is read", torch.int64)
+        shape = (*value.shape[: value.ndim + 1 - self.logits.ndim], *self.logits.shape[:-1])
+        return super().log_prob(check_shape(value, what, shape))
 
     def sample(self, sample_shape: torch.Size | Sequence[int] | None = None) -> Tensor:
         """Draw actions ``[*sample_shape, *batch]``."""
@@ -343,4 +345,5 @@ class ActionRows(nn.Module):
 
     def forward(self, action: Tensor) -> Tensor:
         """Return the embeddings ``[N, *batch, F]`` of actions ``[N, *batch]``."""
+        check_type(action, "a discrete agent's action is read", torch.int64)
         return self.rows(action + self.offset.view(-1, *[1] * (action.ndim - 1)))

@@ -1,6 +1,7 @@
 """Checks of what users give: that tensordicts have the entries that are read, and modules write what they must.
 
-Only names and shapes are looked at, which Python knows, so that no check waits for a GPU.
+Only names, shapes and types are looked at, which Python knows, so that no check waits for a GPU. Numbers, switches and
+names that constructors are given are checked by :mod:`matwm_rl.arguments`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,14 @@ from collections.abc import Sequence
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
+
+TYPES = {
+    **dict.fromkeys(("done", "terminated", "truncated", "alive", "teammate_alive", "action_mask"), torch.bool),
+    **dict.fromkeys(("teammate_action", "length"), torch.int64),
+    **dict.fromkeys(("reward", "continuation", "weight", "state_value", "slow_value", "lambda_return"), torch.float32),
+    **dict.fromkeys(("latent", "hidden", "teammate_logits", "logits", "action_log_prob"), torch.float32),
+}
+"""What entries of these names hold; another precision will do."""
 
 
 def read_entry(
@@ -34,6 +43,7 @@ def read_entry(
     Raises:
         KeyError: if there is no such entry.
         ValueError: if it has another shape.
+        TypeError: if it holds another kind of numbers than entries of its name (:data:`TYPES`).
 
     Examples:
         >>> import torch
@@ -87,7 +97,7 @@ def read_optional(
     Examples:
         >>> import torch
         >>> from tensordict import TensorDict
-        >>> td = TensorDict({"alive": torch.ones(4, 3)}, [4])
+        >>> td = TensorDict({"alive": torch.ones(4, 3, dtype=torch.bool)}, [4])
         >>> read_optional(td, "alive", "SomeLoss", [4, 3]).shape, read_optional(td, "weight", "SomeLoss", [4, 3])
         (torch.Size([4, 3]), None)
     """
@@ -199,7 +209,36 @@ def _entry(
     if value is None:
         present = sorted(tensordict.keys(include_nested=True, leaves_only=True), key=str)
         raise KeyError(f"{what} {key!r}, which is missing; there are {present}{note and '; '}{note}")
-    return value if shape is None else check_shape(value, f"{what} {key!r}", shape, note)
+    if shape is not None:
+        check_shape(value, f"{what} {key!r}", shape, note)
+    if value.is_complex():
+        raise TypeError(f"{what} {key!r} as real numbers, found {value.dtype}")
+    name = key if isinstance(key, str) else key[-1]
+    return check_type(value, f"{what} {key!r}", TYPES[name]) if name in TYPES else value
+
+
+def check_type(value: Tensor, what: str, dtype: torch.dtype) -> Tensor:
+    """The tensor itself, which must hold the same kind of numbers: truth values, whole, real or complex numbers.
+
+    Args:
+        value: to be checked.
+        what: begins the message.
+        dtype: of this kind.
+
+    Raises:
+        TypeError: if it holds another kind.
+
+    Examples:
+        >>> import torch
+        >>> check_type(torch.zeros(3), "SomeLoss reads 'done'", torch.bool)
+        Traceback (most recent call last):
+        TypeError: SomeLoss reads 'done' as torch.bool, found torch.float32
+    """
+    found = value.dtype
+    kinds = (found == torch.bool, found.is_floating_point, found.is_complex)
+    if kinds != (dtype == torch.bool, dtype.is_floating_point, dtype.is_complex):
+        raise TypeError(f"{what} as {dtype}, found {found}")
+    return value
 
 
 def _name(who: object) -> str:

@@ -327,6 +327,22 @@ def softmax_over_few(logits: Tensor) -> Tensor:
     return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1)
 
 
+def random_index(mask: Tensor) -> Tensor:
+    """Draw one index per row, uniformly from those that a mask allows.
+
+    Args:
+        mask: bool ``[*batch, A]``, at least one true per row.
+
+    Returns:
+        ``[*batch]``, int64.
+
+    Examples:
+        >>> random_index(torch.tensor([[False, True, False], [False, False, True]]))
+        tensor([1, 2])
+    """
+    return torch.multinomial(mask.flatten(0, -2).float(), 1).view(mask.shape[:-1])
+
+
 def sample_index(weights: Tensor) -> Tensor:
     """Draw category indices by the inverse of the cumulative distribution.
 

@@ -6,9 +6,9 @@ Hydra (:func:`store`), which refuses names and types that the dataclasses do not
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import product
 from typing import Any
 
 from matwm_rl.data import ReplayConfig
@@ -26,12 +26,13 @@ from matwm_rl.modules import (
     WorldModelConfig,
 )
 from matwm_rl.objectives import ActorLossConfig, Advantage, PolicyObjective, WorldModelLossWeights
-from matwm_rl.training.learner import LearnerConfig
+from matwm_rl.settings import Settings, entry_names, setting, unknown_entry
+from matwm_rl.training.config import LearnerConfig
 from matwm_rl.training.process import MatmulPrecision
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Everything that a training script needs to know; the defaults are the paper's, where it says anything.
 
     Attributes:
@@ -62,6 +63,10 @@ class TrainConfig:
         replay: replay and its batches.
         evaluation: evaluations.
 
+    Raises:
+        TypeError: if an entry is of another type, or there is none of a name.
+        ValueError: if an entry is out of range, or entries together could never lead to an update.
+
     Examples:
         >>> from dataclasses import replace
         >>> replace(vectors(), seed=3).learner.horizon
@@ -70,29 +75,49 @@ class TrainConfig:
 
     env: str = "mpe2/simple_tag_v3"
     imports: list[str] = field(default_factory=list)
-    seed: int = 0
-    device: str = "cpu"
+    seed: int = setting(0, minimum=0, maximum=2**31 - 1)
+    device: str = setting("cpu", is_device=True)
     run_dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"
     resume: bool = False
     progress: bool = True
-    total_steps: int = 50_000
-    max_minutes: float | None = None
-    num_envs: int = 1
-    num_threads: int = 2
+    total_steps: int = setting(50_000, minimum=1)
+    max_minutes: float | None = setting(None, above=0)
+    num_envs: int = setting(1, minimum=1)
+    num_threads: int = setting(2, minimum=1)
     matmul_precision: MatmulPrecision = MatmulPrecision.high
-    init_random_steps: int = 1000
-    frames_per_batch: int = 1
-    updates_per_batch: int = 1
-    world_model_warmup: int = 0
-    critic_warmup: int = 0
-    log_every: int = 100
-    checkpoint_every: int = 1000
+    init_random_steps: int = setting(1000, minimum=0)
+    frames_per_batch: int = setting(1, minimum=1)
+    updates_per_batch: int = setting(1, minimum=1)
+    world_model_warmup: int = setting(0, minimum=0)
+    critic_warmup: int = setting(0, minimum=0)
+    log_every: int = setting(100, minimum=1)
+    checkpoint_every: int = setting(1000, minimum=1)
     world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
     actor_critic: ActorCriticConfig = field(default_factory=ActorCriticConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def check(self) -> None:
+        """Refuse a run that could never make an update, as far as that can be known before it begins."""
+        frames, envs = self.frames_per_batch, self.num_envs
+        if frames % envs:
+            raise ValueError(f"TrainConfig.frames_per_batch must be a multiple of num_envs, {envs}, got {frames}")
+        collected = -(-self.total_steps // frames) * frames
+        rooms = {"total_steps": collected, "replay.capacity": self.replay.capacity}
+        needs = {
+            "init_random_steps": -(-self.init_random_steps // envs) if collected < self.init_random_steps else 0,
+            "frames_per_batch": frames // envs,
+            "replay.sequence_length": self.replay.sequence_length,
+            "replay.context_length + 1": self.replay.context_length + 1,
+        }
+        for (need, length), (room, steps) in product(needs.items(), rooms.items()):
+            if length > steps // envs:
+                raise ValueError(
+                    f"TrainConfig.{need} asks for {length} steps of each of {envs} environments, and {room} has room "
+                    f"for {steps // envs}: nothing would ever be learnt"
+                )
 
 
 def paper() -> TrainConfig:
@@ -229,7 +254,7 @@ def compose(overrides: Sequence[str] = ()) -> TrainConfig:
 
     Raises:
         ImportError: if Hydra is not installed.
-        ValueError: if there is no such entry, or its value is of another type; the message names those that there are.
+        ValueError: if there is no such entry, or its value is refused; the message names what is allowed.
 
     Examples:
         >>> compose(["preset=paper", "learner.gamma=0.9"]).learner.gamma
@@ -254,7 +279,8 @@ def to_config(composed: Any) -> TrainConfig:
         composed: what ``hydra.main`` gives to its function.
 
     Raises:
-        ValueError: if it has entries that the dataclasses do not have; the message names near ones.
+        TypeError: if it is not composed of a preset.
+        ValueError: if it has entries that the dataclasses do not have, or one's value is refused.
 
     Examples:
         >>> from dataclasses import replace
@@ -262,8 +288,11 @@ def to_config(composed: Any) -> TrainConfig:
         >>> to_config(OmegaConf.structured(replace(tiny(), run_dir="runs/mine"))).env
         'mock'
     """
-    config: TrainConfig = import_optional("omegaconf").OmegaConf.to_object(composed)
-    _refuse_added(config)
+    omegaconf = import_optional("omegaconf").OmegaConf
+    if not (omegaconf.is_dict(composed) and issubclass(omegaconf.get_type(composed), TrainConfig)):
+        raise TypeError(f"composed must be what Hydra composes of a preset, got {composed!r}")
+    _refuse_added(omegaconf, composed)
+    config: TrainConfig = omegaconf.to_object(composed)
     return config
 
 
@@ -290,26 +319,21 @@ def check_names(overrides: Sequence[str]) -> None:
             raise ValueError(_unknown(name))
 
 
-def _refuse_added(config: Any, prefix: str = "") -> None:
-    names = [entry.name for entry in fields(config)]
-    for name, value in vars(config).items():
+def _refuse_added(omegaconf: Any, composed: Any, prefix: str = "") -> None:
+    names = [entry.name for entry in fields(omegaconf.get_type(composed))]
+    for name, value in composed.items():
         if name not in names:
             raise ValueError(_unknown(prefix + name))
-        if is_dataclass(value):
-            _refuse_added(value, f"{prefix}{name}.")
-
-
-def _names(config: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all entries."""
-    for entry in fields(config):
-        name, value = prefix + entry.name, getattr(config, entry.name)
-        yield name
-        if is_dataclass(value):
-            yield from _names(value, f"{name}.")
+        if omegaconf.is_dict(value):
+            _refuse_added(omegaconf, value, f"{prefix}{name}.")
 
 
 def _known_names() -> set[str]:
-    return {name for preset in PRESETS.values() for name in _names(preset())}
+    return {name for preset in PRESETS.values() for name in entry_names(preset())}
+
+
+def _unknown(name: str) -> str:
+    return unknown_entry(name, sorted(_known_names()))
 
 
 def _problem(error: Exception) -> str:
@@ -323,17 +347,3 @@ def _problem(error: Exception) -> str:
     what = f"{name}: {str(cause).partition(chr(10))[0]}"
     lacks = is_dataclass(kind) and name.rpartition(".")[2] not in (names := [entry.name for entry in fields(kind)])
     return f"{what}, which has {', '.join(names)}" if lacks else what
-
-
-def _unknown(name: str) -> str:
-    known = sorted(_known_names())
-    folder, _, last = name.rpartition(".")
-    # Entries of the same last name in another place, then entries that are spelt alike.
-    near = [other for other in known if other.rpartition(".")[2] == last]
-    near += difflib.get_close_matches(name, known, n=3)
-    beside = [other for other in known if other.rpartition(".")[0] == folder] or known
-    return (
-        f"there is no entry {name!r}; "
-        + (f"near ones are {', '.join(dict.fromkeys(near))}; " if near else "")
-        + f"the entries there are {', '.join(beside)}"
-    )

@@ -23,7 +23,8 @@ from matwm_rl.modules import (
     make_actor,
     make_critic,
 )
-from matwm_rl.training.learner import Learner, LearnerConfig
+from matwm_rl.training.config import LearnerConfig
+from matwm_rl.training.learner import Learner
 
 COUNTS, GROUPS, SIZE = (4, 4, 3), (0, 0, 1), 5
 """The mock environment's agents: two hunters with 4 actions, one prey with 3, observations padded to 5."""

@@ -33,7 +33,7 @@ every_preset = pytest.mark.parametrize("name", presets.PRESETS)
 
 def without_date(config: presets.TrainConfig) -> presets.TrainConfig:
     """The run's folder is named after the time."""
-    return replace(config, run_dir="")
+    return replace(config, run_dir="runs/mine")
 
 
 @every_preset
@@ -60,7 +60,7 @@ def test_presets_are_values_and_not_shared(name: str) -> None:
     one, other = presets.PRESETS[name](), presets.PRESETS[name]()
     assert one == other
     one.imports.append("mine")
-    one.learner.loss_weights.reward = -1.0
+    one.learner.loss_weights.reward = 11.0
     assert other == presets.PRESETS[name]()
 
 
@@ -87,7 +87,7 @@ def test_overrides_reach_every_level() -> None:
         ("learner.precision=float16", r"learner.precision: .*expected one of \[float32, bfloat16\]"),
         ("learner.actor.advantage=center", r"advantage: .*expected one of \[return_scale, standardize\]"),
         ("world_model.latent=GaussianLatentConfig", "world_model.latent: .* not a subclass of LatentConfig"),
-        ("learner.agent_epochs=0", "agent_epochs must be positive, got 0"),
+        ("learner.agent_epochs=0", "LearnerConfig.agent_epochs must be a positive integer, got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_what_does_is_named(override: str, message: str) -> None:

@@ -27,7 +27,10 @@ from matwm_rl import keys
 
 PACKAGE = Path(matwm_rl.__file__).parent
 ROOMS = ["matwm_rl", *(f"matwm_rl.{path.parent.name}" for path in sorted(PACKAGE.glob("*/__init__.py")))]
-HELPERS = [f"matwm_rl.{name}" for name in ("action_space", "checks", "finite", "functional", "presets", "settings")]
+HELPERS = [
+    f"matwm_rl.{name}"
+    for name in ("action_space", "arguments", "checks", "finite", "functional", "presets", "settings")
+]
 """Modules without ``__all__``, whose own classes and functions without an underscore others may use."""
 CONSTANT = (str, int, float, tuple, list, dict)
 

@@ -27,6 +27,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.envs.transforms import Transform
 
+from matwm_rl.arguments import check_ints
 from matwm_rl.checks import read_entry
 from matwm_rl.data.continuity import Continuity
 from matwm_rl.data.entry_check import check_entries
@@ -193,6 +194,9 @@ class FocalSlices(Transform):
 
     def __init__(self, num_agents: int, num_envs: int | None = None) -> None:
         super().__init__()
+        check_ints(1, num_agents=num_agents)
+        if num_envs is not None:
+            check_ints(1, num_envs=num_envs)
         self.num_agents = num_agents
         self.num_envs = num_envs
         self.continuity = Continuity()

@@ -19,6 +19,7 @@ from torchrl.data import (
 )
 from torchrl.data.replay_buffers.samplers import Sampler
 
+from matwm_rl.arguments import check_ints, check_kinds, read_device
 from matwm_rl.data.config import ReplayConfig, starts_per_agent_by_agents
 from matwm_rl.data.entry_check import check_like_stored
 from matwm_rl.data.layouts import REPLAY_KEYS, FocalSlices
@@ -260,7 +261,8 @@ def make_replay(
             ``None``: the data is kept in memory.
 
     Raises:
-        ValueError: If a number is not positive, the decay is not in (0, 1], or a batch could never be drawn.
+        TypeError: If an argument is of another type.
+        ValueError: If a number is out of range, or a batch could never be drawn.
 
     Examples:
         >>> replay = make_replay(3, ReplayConfig(capacity=10_000), seed=0)
@@ -268,20 +270,15 @@ def make_replay(
         (10000, False)
     """
     config = ReplayConfig() if config is None else config
+    check_kinds(ReplayConfig, config=config)
+    config.check()
+    check_ints(1, num_agents=num_agents, num_envs=num_envs)
+    if seed is not None:
+        check_ints(0, seed=seed)
+    device = read_device("device", device)
     starts_per_agent = config.starts_per_agent
     if starts_per_agent is None:
         starts_per_agent = starts_per_agent_by_agents(num_agents)
-    counts = {
-        "num_agents": num_agents,
-        "num_envs": num_envs,
-        "capacity": config.capacity,
-        "sequences": config.sequences,
-        "sequence_length": config.sequence_length,
-        "starts_per_agent": starts_per_agent,
-        "context_length": config.context_length,
-    }
-    if wrong := {name: value for name, value in counts.items() if value < (name != "context_length")}:
-        raise ValueError(f"got {wrong}; expected positive numbers (context_length may be 0).")
     sequences_per_agent = config.sequences_per_agent(num_agents)
     steps_per_env = config.capacity // num_envs
     start_length = config.context_length + 1

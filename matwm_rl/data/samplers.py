@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from matwm_rl.arguments import check_numbers
 from matwm_rl.data.config import ReplayConfig
 from matwm_rl.data.slices import SliceSamplerBase, Timeline
 
@@ -94,8 +95,7 @@ class RecencySliceSampler(SliceSamplerBase):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(slice_len, num_shares=num_shares, generator=generator)
-        if not 0.0 < decay <= 1.0:
-            raise ValueError(f"got decay={decay}; expected a number in (0, 1], 1.0 to sample uniformly.")
+        check_numbers(above=0, maximum=1, decay=decay)
         self.decay = decay
 
     def _fits(self, now: Timeline, per_share: int) -> bool:

@@ -15,6 +15,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage, TensorStorage
 from torchrl.data.replay_buffers.writers import RoundRobinWriter
 
+from matwm_rl.arguments import check_ints, check_kinds
 from matwm_rl.torchrl_internals import attached_entities, buffer_generator, write_cursor
 
 _STATE_FILE = "sampler.json"
@@ -87,8 +88,9 @@ class SliceSamplerBase(Sampler):
     """
 
     def __init__(self, slice_len: int, *, num_shares: int = 1, generator: torch.Generator | None = None) -> None:
-        if slice_len < 1 or num_shares < 1:
-            raise ValueError(f"slice_len and num_shares must be positive, got {slice_len} and {num_shares}.")
+        check_ints(1, slice_len=slice_len, num_shares=num_shares)
+        if generator is not None:
+            check_kinds(torch.Generator, generator=generator)
         self.slice_len = slice_len
         self.num_shares = num_shares
         self._generator = generator

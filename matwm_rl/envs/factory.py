@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torchrl.envs import EnvBase
 
+from matwm_rl.arguments import check_ints, check_switches, read_device, read_text
 from matwm_rl.envs.families import wrap_pettingzoo
 from matwm_rl.envs.images import Images
 from matwm_rl.envs.multi_agent_env import MultiAgentEnv, ParallelMultiAgentEnv, SerialMultiAgentEnv
@@ -73,8 +74,13 @@ def make_env(
         >>> make_env("matwm_rl.envs:MockEnv", episode_length=2).rollout(4).shape
         torch.Size([2])
     """
-    if num_envs < 1:
-        raise ValueError(f"num_envs must be at least 1, got {num_envs}.")
+    read_text("name", name)
+    check_ints(1, num_envs=num_envs, image_size=image_size)
+    check_switches(parallel=parallel)
+    if seed is not None:
+        check_ints(0, seed=seed)
+    if device is not None:
+        read_device("device", device)
     family, task = _look_up(name)
     make = partial(
         _make_one, family.make, task, name=name, device=device, image_size=image_size, images=images, kwargs=kwargs

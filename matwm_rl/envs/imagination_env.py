@@ -15,6 +15,7 @@ from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs.model_based import ModelBasedEnvBase
 
 from matwm_rl.action_space import ActionSpace
+from matwm_rl.arguments import check_ints, check_numbers, check_switches
 from matwm_rl.envs.imagination_model import ImaginationModel
 from matwm_rl.envs.layout import AgentLayout
 from matwm_rl.envs.random_actions import LegalRandomActions
@@ -113,10 +114,10 @@ class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
         layout: AgentLayout | None = None,
         end_threshold: float | None = None,
     ) -> None:
-        if max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-        if end_threshold is not None and not 0 <= end_threshold <= 1:
-            raise ValueError(f"end_threshold must lie in [0, 1] or be None, got {end_threshold}")
+        check_ints(1, max_steps=max_steps)
+        check_switches(decode=decode)
+        if end_threshold is not None:
+            check_numbers(minimum=0, maximum=1, end_threshold=end_threshold)
         sample = getattr(starts, "sample", starts)
         if not callable(sample):
             raise TypeError(f"starts must have sample() or be callable, got {type(starts).__name__}")

@@ -11,6 +11,8 @@ from torch import Tensor
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from matwm_rl.arguments import check_ints, check_kinds
+
 GROUPS: dict[str, list[str]] = {"hunter": ["hunter_0", "hunter_1"], "prey": ["prey_0"]}
 OBSERVATION_SIZES = {"hunter": 5, "prey": 3}
 ACTION_COUNTS = {"hunter": 4, "prey": 3}
@@ -66,8 +68,12 @@ class MockEnv(EnvBase):
         ending: Ending = "alternate",
         device: torch.device | str | None = None,
     ) -> None:
-        if episode_length < 1 or (death_step is not None and death_step < 1):
-            raise ValueError(f"expected steps of at least 1, got {episode_length=}, {death_step=}.")
+        check_ints(1, episode_length=episode_length)
+        if death_step is not None:
+            check_ints(1, death_step=death_step)
+        check_kinds(Sequence, batch_size=batch_size)
+        for place, size in enumerate(batch_size):
+            check_ints(1, **{f"batch_size[{place}]": size})
         if ending not in ("truncate", "terminate", "alternate"):
             raise ValueError(f"ending must be 'truncate', 'terminate' or 'alternate', got {ending!r}.")
         super().__init__(device=device, batch_size=torch.Size(batch_size))

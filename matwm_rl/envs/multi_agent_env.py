@@ -12,6 +12,7 @@ from torch import Tensor
 from torchrl.envs import Compose, EnvBase, ParallelEnv, SerialEnv, TransformedEnv
 
 from matwm_rl.action_space import ActionSpace
+from matwm_rl.arguments import check_ints, check_kinds
 from matwm_rl.envs.images import Images
 from matwm_rl.envs.layout import AgentLayout
 from matwm_rl.envs.merge_groups import MergeGroups
@@ -115,8 +116,8 @@ class MultiAgentEnv(_WithLayout, TransformedEnv):
     """
 
     def __init__(self, env: EnvBase, *, image_size: int = 64, images: Images = "auto") -> None:
-        if image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {image_size}.")
+        check_kinds(EnvBase, env=env)
+        check_ints(1, image_size=image_size)
         transform = MergeGroups.from_env(env, image_size=image_size, images=images)
         super().__init__(env, transform)
         self.layout = transform.layout

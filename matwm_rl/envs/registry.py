@@ -13,6 +13,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.envs import EnvBase, TransformedEnv
 
+from matwm_rl.arguments import check_kinds, check_switches, read_text
+
 T = TypeVar("T")
 
 
@@ -138,7 +140,10 @@ def register_family(name: str, make: MakeFamily, *, vectorized: bool = False) ->
         >>> make_env("short/2", num_envs=4).rollout(10).shape
         torch.Size([4, 2])
     """
-    if not name or "/" in name or ":" in name:
+    read_text("name", name)
+    check_kinds(Callable, make=make)
+    check_switches(vectorized=vectorized)
+    if "/" in name or ":" in name:
         raise ValueError(f"the name of a family must not be empty or have a slash or a colon, got {name!r}.")
     families[name] = Family(make, vectorized)
 
@@ -170,6 +175,8 @@ def register_end_rule(env_type: type[EnvBase], rule: EndRule, *, agents_die: boo
         >>> MultiAgentEnv(Endless(ending="terminate")).rollout(9)["next", "truncated"].sum()
         tensor(1)
     """
+    _check_registered(env_type, rule=rule)
+    check_switches(agents_die=agents_die)
     end_rules.register(env_type, RegisteredEndRule(rule, agents_die))
 
 
@@ -190,7 +197,14 @@ def register_renderer(env_type: type[EnvBase], render: Renderer) -> None:
         >>> MultiAgentEnv(Drawn()).render_frame().shape
         (8, 8, 3)
     """
+    _check_registered(env_type, render=render)
     renderers.register(env_type, render)
+
+
+def _check_registered(env_type: type, **functions: Any) -> None:
+    if not (isinstance(env_type, type) and issubclass(env_type, EnvBase)):
+        raise TypeError(f"env_type must be a class of TorchRL environments, got {env_type!r}")
+    check_kinds(Callable, **functions)
 
 
 def unwrap(env: EnvBase) -> EnvBase:

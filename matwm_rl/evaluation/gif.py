@@ -15,6 +15,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 
 from matwm_rl import keys
+from matwm_rl.arguments import check_ints
 from matwm_rl.envs import render_frame
 from matwm_rl.files import import_optional, new_file
 
@@ -67,9 +68,8 @@ def record_gif(
         >>> path.exists(), len(returns[0])
         (True, 4)
     """
-    for name, value in (("episodes", episodes), ("max_steps", max_steps), ("fps", fps)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_ints(1, episodes=episodes, max_steps=max_steps)
+    check_ints(1, maximum=100, fps=fps)
     if env.batch_size.numel() != 1:
         raise ValueError(f"record_gif plays one environment, got a batch of {tuple(env.batch_size)}: use num_envs=1")
     image = import_optional("PIL.Image")

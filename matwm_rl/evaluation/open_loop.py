@@ -13,6 +13,7 @@ from torch import Tensor
 
 from matwm_rl import keys
 from matwm_rl.action_space import ActionSpace
+from matwm_rl.arguments import check_ints
 from matwm_rl.data import add_agent_entries
 from matwm_rl.functional import agents_first, agents_last, segment_ids
 from matwm_rl.modules import WorldModel
@@ -37,6 +38,7 @@ def episode_windows(rollout: TensorDictBase, length: int) -> TensorDictBase:
         >>> episode_windows(rollout, 2)["t"].tolist()
         [[0, 1], [2, 3], [5, 6]]
     """
+    check_ints(1, length=length)
     rollout = rollout.unsqueeze(0) if rollout.ndim == 1 else rollout
     segments = segment_ids(rollout.get(keys.DONE).squeeze(-1))
     steps = torch.arange(segments.shape[-1], device=segments.device).expand_as(segments)
@@ -93,10 +95,12 @@ def open_loop(world_model: WorldModel, windows: TensorDictBase, *, context_lengt
         >>> result["imagined", "next", "agents", "observation"].shape
         torch.Size([5, 4, 3, 5])
     """
-    if windows.ndim != 2 or windows.shape[1] < context_length + horizon or context_length < 0 or horizon < 1:
+    check_ints(1, horizon=horizon)
+    check_ints(0, context_length=context_length)
+    if windows.ndim != 2 or windows.shape[1] < context_length + horizon:
         raise ValueError(
             f"got windows of batch size {tuple(windows.shape)}; expected [B, T] with T >= context_length + horizon = "
-            f"{context_length} + {horizon}, and a horizon of at least 1"
+            f"{context_length} + {horizon}"
         )
     windows = add_agent_entries(windows) if keys.AGENT_DONE not in windows.keys(include_nested=True) else windows
     actions = iter(
@@ -150,8 +154,7 @@ def open_loop_errors(
         >>> errors["model", "reward"].shape, errors["count"][0].tolist()
         (torch.Size([4, 3]), [5, 5, 5])
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    check_ints(1, num_samples=num_samples)
     expected: dict[str, Tensor] = {}
     likelihoods: list[Tensor] = []
     for _ in range(num_samples):

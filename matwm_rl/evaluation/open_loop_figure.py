@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from matwm_rl import keys
+from matwm_rl.arguments import check_ints
 from matwm_rl.data import add_agent_entries
 from matwm_rl.envs import AgentLayout
 from matwm_rl.evaluation.figures import COLORS, new_figure, panel_grid, plain
@@ -72,8 +73,9 @@ def plot_open_loop(
     """
     if episode.ndim != 1:
         raise ValueError(f"plot_open_loop draws one rollout [T], got a batch of {tuple(episode.shape)}")
-    if not 0 <= agent < layout.num_agents:
-        raise ValueError(f"agent must be an index below {layout.num_agents}, got {agent}")
+    check_ints(0, maximum=layout.num_agents - 1, agent=agent)
+    check_ints(0, context_length=context_length)
+    check_ints(1, horizon=horizon, num_samples=num_samples, num_dims=num_dims)
     if len(episode) < context_length + horizon:
         raise ValueError(
             f"got an episode of {len(episode)} steps, expected context_length + horizon = {context_length} + {horizon}"

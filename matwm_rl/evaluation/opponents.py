@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
-from torch import Tensor
+from torch import Tensor, nn
 
 from matwm_rl import keys
-from matwm_rl.action_space import random_index
+from matwm_rl.arguments import check_kinds
 from matwm_rl.checks import read_entry
 from matwm_rl.envs import AgentLayout
+from matwm_rl.functional import random_index
 
 
 class RandomActions(TensorDictModuleBase):
@@ -80,6 +81,9 @@ class CrossPlay(TensorDictModuleBase):
         groups: Sequence[str],
     ) -> None:
         super().__init__()
+        check_kinds(nn.Module, policy=policy, opponents=opponents)
+        check_kinds(AgentLayout, layout=layout)
+        check_kinds((list, tuple), groups=groups)
         names = list(layout.group_map)
         if unknown := [group for group in groups if group not in names]:
             raise ValueError(f"unknown groups {unknown}; the environment has {names}")

@@ -12,6 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
+from matwm_rl.arguments import check_kinds, read_text
 from matwm_rl.envs import AgentLayout
 from matwm_rl.evaluation.gif import Frame
 from matwm_rl.evaluation.returns import EvaluationConfig, Matches, evaluate
@@ -82,6 +83,8 @@ def register_evaluation(pattern: str, evaluation: Evaluation) -> None:
         >>> evaluate_matches("mine/hunt_v0", env, RandomActions(), episodes=2).summary().keys()
         dict_keys(['hunters_vs_random'])
     """
+    read_text("pattern", pattern)
+    check_kinds(Evaluation, evaluation=evaluation)
     _REGISTERED.append((pattern, evaluation))
 
 

@@ -11,13 +11,15 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import keys
+from matwm_rl.arguments import check_ints
 from matwm_rl.envs import AgentLayout
 from matwm_rl.finite import check_finite
 from matwm_rl.modules.actor_critic import check_logits
+from matwm_rl.settings import Settings, setting
 
 
 @dataclass(kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Settings):
     """How a run is evaluated.
 
     Attributes:
@@ -32,10 +34,10 @@ class EvaluationConfig:
         50
     """
 
-    every: int = 5000
-    episodes: int = 50
-    final_episodes: int = 100
-    num_envs: int = 10
+    every: int = setting(5000, minimum=1)
+    episodes: int = setting(50, minimum=1)
+    final_episodes: int = setting(100, minimum=1)
+    num_envs: int = setting(10, minimum=1)
     keep_policies: bool = False
 
 
@@ -166,9 +168,7 @@ def evaluate(
         >>> evaluate(env, RandomActions(), episodes=2).values.shape
         torch.Size([2, 3])
     """
-    for name, value in (("episodes", episodes), ("max_steps", max_steps)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_ints(1, episodes=episodes, max_steps=max_steps)
     num_envs = env.batch_size.numel()
     quota = -(-episodes // num_envs)
     layout: AgentLayout = env.layout

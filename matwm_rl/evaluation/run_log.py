@@ -15,6 +15,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.record.loggers import Logger
 
+from matwm_rl.arguments import check_ints, check_switches
 from matwm_rl.files import import_optional, remove_partial, write_text
 
 METRICS_FILE = "metrics.csv"
@@ -70,6 +71,10 @@ class RunLog:
         loggers: Sequence[Logger] = (),
         shown: Sequence[str] = ("loss_reward", "kl", "entropy", "imagined_reward"),
     ) -> None:
+        check_ints(1, total_steps=total_steps)
+        check_switches(progress=progress, tensorboard=tensorboard)
+        if resume_from is not None:
+            check_ints(0, resume_from=resume_from)
         # Imported before anything is written, so that a missing package leaves no files behind.
         bar = import_optional("tqdm").tqdm if progress else None
         if tensorboard:

@@ -16,6 +16,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
 from matwm_rl import keys
+from matwm_rl.arguments import check_ints, check_numbers
 from matwm_rl.checks import read_entry
 from matwm_rl.envs import AgentLayout
 from matwm_rl.evaluation.gif import Frame
@@ -173,6 +174,8 @@ class DrawTag:
     """
 
     def __init__(self, layout: AgentLayout, *, size: int = 320, arena: float = 1.4) -> None:
+        check_ints(1, size=size)
+        check_numbers(above=0, arena=arena)
         groups = {name: len(agents) for name, agents in layout.group_map.items()}
         if list(groups) != ["adversary", "agent"]:
             raise ValueError(f"DrawTag draws simple_tag, got the groups {groups}")

@@ -14,17 +14,19 @@ from torchrl.modules import ProbabilisticActor
 
 from matwm_rl import keys
 from matwm_rl.action_space import ActionSpace
-from matwm_rl.checks import check_reads, check_writes, read_output
+from matwm_rl.arguments import check_ints, check_kinds
+from matwm_rl.checks import check_reads, check_shape, check_writes, read_output
 from matwm_rl.finite import is_finite
 from matwm_rl.functional import agents_first, agents_last, at_least_float32
 from matwm_rl.modules.stacked import LatentLinear, StackedMLP, StackedNormSiLU
 from matwm_rl.modules.state import STATE_KEYS
 from matwm_rl.modules.two_hot import TwoHot
 from matwm_rl.modules.world_model import WorldModel
+from matwm_rl.settings import Settings, setting
 
 
 @dataclass(kw_only=True)
-class ActorCriticConfig:
+class ActorCriticConfig(Settings):
     """Sizes of the networks of :func:`make_actor` and :func:`make_critic`; the defaults are the paper's.
 
     Attributes:
@@ -38,8 +40,8 @@ class ActorCriticConfig:
         2
     """
 
-    num_cells: int = 512
-    depth: int = 2
+    num_cells: int = setting(512, minimum=1)
+    depth: int = setting(2, minimum=0)
     share_by_group: bool = False
 
 
@@ -64,15 +66,19 @@ class StateMLP(nn.Module):
 
     def __init__(self, world_model: WorldModel, out_features: int, config: ActorCriticConfig) -> None:
         super().__init__()
+        check_kinds(WorldModel, world_model=world_model)
+        check_kinds(ActorCriticConfig, config=config)
+        check_ints(1, out_features=out_features)
         self.config, self.actions = config, world_model.actions
         index = world_model.group_index if config.share_by_group else range(world_model.num_agents)
-        teammates = 0 if world_model.teammates is None else (world_model.num_agents - 1) * world_model.num_actions
+        self.sizes = (world_model.latent.latent_size, world_model.transformer.features)
+        self.others = 0 if world_model.teammates is None else world_model.num_agents - 1
         self.input = LatentLinear(
             world_model.latent.latent_size,
             config.num_cells if config.depth else out_features,
             index,
             num_classes=world_model.latent.num_classes,
-            extra_features=world_model.transformer.features + teammates,
+            extra_features=world_model.transformer.features + self.others * world_model.num_actions,
             zero_init=not config.depth,
         )
         self.rest = nn.Sequential()
@@ -92,6 +98,11 @@ class StateMLP(nn.Module):
         Returns:
             ``[*batch, N, out_features]``.
         """
+        agents, (latent_size, hidden_size) = self.actions.num_agents, self.sizes
+        check_shape(latent, "StateMLP reads 'latent'", (*latent.shape[:-2], agents, latent_size))
+        check_shape(hidden, "StateMLP reads 'hidden'", (*latent.shape[:-2], agents, hidden_size))
+        logits = (*latent.shape[:-2], agents, self.others, self.actions.num_parameters)
+        check_shape(teammate_logits, "StateMLP reads 'teammate_logits'", logits)
         teammates = self.actions.features(agents_first(teammate_logits, 2)).flatten(-2)
         out = self.rest(self.input(agents_first(latent), torch.cat([agents_first(hidden), teammates], -1)))
         # Contiguous in the layout of the output, because later steps read the 255 logits of every state one by one.
@@ -117,7 +128,8 @@ def make_actor(world_model: WorldModel, config: ActorCriticConfig | None = None)
         >>> make_actor(world_model).out_keys
         [('agents', 'logits'), ('agents', 'action')]
     """
-    network = StateMLP(world_model, world_model.num_actions, config or ActorCriticConfig())
+    check_kinds(WorldModel, world_model=world_model)
+    network = StateMLP(world_model, world_model.num_actions, ActorCriticConfig() if config is None else config)
     return ProbabilisticActor(
         TensorDictModule(network, in_keys=STATE_KEYS, out_keys=[keys.LOGITS]),
         in_keys={"logits": keys.LOGITS, "mask": keys.ACTION_MASK},
@@ -146,8 +158,10 @@ def make_critic(
         >>> make_critic(world_model).out_keys
         [('agents', 'state_value_logits'), ('agents', 'state_value')]
     """
-    two_hot = two_hot or deepcopy(world_model.two_hot)
-    network = StateMLP(world_model, two_hot.num_bins, config or ActorCriticConfig())
+    check_kinds(WorldModel, world_model=world_model)
+    two_hot = deepcopy(world_model.two_hot) if two_hot is None else two_hot
+    check_kinds(TwoHot, two_hot=two_hot)
+    network = StateMLP(world_model, two_hot.num_bins, ActorCriticConfig() if config is None else config)
     return TensorDictSequential(
         TensorDictModule(network, in_keys=STATE_KEYS, out_keys=[keys.STATE_VALUE_LOGITS]),
         TensorDictModule(two_hot, in_keys=[keys.STATE_VALUE_LOGITS], out_keys=[keys.STATE_VALUE]),

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from matwm_rl.arguments import check_kinds
 from matwm_rl.modules.dynamics import Dynamics, PriorDynamics
 from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, EncoderConfig, MLPEncoderConfig
 from matwm_rl.modules.heads import ActionMixer, Head
@@ -17,6 +18,7 @@ from matwm_rl.modules.reward import HiddenRewardConfig, RewardConfig, RewardHead
 from matwm_rl.modules.teammates import TeammatePredictor, TeammatePredictorBase
 from matwm_rl.modules.transformer import Transformer
 from matwm_rl.modules.two_hot import Interpolation, TwoHot
+from matwm_rl.settings import Settings, setting
 
 PARTS = (
     "latent",
@@ -36,7 +38,7 @@ PARTS = (
 
 
 @dataclass(kw_only=True)
-class WorldModelConfig:
+class WorldModelConfig(Settings):
     """Sizes and switches of :meth:`WorldModel.from_env <matwm_rl.modules.WorldModel.from_env>`.
 
     The defaults are the paper's (Table C.6). "Ours" marks what goes beyond the paper (docs/presets.md says why).
@@ -60,6 +62,9 @@ class WorldModelConfig:
         teammate_hidden_size: width of the teammate predictor; ``None``: that of the world model.
         action_scaling: switch of the paper's ablation (Table 5).
 
+    Raises:
+        ValueError: if a number is out of range, or a width is no multiple of ``2 * num_heads``.
+
     Examples:
         >>> from matwm_rl.envs import make_env
         >>> from matwm_rl.modules import GaussianLatentConfig, WorldModel
@@ -68,20 +73,29 @@ class WorldModelConfig:
         GaussianLatent()
     """
 
-    hidden_size: int = 512
-    num_layers: int = 2
-    num_heads: int = 8
-    dropout: float = 0.1
+    hidden_size: int = setting(512, minimum=1)
+    num_layers: int = setting(2, minimum=1)
+    num_heads: int = setting(8, minimum=1)
+    dropout: float = setting(0.1, minimum=0, below=1)
     latent: LatentConfig = field(default_factory=CategoricalLatentConfig)
     encoder: EncoderConfig = field(default_factory=MLPEncoderConfig)
-    head_depth: int = 2
+    head_depth: int = setting(2, minimum=0)
     reward: RewardConfig = field(default_factory=HiddenRewardConfig)
     reward_interpolation: Interpolation = Interpolation.symlog
     reencode: bool = False
     group_layers: bool = False
     teammate_predictor: bool = True
-    teammate_hidden_size: int | None = None
+    teammate_hidden_size: int | None = setting(None, minimum=1)
     action_scaling: bool = True
+
+    def check(self) -> None:
+        """Refuse widths that the attention heads do not divide."""
+        for name in ("hidden_size", "teammate_hidden_size"):
+            width = getattr(self, name)
+            if width is not None and width % (2 * self.num_heads):
+                raise ValueError(
+                    f"WorldModelConfig.{name} must be a multiple of 2 * num_heads, {2 * self.num_heads}, got {width}"
+                )
 
 
 def build_parts(layout: Any, config: WorldModelConfig, **given: Any) -> dict[str, Any]:
@@ -108,6 +122,9 @@ def build_parts(layout: Any, config: WorldModelConfig, **given: Any) -> dict[str
     """
     if unknown := sorted(set(given) - set(PARTS)):
         raise TypeError(f"the world model has no parts {unknown}; its parts are {list(PARTS)}")
+
+    check_kinds(WorldModelConfig, config=config)
+    config.check()
 
     def part(name: str, build: Callable[[], Any]) -> Any:
         return given[name] if name in given else build()
@@ -179,13 +196,16 @@ def build_parts(layout: Any, config: WorldModelConfig, **given: Any) -> dict[str
     }
 
 
-def check_parts(**parts: Any) -> None:
-    """Check that parts are of their interfaces: ``latent``, ``dynamics``, ``reward``, ``teammates``.
+def check_parts(model: Any) -> None:
+    """Check that the parts of a model (:data:`PARTS`) are of their interfaces.
 
     Raises:
         TypeError: if one is not.
     """
     kinds = {"latent": LatentSpace, "dynamics": Dynamics, "reward": RewardHead, "teammates": TeammatePredictorBase}
-    for name, part in parts.items():
-        if part is not None and not isinstance(part, kinds[name]):
-            raise TypeError(f"{name} must be a {kinds[name].__name__} (subclass it), got a {type(part).__name__}")
+    kinds |= {"transformer": Transformer, "two_hot": TwoHot}
+    for name in PARTS:
+        part, kind = getattr(model, name), kinds.get(name, nn.Module)
+        absent = part is None and name in ("teammates", "action_mask", "end_reward")
+        if not absent and not isinstance(part, kind):
+            raise TypeError(f"{name} must be a {kind.__name__} (subclass it), got a {type(part).__name__}")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from matwm_rl.arguments import check_kinds
 from matwm_rl.checks import check_shape
 from matwm_rl.modules.latents import LatentSpace
 
@@ -89,6 +90,8 @@ class PriorDynamics(Dynamics):
 
     def __init__(self, head: nn.Module, space: LatentSpace) -> None:
         super().__init__()
+        check_kinds(nn.Module, head=head)
+        check_kinds(LatentSpace, space=space)
         self.head = head
         self.__dict__["space"] = space
 

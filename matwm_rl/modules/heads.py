@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from matwm_rl.action_space import ActionSpace
+from matwm_rl.arguments import check_ints, check_kinds, check_switches
 from matwm_rl.functional import at_least_float32
 from matwm_rl.modules.stacked import LatentLinear, StackedLinear, mlp
 
@@ -38,6 +39,8 @@ class ActionMixer(nn.Module):
         self, latent_size: int, features: int, *, actions: ActionSpace, num_classes: int | None, scaled: bool
     ) -> None:
         super().__init__()
+        check_kinds(ActionSpace, actions=actions)
+        check_switches(scaled=scaled)
         self.latent = LatentLinear(latent_size, features, [0], num_classes=num_classes)
         self.action = actions.make_embedding(features, scaled=scaled)
 
@@ -77,6 +80,9 @@ class Head(nn.Module):
         linear_skip: bool = False,
     ) -> None:
         super().__init__()
+        check_ints(1, in_features=in_features, num_cells=num_cells)
+        check_ints(0, depth=depth)
+        check_switches(zero_init=zero_init, linear_skip=linear_skip)
         self.trunk = mlp(in_features, num_cells, depth)
         self.skip = StackedLinear(in_features, out_features, group_index) if linear_skip else None
         self.output = StackedLinear(num_cells if depth else in_features, out_features, group_index, zero_init=zero_init)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import keys
+from matwm_rl.arguments import check_ints, check_kinds
 from matwm_rl.checks import read_optional
 from matwm_rl.functional import agents_first, agents_last, autocast
 from matwm_rl.modules.actor_critic import check_actor, read_action
@@ -30,8 +31,8 @@ class Imagination(TensorDictModuleBase):
         precision: ``"float32"``, or ``"bfloat16"`` for the matrix products (states and rewards stay float32).
 
     Raises:
-        ValueError: if the actor reads what imagination does not have, does not write actions, or writes them in another
-            shape; if an entry that is read has another shape.
+        ValueError: if ``horizon`` is below 1; if the actor reads what imagination does not have, does not write
+            actions, or writes them in another shape; if an entry that is read has another shape.
         KeyError: if an entry that is read is missing.
 
     Keys read (batch ``[*S, C+1]``: C steps of context, then the start):
@@ -57,8 +58,8 @@ class Imagination(TensorDictModuleBase):
 
     def __init__(self, world_model: WorldModel, actor: nn.Module, *, horizon: int, precision: str = "float32") -> None:
         super().__init__()
-        if horizon < 1:
-            raise ValueError(f"horizon must be at least 1, got {horizon}")
+        check_kinds(WorldModel, world_model=world_model)
+        check_ints(1, horizon=horizon)
         autocast(torch.device("cpu"), precision)  # refuses what is no precision
         check_actor(actor)
         self.world_model = world_model

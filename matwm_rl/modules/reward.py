@@ -12,10 +12,12 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from matwm_rl.arguments import check_ints, check_kinds
 from matwm_rl.functional import at_least_float32
-from matwm_rl.modules.encoders.features import MAX_DISTANCES, FourierFeatures, PointDistances
+from matwm_rl.modules.encoders.features import MAX_DISTANCES, MAX_FREQUENCIES, FourierFeatures, PointDistances
 from matwm_rl.modules.heads import Head
 from matwm_rl.modules.stacked import StackedLinear, mlp
+from matwm_rl.settings import Settings, setting
 
 
 class Transition:
@@ -116,6 +118,7 @@ class HiddenReward(RewardHead):
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
+        check_kinds(nn.Module, head=head)
         self.head = head
 
     def forward(self, transition: Transition) -> Tensor:
@@ -161,6 +164,8 @@ class ObservationReward(RewardHead):
         point_size: int,
     ) -> None:
         super().__init__()
+        check_ints(1, observation_size=observation_size, num_bins=num_bins, num_cells=num_cells, depth=depth)
+        check_ints(0, point_size=point_size)
         self.features = FourierFeatures(fourier_features)
         self.distances = PointDistances(observation_size, size=point_size) if point_size else None
         size = observation_size if self.distances is None else self.distances.num_distances
@@ -180,7 +185,7 @@ class ObservationReward(RewardHead):
 
 
 @dataclass(kw_only=True)
-class RewardConfig:
+class RewardConfig(Settings):
     """Settings of a reward head; a subclass for each kind. Yours can be another subclass.
 
     Examples:
@@ -258,9 +263,9 @@ class ObservationRewardConfig(RewardConfig):
         True
     """
 
-    depth: int = 2
-    fourier_features: int = 4
-    point_size: int = 2
+    depth: int = setting(2, minimum=1)
+    fourier_features: int = setting(4, minimum=0, maximum=MAX_FREQUENCIES)
+    point_size: int = setting(2, minimum=0)
 
     def build(
         self,

@@ -40,7 +40,8 @@ def read_sequences(
     """
     if not shape:
         raise ValueError(f"{type(reader).__name__} reads sequences of batch size [*B, T], got {key!r} of a single step")
-    value = agents_first(read_entry(tensordict, key, reader, (*shape, agents, *event), MISSING_ENTRIES), len(event))
+    entry = read_entry(tensordict, key, reader, (*shape, agents, *event), MISSING_ENTRIES)
+    value = agents_first(entry, len(event))
     return value.reshape(agents, -1, shape[-1], *event)
 
 

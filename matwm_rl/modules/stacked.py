@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from matwm_rl.arguments import check_ints, check_switches, read_index
 from matwm_rl.functional import at_least_float32, may_need_gradient, one_hot_classes
 
 EPSILON = 1e-5
@@ -34,7 +35,7 @@ class StackedLinear(nn.Module):
         zero_init: start at zero (output layers of two-hot heads: they then begin by predicting zero).
 
     Raises:
-        ValueError: if an input is not of N agents.
+        ValueError: if a size is not positive, or an input is not of N agents.
 
     Examples:
         >>> layer = StackedLinear(3, 5, stack_index=[0, 0, 1])
@@ -48,6 +49,9 @@ class StackedLinear(nn.Module):
         self, in_features: int, out_features: int, stack_index: Sequence[int], *, zero_init: bool = False
     ) -> None:
         super().__init__()
+        check_ints(1, in_features=in_features, out_features=out_features)
+        stack_index = read_index("stack_index", stack_index)
+        check_switches(zero_init=zero_init)
         stack = max(stack_index) + 1
         self.num_agents = len(stack_index)
         self.per_agent = list(stack_index) == list(range(stack)) and stack > 1
@@ -118,6 +122,9 @@ class LatentLinear(StackedLinear):
         extra_features: R, size of what is read beside z.
         zero_init: see :class:`StackedLinear`.
 
+    Raises:
+        ValueError: if a size is not positive, or z is not made of whole one-hot vectors.
+
     Examples:
         >>> layer = LatentLinear(8, 3, [0], num_classes=4)
         >>> z = torch.zeros(1, 5, 8).index_fill(-1, torch.tensor([1, 7]), 1.0)
@@ -135,6 +142,12 @@ class LatentLinear(StackedLinear):
         extra_features: int = 0,
         zero_init: bool = False,
     ) -> None:
+        check_ints(1, latent_size=latent_size)
+        check_ints(0, extra_features=extra_features)
+        if num_classes is not None:
+            check_ints(1, num_classes=num_classes)
+            if latent_size % num_classes:
+                raise ValueError(f"latent_size must be a multiple of num_classes, {num_classes}, got {latent_size}")
         super().__init__(latent_size + extra_features, out_features, stack_index, zero_init=zero_init)
         self.latent_size, self.num_classes = latent_size, num_classes
 
@@ -203,6 +216,8 @@ class StackedNormSiLU(nn.Module):
 
     def __init__(self, features: int, stack_index: Sequence[int]) -> None:
         super().__init__()
+        check_ints(1, features=features)
+        stack_index = read_index("stack_index", stack_index)
         stack = max(stack_index) + 1
         self.per_agent = list(stack_index) == list(range(stack))
         self.register_buffer("stack_index", torch.tensor(list(stack_index)), persistent=False)
@@ -246,6 +261,8 @@ class StackedMLP(nn.Sequential):
         num_cells: int,
         depth: int,
     ) -> None:
+        check_ints(1, in_features=in_features, out_features=out_features, num_cells=num_cells)
+        check_ints(0, depth=depth)
         layers: list[nn.Module] = []
         for _ in range(depth):
             layers += [StackedLinear(in_features, num_cells, stack_index), StackedNormSiLU(num_cells, stack_index)]

@@ -16,10 +16,12 @@ from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer
 
 from matwm_rl import keys
-from matwm_rl.checks import batch_shape, read_entry, read_optional
+from matwm_rl.arguments import check_ints, check_kinds
+from matwm_rl.checks import batch_shape, check_type, read_entry, read_optional
 from matwm_rl.functional import agents_first, agents_last
 from matwm_rl.modules.state import STATE_KEYS
 from matwm_rl.modules.world_model import WorldModel
+from matwm_rl.settings import Settings, setting
 
 HISTORY_CODE: NestedKey = ("history", "code")
 HISTORY_ACTION: NestedKey = ("history", "action")
@@ -29,7 +31,7 @@ HISTORY_KEYS = [HISTORY_CODE, HISTORY_ACTION, HISTORY_LENGTH]
 
 
 @dataclass(kw_only=True)
-class PolicyConfig:
+class PolicyConfig(Settings):
     """Settings of :class:`~matwm_rl.modules.WorldModelPolicy`.
 
     Attributes:
@@ -40,7 +42,7 @@ class PolicyConfig:
         PolicyConfig(history_length=16)
     """
 
-    history_length: int = 64
+    history_length: int = setting(64, minimum=1)
 
 
 class _History(NamedTuple):
@@ -99,8 +101,8 @@ class StateEstimator(TensorDictModuleBase):
 
     def __init__(self, world_model: WorldModel, *, history_length: int = PolicyConfig.history_length) -> None:
         super().__init__()
-        if history_length < 1:
-            raise ValueError(f"history_length must be at least 1, got {history_length}")
+        check_kinds(WorldModel, world_model=world_model)
+        check_ints(1, history_length=history_length)
         self.world_model = world_model
         self.history_length = history_length
         self.in_keys: list[NestedKey] = [keys.OBSERVATION, keys.ALIVE, *HISTORY_KEYS]
@@ -181,8 +183,11 @@ class StateEstimator(TensorDictModuleBase):
     def _read_history(self, tensordict: TensorDictBase, batch: torch.Size, newest: Tensor) -> _History:
         note = "append make_tensordict_primer() to the environment, so that the history starts with every episode"
         code, action, length = (
-            self._flat(read_entry(tensordict, key, self, (*batch, *shape), note), len(shape) - 1)
-            for key, shape in self.history_shapes.items()
+            self._flat(
+                check_type(read_entry(tensordict, key, self, (*batch, *spec.shape), note), f"{key}", spec.dtype),
+                len(spec.shape) - 1,
+            )
+            for key, spec in self.history_specs().items()
         )
         alive = read_optional(tensordict, keys.ALIVE, self, (*batch, self.world_model.num_agents))
         return _History(code, action, length, newest.unsqueeze(2), None if alive is None else self._flat(alive, 0))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from matwm_rl.action_space import ActionSpace
+from matwm_rl.arguments import read_index
 from matwm_rl.checks import check_shape
 from matwm_rl.functional import at_least_float32
 from matwm_rl.modules.stacked import LatentLinear, StackedLinear
@@ -145,6 +146,7 @@ class TeammatePredictor(TeammatePredictorBase):
         dropout: float,
     ) -> None:
         super().__init__(actions)
+        group_index = read_index("group_index", group_index, actions.num_agents)
         self.input = LatentLinear(latent_size, features, [0], num_classes=num_classes)
         self.transformer = Transformer(features, num_layers=num_layers, num_heads=num_heads, dropout=dropout)
         self.output = StackedLinear(features, self.num_outputs, group_index)

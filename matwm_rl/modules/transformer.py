@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
+from matwm_rl.arguments import check_ints, check_numbers, check_switches
 from matwm_rl.functional import compute_dtype
 
 MASKED = -1e9
@@ -183,7 +184,7 @@ class Transformer(nn.Module):
         final_norm: normalise the output. Without, the output keeps the input as a summand.
 
     Raises:
-        ValueError: if the head size would not be even; by :meth:`step`, if the cache is full.
+        ValueError: if a number is out of range, or the head size not even; by :meth:`step`, if the cache is full.
 
     Examples:
         >>> transformer = Transformer(16, num_layers=2, num_heads=2).eval()
@@ -208,6 +209,10 @@ class Transformer(nn.Module):
         final_norm: bool = True,
     ) -> None:
         super().__init__()
+        check_ints(1, features=features, num_layers=num_layers, num_heads=num_heads)
+        check_ints(1, feedforward=2 * features if feedforward is None else feedforward)
+        check_numbers(minimum=0, below=1, dropout=dropout)
+        check_switches(final_norm=final_norm)
         if features % (2 * num_heads):
             raise ValueError(f"features ({features}) must be a multiple of 2 * num_heads ({2 * num_heads})")
         self.features = features
@@ -264,6 +269,7 @@ class Transformer(nn.Module):
         Returns:
             the output at the last position ``[M, D]``, and the cache.
         """
+        check_ints(0, room=room)
         cache = self.empty_cache(x.shape[0], x.shape[1] + room)
         length = cache.length = x.shape[1]
         bias = _score_bias(mask, x)

@@ -9,6 +9,8 @@ from torch import Tensor
 from torchrl.modules import SymExpTwoHot
 from torchrl.modules.functional import symexp, symlog
 
+from matwm_rl.arguments import check_ints, check_numbers, read_choice
+
 
 class Interpolation(StrEnum):
     """In which space a target is split between its two bins, and bins are averaged."""
@@ -28,7 +30,7 @@ class TwoHot(SymExpTwoHot):
         interpolation: ``"raw"`` or ``"symlog"``; see :class:`Interpolation`.
 
     Raises:
-        ValueError: for any other interpolation; by :meth:`loss`, if targets do not fit the logits.
+        ValueError: if an argument is not among these; by :meth:`loss`, if targets do not fit the logits.
 
     Examples:
         >>> two_hot = TwoHot(255)
@@ -42,10 +44,10 @@ class TwoHot(SymExpTwoHot):
     """
 
     def __init__(self, num_bins: int = 255, *, limit: float = 20.0, interpolation: str = Interpolation.raw) -> None:
+        check_ints(2, num_bins=num_bins)
+        check_numbers(above=0, maximum=80, limit=limit)  # beyond, symexp is infinite in float32
         super().__init__(num_bins)
-        if interpolation not in list(Interpolation):
-            raise ValueError(f"interpolation must be 'raw' or 'symlog', got {interpolation!r}")
-        self.interpolation = Interpolation(interpolation)
+        self.interpolation = read_choice("interpolation", interpolation, Interpolation)
         grid = torch.linspace(-limit, limit, num_bins, dtype=torch.float64)
         bins = symexp(grid) if interpolation == Interpolation.raw else grid
         # Constants, rebuilt by the constructor: kept out of checkpoints, where every head would store them again.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from matwm_rl import keys
 from matwm_rl.action_space import ActionSpace
+from matwm_rl.arguments import check_kinds, check_switches, read_index
 from matwm_rl.checks import batch_shape, check_shape, read_entry
 from matwm_rl.functional import agents_last, causal_segment_mask, segment_ids, shift_within_segments
 from matwm_rl.modules.builder import WorldModelConfig, build_parts, check_parts
@@ -113,20 +114,19 @@ class WorldModel(TensorDictModuleBase):
         reencode: bool = False,
     ) -> None:
         super().__init__()
+        check_kinds(ActionSpace, actions=actions)
+        check_switches(reencode=reencode)
         self.actions = actions
         self.num_agents, self.num_actions = actions.num_agents, actions.num_parameters
         self.observation_shape = tuple(observation_shape)
         self.observation_dims = len(self.observation_shape)
-        self.group_index = [0] * self.num_agents if group_index is None else list(group_index)
-        if len(self.group_index) != self.num_agents:
-            raise ValueError(f"group_index must name a group for each of {self.num_agents} agents, got {group_index}")
-        check_parts(latent=latent, dynamics=dynamics, reward=reward, teammates=teammates)
-        self.encoder, self.latent, self.decoder = encoder, latent, decoder
-        self.action_mixer, self.transformer = action_mixer, transformer
-        self.dynamics, self.reward, self.continuation = dynamics, reward, continuation
+        groups = [0] * self.num_agents if group_index is None else group_index
+        self.group_index = read_index("group_index", groups, self.num_agents)
+        self.encoder, self.latent, self.decoder, self.two_hot = encoder, latent, decoder, two_hot
+        self.action_mixer, self.transformer, self.dynamics = action_mixer, transformer, dynamics
+        self.reward, self.continuation, self.reencode = reward, continuation, reencode
         self.action_mask, self.teammates, self.end_reward = action_mask, teammates, end_reward
-        self.two_hot = two_hot
-        self.reencode = reencode
+        check_parts(self)
         self.max_boundaries: int | None = None
         self.recipe: tuple[Any, WorldModelConfig] | None = None
         self.register_buffer("legal", actions.legal(), persistent=False)
@@ -161,7 +161,7 @@ class WorldModel(TensorDictModuleBase):
         layout: Any = getattr(env, "layout", env)
         if not hasattr(layout, "observation_shape"):
             raise AttributeError(f"{type(env).__name__} has no `layout`; wrap it: MultiAgentEnv(env)")
-        config = deepcopy(config or WorldModelConfig())  # the recipe is what the model was built from
+        config = WorldModelConfig() if config is None else deepcopy(config)
         model = cls(**build_parts(layout, config, **parts))
         model.recipe = None if parts else (layout, config)
         return model
@@ -291,13 +291,13 @@ class WorldModel(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Run whole sequences through the model: see the class for keys."""
         # Read off an entry, because a tensordict made from keyword arguments has no batch size.
-        shape = read_entry(tensordict, keys.AGENT_DONE, self, note=MISSING_ENTRIES).shape[:-2]
+        ends = read_entry(tensordict, keys.AGENT_DONE, self, note=MISSING_ENTRIES)
+        shape = check_shape(ends, f"reads {keys.AGENT_DONE}", (*ends.shape[:-2], self.num_agents, 1)).shape[:-2]
         read = partial(read_sequences, tensordict, reader=self, shape=shape, agents=self.num_agents)
         observation = in_type_of(self.encoder, read(keys.OBSERVATION, event=self.observation_shape))
         next_observation = in_type_of(self.encoder, read(keys.NEXT_OBSERVATION, event=self.observation_shape))
         action = read(keys.ACTION, event=self.actions.action_shape)
         done = read(keys.AGENT_DONE, event=[1]).squeeze(-1)
-
         segments = segment_ids(done)
         mask = causal_segment_mask(segments.flatten(0, 1))
         features, next_features = encode_with_successors(

@@ -13,11 +13,13 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictParams, d
 from torch import Tensor, nn
 
 from matwm_rl import keys
+from matwm_rl.arguments import check_ints, check_kinds, check_numbers, read_choice
 from matwm_rl.checks import check_shape, read_entry, read_optional
 from matwm_rl.functional import masked_mean, per_agent_mean, per_agent_sum
 from matwm_rl.objectives.common import KeyedLoss
 from matwm_rl.objectives.regularizers import MeanPolicyEntropy, Regularizer, Signalling
 from matwm_rl.objectives.returns import ReturnScale
+from matwm_rl.settings import Settings, setting
 
 
 class Advantage(StrEnum):
@@ -40,7 +42,7 @@ class PolicyObjective(StrEnum):
 
 
 @dataclass(kw_only=True)
-class ActorLossConfig:
+class ActorLossConfig(Settings):
     """Settings of :class:`ActorLoss`; the defaults are the paper's, STORM's where it is silent.
 
     Attributes:
@@ -55,11 +57,11 @@ class ActorLossConfig:
         [Signalling()]
     """
 
-    entropy_coeff: float = 3e-4
+    entropy_coeff: float = setting(3e-4, minimum=0)
     advantage: Advantage = Advantage.return_scale
     objective: PolicyObjective = PolicyObjective.reinforce
-    mean_policy_entropy_coeff: float = 0.0
-    signalling_coeff: float = 0.0
+    mean_policy_entropy_coeff: float = setting(0.0, minimum=0)
+    signalling_coeff: float = setting(0.0, minimum=0)
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of :class:`ActorLoss`: bonuses as objects, those with a weight of 0 left out."""
@@ -146,14 +148,17 @@ class ActorLoss(KeyedLoss):
                 f"ActorLoss needs an actor with `get_dist`, such as TorchRL's ProbabilisticActor, got a "
                 f"{type(actor_network).__name__}"
             )
-        if not clip_epsilon >= 0:
-            raise ValueError(f"clip_epsilon must not be negative, got {clip_epsilon}")
+        check_ints(1, num_agents=num_agents)
+        check_numbers(minimum=0, entropy_coeff=entropy_coeff, clip_epsilon=clip_epsilon)
+        check_kinds((list, tuple), regularizers=regularizers)
+        for place, regularizer in enumerate(regularizers):
+            check_kinds(Regularizer, **{f"regularizers[{place}]": regularizer})
         super().__init__()
         self.num_agents = num_agents
         self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
         self.entropy_coeff = entropy_coeff
-        self.advantage = Advantage(advantage)
-        self.objective = PolicyObjective(objective)
+        self.advantage = read_choice("advantage", advantage, Advantage)
+        self.objective = read_choice("objective", objective, PolicyObjective)
         self.clip_epsilon = clip_epsilon
         self.regularizers = nn.ModuleList(regularizers)
         self.return_scale = ReturnScale(num_agents, decay=scale_decay)
@@ -177,10 +182,10 @@ class ActorLoss(KeyedLoss):
         k = self.tensor_keys
         action = read_entry(tensordict, k.action, self)
         returns = read_entry(tensordict, k.lambda_return, self)
-        shape = check_shape(
+        check_shape(
             returns, f"{type(self).__name__} reads {k.lambda_return!r}", (*returns.shape[:-2], self.num_agents, 1)
-        ).shape[:-1]
-        returns = returns.squeeze(-1)
+        )
+        shape, returns = returns.shape[:-1], returns.squeeze(-1)
         check_shape(action, f"{type(self).__name__} reads {k.action!r}", (*shape, *action.shape[len(shape) :]))
         value, weight = (
             read_entry(tensordict, key, self, (*shape, 1)).squeeze(-1) for key in (k.state_value, k.weight)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchrl.modules import SymExpTwoHot
 
 from matwm_rl import keys
+from matwm_rl.arguments import check_kinds
 from matwm_rl.checks import check_shape, check_writes, read_entry, read_optional, read_output
 from matwm_rl.functional import masked_mean, per_agent_mean
 from matwm_rl.objectives.common import KeyedLoss
@@ -64,6 +65,7 @@ class CriticLoss(KeyedLoss):
     _logits_network: TensorDictModuleBase
 
     def __init__(self, critic_network: TensorDictModuleBase, *, two_hot: nn.Module | None = None) -> None:
+        check_kinds(nn.Module, critic_network=critic_network)
         super().__init__()
         self.convert_to_functional(critic_network, "critic_network", create_target_params=True)
         own = (module for module in critic_network.modules() if isinstance(module, SymExpTwoHot))
@@ -108,7 +110,7 @@ class CriticLoss(KeyedLoss):
         check_writes(critic, [k.state_value_logits, k.state_value], "the critic")
         returns = read_entry(tensordict, k.lambda_return, self).detach()
         check_shape(returns, f"{type(self).__name__} reads {k.lambda_return!r}", (*returns.shape[:-1], 1))
-        weight = read_entry(tensordict, k.weight, self, returns.shape).squeeze(-1)
+        weight = read_entry(tensordict, k.weight, self, returns.shape, f"that of {k.lambda_return!r}").squeeze(-1)
         with self._using(self.critic_network_params, critic):
             logits = self._logits_network(self._states(tensordict))
             logits = read_output(logits, k.state_value_logits, critic, (*returns.shape[:-1], None))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from matwm_rl import keys
+from matwm_rl.arguments import check_numbers
 from matwm_rl.checks import read_entry
 from matwm_rl.functional import per_agent_mean, per_agent_sum
 
@@ -36,8 +37,7 @@ class Regularizer(nn.Module):
 
     def __init__(self, coeff: float) -> None:
         super().__init__()
-        if not coeff >= 0:
-            raise ValueError(f"the weight of {type(self).__name__} must not be negative, got {coeff}")
+        check_numbers(minimum=0, coeff=coeff)
         self.coeff = coeff
 
     def forward(self, tensordict: TensorDictBase, dist: Distribution, weight: Tensor, valid: Tensor) -> Tensor:
@@ -105,8 +105,7 @@ class Signalling(Regularizer):
 
     def __init__(self, coeff: float, *, tolerance: float = 0.02) -> None:
         super().__init__(coeff)
-        if not tolerance >= 0:
-            raise ValueError(f"tolerance must not be negative, got {tolerance}")
+        check_numbers(minimum=0, tolerance=tolerance)
         self.tolerance = tolerance
 
     def forward(self, tensordict: TensorDictBase, dist: Distribution, weight: Tensor, valid: Tensor) -> Tensor:

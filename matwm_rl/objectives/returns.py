@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase, dispatch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.modules import PercentileValueNorm
 
 from matwm_rl import keys
-from matwm_rl.checks import batch_shape, check_writes, read_entry, read_output
+from matwm_rl.arguments import check_ints, check_kinds, check_numbers
+from matwm_rl.checks import batch_shape, check_shape, check_writes, read_entry, read_output
 from matwm_rl.functional import lambda_return
 from matwm_rl.torchrl_internals import percentile_levels
 
@@ -56,9 +57,8 @@ class LambdaReturn(TensorDictModuleBase):
 
     def __init__(self, critic: TensorDictModuleBase, *, gamma: float = GAMMA, lmbda: float = LMBDA) -> None:
         super().__init__()
-        for name, value in (("gamma", gamma), ("lmbda", lmbda)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        check_numbers(minimum=0, maximum=1, gamma=gamma, lmbda=lmbda)
+        check_kinds(nn.Module, critic=critic)
         check_writes(critic, [keys.STATE_VALUE], "the critic")
         self.critic = critic
         self.gamma, self.lmbda = gamma, lmbda
@@ -75,8 +75,10 @@ class LambdaReturn(TensorDictModuleBase):
         time = len(batch) - 1
         reward = read_entry(tensordict, keys.REWARD, self, (*batch, None, 1))
         continuation = read_entry(tensordict, keys.CONTINUATION, self, reward.shape)
-        for key in self.in_keys:
-            read_entry(tensordict, key, self)
+        for key in self.critic.in_keys:
+            entry = read_entry(tensordict, key, self)
+            check_shape(entry, f"LambdaReturn reads {key!r}", (*batch, *entry.shape[time + 1 :]))
+            read_entry(tensordict, _next(key), self, entry.shape)
         # s_0 .. s_H in one call of the critic: the successors of all steps but the last are states themselves.
         with_last = {
             key: torch.cat([tensordict.get(key), tensordict.get(_next(key)).narrow(time, -1, 1)], time)
@@ -114,6 +116,8 @@ class ReturnScale(PercentileValueNorm):
     seen: Tensor
 
     def __init__(self, num_agents: int, *, decay: float = 0.99) -> None:
+        check_ints(1, num_agents=num_agents)
+        check_numbers(minimum=0, below=1, decay=decay)
         super().__init__(shape=num_agents, rate=1 - decay)
         self.register_buffer("seen", torch.zeros(num_agents, dtype=torch.bool))
 

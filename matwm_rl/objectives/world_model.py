@@ -13,13 +13,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchrl.modules import SymExpTwoHot
 
 from matwm_rl import keys
+from matwm_rl.arguments import check_kinds, check_numbers
 from matwm_rl.checks import read_entry, read_optional, read_output
 from matwm_rl.functional import balanced_kl, masked_mean
 from matwm_rl.objectives.common import KeyedLoss
+from matwm_rl.settings import Settings, setting
 
 
 @dataclass(kw_only=True)
-class WorldModelLossWeights:
+class WorldModelLossWeights(Settings):
     """Weights of the terms; the defaults are the paper's: b1 = 0.5 for mask and dynamics, b2 = 0.1.
 
     Attributes:
@@ -36,13 +38,13 @@ class WorldModelLossWeights:
         0.5
     """
 
-    reconstruction: float = 1.0
-    reward: float = 1.0
-    continuation: float = 1.0
-    teammate: float = 1.0
-    mask: float = 0.5
-    dynamics: float = 0.5
-    representation: float = 0.1
+    reconstruction: float = setting(1.0, minimum=0)
+    reward: float = setting(1.0, minimum=0)
+    continuation: float = setting(1.0, minimum=0)
+    teammate: float = setting(1.0, minimum=0)
+    mask: float = setting(0.5, minimum=0)
+    dynamics: float = setting(0.5, minimum=0)
+    representation: float = setting(0.1, minimum=0)
 
 
 class WorldModelLoss(KeyedLoss):
@@ -120,8 +122,10 @@ class WorldModelLoss(KeyedLoss):
         weights: WorldModelLossWeights | None = None,
         free_nats: float = 1.0,
     ) -> None:
-        if not free_nats >= 0:
-            raise ValueError(f"free_nats must not be negative, got {free_nats}")
+        check_numbers(minimum=0, free_nats=free_nats)
+        check_kinds(nn.Module, world_model=world_model)
+        if weights is not None:
+            check_kinds(WorldModelLossWeights, weights=weights)
         super().__init__()
         self.world_model = world_model
         self._hold_two_hot(two_hot or getattr(world_model, "two_hot", None) or SymExpTwoHot(), world_model)

@@ -3,7 +3,8 @@
 from matwm_rl.files import lock_folder
 from matwm_rl.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from matwm_rl.training.collector import ResumableCollector
-from matwm_rl.training.learner import Learner, LearnerConfig
+from matwm_rl.training.config import LearnerConfig
+from matwm_rl.training.learner import Learner
 from matwm_rl.training.model_files import load_policy, load_world_model, save_policy, save_world_model
 from matwm_rl.training.process import prepare_process
 from matwm_rl.training.signals import fail_with_workers, stop_on_signal

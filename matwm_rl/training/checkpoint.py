@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from matwm_rl.arguments import check_ints
 from matwm_rl.data import Replay
 from matwm_rl.data.replay import REPLAY_FILE
 from matwm_rl.files import new_folder, remove_folder, remove_partial
@@ -76,8 +77,8 @@ def save_checkpoint(
         >>> load_checkpoint(run_dir, learner=learner, replay=replay)
         {'env_steps': 50, 'extra': {'due': 0.5}}
     """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}")
+    check_ints(1, keep=keep)
+    check_ints(0, env_steps=env_steps)
     extra = dict(extra or {})
     _check_extra(extra)
     check_finite(learner.state_dict(), "the learner")
@@ -130,7 +131,8 @@ def load_checkpoint(
 
     With a collector, a run goes on bit by bit as if it had not been interrupted (on a CPU). Without one, or where
     environments do not repeat themselves, they begin new episodes, and the newest stored step of each is marked as the
-    end of its own. Everything is checked before anything is changed. The files may be a stranger's: no code of theirs is run, no link followed.
+    end of its own. Everything is checked before anything is changed. The
+    files may be a stranger's: no code of theirs is run, no link followed.
 
     Args:
         run_dir: folder of the run.

@@ -3,116 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import CudaGraphModule, ProbabilisticTensorDictSequential, TensorDictModuleBase
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.objectives import LossModule, SoftUpdate
 
 from matwm_rl import keys
+from matwm_rl.arguments import check_kinds, check_switches
 from matwm_rl.finite import is_finite, shorten
 from matwm_rl.functional import autocast
 from matwm_rl.modules import Imagination, WorldModel
 from matwm_rl.objectives import (
     ActorLoss,
-    ActorLossConfig,
     CriticLoss,
     LambdaReturn,
     PolicyObjective,
     WorldModelLoss,
-    WorldModelLossWeights,
 )
-from matwm_rl.objectives.returns import GAMMA, LMBDA
 from matwm_rl.training import guard
+from matwm_rl.training.config import LearnerConfig, horizon_by_agents
 from matwm_rl.training.learner_state import NETWORKS, check_learner_state, describe, learner_state, load_learner_state
-
-
-class Precision(StrEnum):
-    """Precision of matrix products; weights, losses and optimizers stay float32."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-@dataclass(kw_only=True)
-class LearnerConfig:
-    """Settings of :class:`Learner`; the defaults are the paper's (Table C.6, STORM where it is silent).
-
-    Attributes:
-        world_model_lr: learning rate of the world model.
-        world_model_clip: largest gradient norm of the world model.
-        loss_weights: weights of the terms of the world-model loss.
-        actor_lr: learning rate of the actors.
-        critic_lr: learning rate of the critics.
-        actor_critic_clip: largest gradient norm of each actor, and of each critic. Networks that are no stack of
-            agents' networks are clipped together.
-        horizon: H, imagined steps; ``None``: by the number of agents, see :func:`horizon_by_agents`.
-        gamma: discount factor.
-        lmbda: lambda of the return.
-        actor: settings of the actors' loss.
-        agent_epochs: steps of every actor and critic on one imagined rollout; more than one needs ``actor.objective``
-            ``ppo`` (ours).
-        critic_decay: decay of the EMA critic.
-        lr_decay_updates: if given, every learning rate falls with one over the root of 1 + updates / this (ours). What
-            Adam's steps scatter averages out, and the length of a run need not be known.
-        precision: of the matrix products.
-        cuda_graphs: capture each update as one CUDA graph: on a GPU small networks otherwise wait for their hundreds of
-            launches. Batches must then not change their shape.
-
-    Raises:
-        ValueError: if a number must be positive and is not, or several epochs are asked for with another objective than
-            ``ppo``.
-
-    Examples:
-        >>> config = LearnerConfig(horizon=10, loss_weights=WorldModelLossWeights(reward=50.0))
-        >>> config.gamma, config.loss_weights.mask
-        (0.985, 0.5)
-    """
-
-    world_model_lr: float = 3e-5
-    world_model_clip: float = 1000.0
-    loss_weights: WorldModelLossWeights = field(default_factory=WorldModelLossWeights)
-    actor_lr: float = 3e-4
-    critic_lr: float = 3e-4
-    actor_critic_clip: float = 100.0
-    horizon: int | None = None
-    gamma: float = GAMMA
-    lmbda: float = LMBDA
-    actor: ActorLossConfig = field(default_factory=ActorLossConfig)
-    agent_epochs: int = 1
-    critic_decay: float = 0.98
-    lr_decay_updates: int | None = None
-    precision: Precision = Precision.float32
-    cuda_graphs: bool = False
-
-    def __post_init__(self) -> None:
-        positive = ("world_model_lr", "world_model_clip", "actor_lr", "critic_lr", "actor_critic_clip")
-        for name in (*positive, "agent_epochs", "lr_decay_updates", "horizon"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if self.agent_epochs > 1 and self.actor.objective != PolicyObjective.ppo:
-            raise ValueError(
-                f"agent_epochs={self.agent_epochs} takes several steps on one rollout, for which the actors' objective "
-                f"must be 'ppo', got {str(self.actor.objective)!r}"
-            )
-
-
-def horizon_by_agents(num_agents: int) -> int:
-    """The paper's number of imagined steps H (Table C.6).
-
-    Args:
-        num_agents: N.
-
-    Examples:
-        >>> [horizon_by_agents(n) for n in (3, 4, 20)]
-        [16, 12, 8]
-    """
-    return 16 if num_agents <= 3 else 12 if num_agents <= 6 else 8
 
 
 class Learner:
@@ -164,7 +77,11 @@ class Learner:
         critic: TensorDictModuleBase,
         config: LearnerConfig | None = None,
     ) -> None:
-        self.config = cfg = config or LearnerConfig()
+        self.config = cfg = LearnerConfig() if config is None else config
+        check_kinds(LearnerConfig, config=cfg)
+        cfg.check()
+        check_kinds(WorldModel, world_model=world_model)
+        check_kinds(nn.Module, actor=actor, critic=critic)
         self.world_model, self.actor, self.critic = world_model, actor, critic
         agents = world_model.num_agents
         self.world_model_loss = WorldModelLoss(world_model, weights=cfg.loss_weights)
@@ -176,8 +93,6 @@ class Learner:
         device = next(world_model.parameters()).device
         if cfg.cuda_graphs and device.type != "cuda":
             raise ValueError(f"cuda_graphs needs the world model on a CUDA device, it is on {device}")
-        if cfg.cuda_graphs and cfg.lr_decay_updates:
-            raise ValueError("a CUDA graph repeats one update: with cuda_graphs, lr_decay_updates must be None")
         for loss in (self.actor_loss, self.critic_loss):
             loss.to(device)
         self.world_model_optimizer = self._optimizer(self.world_model_loss, cfg.world_model_lr)
@@ -257,6 +172,7 @@ class Learner:
             ValueError: with ``cuda_graphs``, if the actors are not to learn: a graph repeats one update.
             FloatingPointError: as :meth:`update_world_model`, also of what is imagined.
         """
+        check_switches(train_actors=train_actors)
         if self.config.cuda_graphs and not train_actors:
             raise ValueError("a CUDA graph repeats one update: with cuda_graphs, actors learn from the first update on")
         for optimizer in (self.actor_optimizer, self.critic_optimizer):

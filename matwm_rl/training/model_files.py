@@ -167,7 +167,7 @@ def _save(path: str | Path, recipe: dict[str, Any], modules: dict[str, Any]) -> 
         source = f"the {name.replace('_', ' ')}, which is no longer as it was built,"
         check_same(module.state_dict(), expected[name].state_dict(), source=source)
         check_built(describe(module), describe(expected[name]), source=source)
-        check_finite(module.state_dict(), f"what is to be saved as {path}")
+        check_finite({name: module.state_dict()}, f"what is to be saved as {path}")
     saved = {
         "version": VERSION,
         "recipe": recipe,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from matwm_rl.arguments import check_ints, read_choice
 from matwm_rl.data.replay_state import check_random_state
 from matwm_rl.state_files import check_entries, check_same
 
@@ -51,12 +52,10 @@ def prepare_process(*, num_threads: int, matmul_precision: str = "highest") -> N
     Examples:
         >>> prepare_process(num_threads=torch.get_num_threads())
     """
-    if num_threads < 1:
-        raise ValueError(f"num_threads must be at least 1, got {num_threads}")
-    if matmul_precision not in list(MatmulPrecision):
-        raise ValueError(f"matmul_precision must be 'highest', 'high' or 'medium', got {matmul_precision!r}")
+    check_ints(1, num_threads=num_threads)
+    precision = read_choice("matmul_precision", matmul_precision, MatmulPrecision)
     torch.set_num_threads(num_threads)
-    torch.set_float32_matmul_precision(str(matmul_precision))
+    torch.set_float32_matmul_precision(precision.value)
     torch.set_flush_denormal(True)
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -215,11 +215,11 @@ def test_extend_errors():
 
 
 def test_make_replay_errors():
-    with pytest.raises(ValueError, match="'starts_per_agent': 0"):
+    with pytest.raises(ValueError, match="starts_per_agent must be a positive integer, got 0"):
         build(starts_per_agent=0)
     with pytest.raises(ValueError, match="can never hold 11 slices of 6"):
         build(sequences=11 * N)
-    with pytest.raises(ValueError, match="can never hold"):
+    with pytest.raises(ValueError, match="context_length . 1 must be at most the capacity, 60, got 61"):
         build(context_length=60)
     assert build(7, capacity=60).capacity == 56
 

@@ -133,7 +133,7 @@ def test_unknown_names_list_what_exists(name: str, message: str) -> None:
 
 
 def test_no_environments() -> None:
-    with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_envs must be a positive integer, got 0"):
         make_env("mock", num_envs=0)
 
 

@@ -102,7 +102,11 @@ def test_batch_resets_one_environment() -> None:
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
-    [({"episode_length": 0}, "episode_length=0"), ({"death_step": 0}, "death_step=0"), ({"ending": "stop"}, "'stop'")],
+    [
+        ({"episode_length": 0}, "episode_length must be"),
+        ({"death_step": 0}, "death_step must be"),
+        ({"ending": "stop"}, "'stop'"),
+    ],
 )
 def test_bad_arguments(kwargs: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

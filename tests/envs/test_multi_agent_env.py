@@ -295,7 +295,7 @@ def test_step_before_reset() -> None:
 
 
 def test_bad_image_size() -> None:
-    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="image_size must be a positive integer, got 0"):
         MultiAgentEnv(MockEnv(), image_size=0)
 
 

@@ -113,7 +113,7 @@ def test_open_loop_of_what_is_no_episode(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     with pytest.raises(ValueError, match=r"one rollout \[T\]"):
         plot_open_loop(model, episode.unsqueeze(0), path, layout=env.layout)
-    with pytest.raises(ValueError, match="index below 3"):
+    with pytest.raises(ValueError, match="agent must be an integer from 0 to 2, got 3"):
         plot_open_loop(model, episode, path, layout=env.layout, agent=3)
     with pytest.raises(ValueError, match="6 steps.*4 \\+ 3"):
         plot_open_loop(model, episode, path, layout=env.layout, context_length=4, horizon=3)

@@ -259,8 +259,7 @@ def test_a_configuration_of_a_user_builds_encoder_and_decoder(latent: Any) -> No
     [
         ({"reward_interpolation": "linear"}, "interpolation must be 'raw' or 'symlog', got 'linear'"),
         ({"encoder": CoordinateEncoderConfig()}, "CategoricalLatent holds no numbers: take a GaussianLatent"),
-        ({"num_heads": 3}, r"features \(16\) must be a multiple of 2 \* num_heads \(6\)"),
-        ({"latent": CategoricalLatentConfig(num_classes=1)}, "at least 2 classes, got 1"),
+        ({"num_heads": 3}, r"hidden_size must be a multiple of 2 \* num_heads, 6, got 16"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -291,7 +290,7 @@ def test_a_part_of_the_wrong_kind_is_named(name: str, kind: str) -> None:
 
 
 def test_groups_that_do_not_fit_the_agents_are_named() -> None:
-    with pytest.raises(ValueError, match=r"group for each of 3 agents, got \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"group_index must have an index for each of 3 agents, got \[0, 1\]"):
         WorldModel(**(build_parts(make_layout(), config()) | {"group_index": [0, 1]}))
 
 

@@ -92,5 +92,5 @@ def test_random_frames_of_a_collector_have_features_too() -> None:
 
 
 def test_bad_lengths_are_named() -> None:
-    with pytest.raises(ValueError, match="history_length must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="history_length must be a positive integer, got 0"):
         WorldModelFeatures(make_model(), history_length=0)

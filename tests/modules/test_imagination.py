@@ -236,7 +236,7 @@ def test_bfloat16_gives_float32_states_near_those_of_float32(
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="'float32' or 'bfloat16', got 'half'"):
         make_imagination(precision="half")(starts())
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(ValueError, match="horizon must be a positive integer, got 0"):
         make_imagination(horizon=0)
     with pytest.raises(ValueError, match=r"\[\*S, context \+ 1\]"):
         make_imagination()(starts()[0])

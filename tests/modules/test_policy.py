@@ -241,5 +241,5 @@ def test_missing_primer_is_explained() -> None:
 
 
 def test_a_policy_without_memory_is_refused() -> None:
-    with pytest.raises(ValueError, match="history_length must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="history_length must be a positive integer, got 0"):
         make_policy(history_length=0)

@@ -90,5 +90,5 @@ def test_wrong_entries_are_named() -> None:
         estimator(seen.clone().set(("history", "code"), torch.zeros(3, 2, 4, dtype=torch.int16)))
     with pytest.raises(KeyError, match=r"reads \('agents', 'action'\), which is missing"):
         estimator.remember(estimator(seen.clone()))
-    with pytest.raises(ValueError, match="history_length must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="history_length must be a positive integer, got 0"):
         StateEstimator(make_model(), history_length=0)

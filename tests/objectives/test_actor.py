@@ -146,9 +146,9 @@ def test_the_objective_is_chosen_and_not_read_off_the_batch() -> None:
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"objective": "a2c"}, "'a2c' is not a valid PolicyObjective"),
-        ({"advantage": "center"}, "'center' is not a valid Advantage"),
-        ({"clip_epsilon": -0.2}, "clip_epsilon must not be negative, got -0.2"),
+        ({"objective": "a2c"}, "objective must be 'reinforce' or 'ppo', got 'a2c'"),
+        ({"advantage": "center"}, "advantage must be 'return_scale' or 'standardize', got 'center'"),
+        ({"clip_epsilon": -0.2}, "clip_epsilon must be a number of at least 0, got -0.2"),
     ],
     ids=str,
 )

@@ -213,5 +213,5 @@ def test_locked_lazy_and_memory_mapped_batches(kind: str, tmp_path: Path) -> Non
 
 
 def test_negative_free_nats_are_refused() -> None:
-    with pytest.raises(ValueError, match="free_nats must not be negative, got -1"):
+    with pytest.raises(ValueError, match="free_nats must be a number of at least 0, got -1"):
         WorldModelLoss(make_model(), free_nats=-1.0)

@@ -107,9 +107,9 @@ def test_a_bonus_of_ones_own(float64: None) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MeanPolicyEntropy(-0.1), "the weight of MeanPolicyEntropy must not be negative, got -0.1"),
-        (lambda: Signalling(float("nan")), "the weight of Signalling must not be negative, got nan"),
-        (lambda: Signalling(1.0, tolerance=-0.1), "tolerance must not be negative, got -0.1"),
+        (lambda: MeanPolicyEntropy(-0.1), "coeff must be a number of at least 0, got -0.1"),
+        (lambda: Signalling(float("nan")), "coeff must be a number of at least 0, got nan"),
+        (lambda: Signalling(1.0, tolerance=-0.1), "tolerance must be a number of at least 0, got -0.1"),
     ],
 )
 def test_numbers_out_of_range_are_refused(make: Callable[[], Regularizer], message: str) -> None:

@@ -87,7 +87,7 @@ def test_the_real_critic_is_asked_for_the_last_successor_without_gradient() -> N
 
 @pytest.mark.parametrize("wrong", [{"gamma": 1.5}, {"lmbda": -0.1}])
 def test_factors_must_lie_between_0_and_1(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="must lie in"):
+    with pytest.raises(ValueError, match="must be a number from 0 to 1, got"):
         LambdaReturn(CRITIC, **wrong)
 
 

@@ -22,7 +22,8 @@ from matwm_rl.modules import (
 from matwm_rl.state_files import write_state
 from matwm_rl.training import checkpoint
 from matwm_rl.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
-from matwm_rl.training.learner import Learner, LearnerConfig
+from matwm_rl.training.config import LearnerConfig
+from matwm_rl.training.learner import Learner
 from tests.helpers import LATENTS
 from tests.training.helpers import update
 

@@ -83,7 +83,7 @@ def forge(run_dir: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     write_state(file, state)
 
 
-@pytest.mark.parametrize("entry", ["env_steps", "learner", "built", "replay", "rng", "extra"])
+@pytest.mark.parametrize("entry", ["env_steps", "learner", "built", "replay", "collector", "random", "extra"])
 def test_a_missing_entry_is_named(saved: Path, entry: str) -> None:
     forge(saved, lambda state: state.pop(entry))
     refused(saved, rf"state\.pt does not fit: {entry} is missing")
@@ -96,8 +96,8 @@ def test_a_missing_entry_is_named(saved: Path, entry: str) -> None:
         ("learner", "actor_optimizer"),
         ("learner", "return_scale"),
         ("learner", "target_critic"),
-        ("rng", "cpu"),
-        ("rng", "cuda"),
+        ("random", "torch"),
+        ("random", "numpy"),
     ],
 )
 def test_a_missing_entry_of_a_part_is_named(saved: Path, part: str, entry: str) -> None:
@@ -132,9 +132,12 @@ def test_moments_of_no_parameter(saved: Path) -> None:
         (lambda state: state.update(env_steps=-1), "env_steps must be a number of steps, found -1"),
         (lambda state: state.update(env_steps="4"), "env_steps must be a number of steps, found '4'"),
         (lambda state: state.update(extra=[1]), "extra must be a dict, found a list"),
-        (lambda state: state["rng"].update(cpu=torch.zeros(5)), r"random state has shape \(5,\)"),
-        (lambda state: state["rng"].update(cpu=torch.full((5056,), 9, dtype=torch.uint8)), "no state of a random gen"),
-        (lambda state: state["rng"].update(cuda="all"), "cuda must be a list"),
+        (lambda state: state["random"].update(torch=torch.zeros(5)), r"random state has shape \(5,\)"),
+        (
+            lambda state: state["random"].update(torch=torch.full((5056,), 9, dtype=torch.uint8)),
+            "no state of a random gen",
+        ),
+        (lambda state: state["random"].update(cuda="all"), "cuda must be a list"),
         (lambda state: state["learner"].update(updates=-2), "updates must not be negative"),
         (lambda state: state["learner"].update(updates=2.5), "updates is a float, expected a int"),
         (lambda state: state["learner"]["world_model"].popitem(), r"world_model\.[\w.]+ is missing"),

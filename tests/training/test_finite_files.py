@@ -65,7 +65,7 @@ def test_a_ruined_checkpoint_of_before_is_not_loaded(tmp_path: Path, monkeypatch
         save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=60)
     learner.load_state_dict(other)
     before = replay.sequences.storage[:].clone()
-    with pytest.raises(ValueError, match=r"000000 holds numbers that are not finite: actor\..* \(nan\)"):
+    with pytest.raises(ValueError, match=r"000000/state.pt holds numbers that are not finite: actor\..* \(nan\)"):
         load_checkpoint(tmp_path, learner=learner, replay=replay)
     assert_same(learner.state_dict(), other)
     assert (replay.sequences.storage[:] == before).all()

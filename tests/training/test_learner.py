@@ -262,11 +262,11 @@ def test_learning_rates_fall_with_the_root_of_the_updates() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"agent_epochs": 0}, "agent_epochs must be positive, got 0"),
-        ({"lr_decay_updates": 0}, "lr_decay_updates must be positive, got 0"),
-        ({"horizon": 0}, "horizon must be positive, got 0"),
-        ({"critic_lr": -1.0}, "critic_lr must be positive, got -1.0"),
-        ({"actor_critic_clip": 0.0}, "actor_critic_clip must be positive, got 0.0"),
+        ({"agent_epochs": 0}, "LearnerConfig.agent_epochs must be a positive integer, got 0"),
+        ({"lr_decay_updates": 0}, "lr_decay_updates must be a positive integer, got 0"),
+        ({"horizon": 0}, "horizon must be a positive integer, got 0"),
+        ({"critic_lr": -1.0}, "critic_lr must be a positive number, got -1.0"),
+        ({"actor_critic_clip": 0.0}, "actor_critic_clip must be a positive number, got 0.0"),
         ({"agent_epochs": 2}, "agent_epochs=2 .* must be 'ppo', got 'reinforce'"),
     ],
     ids=str,

@@ -26,7 +26,7 @@ def test_threads_precision_and_denormals_are_set() -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_threads must be a positive integer, got 0"):
         prepare_process(num_threads=0)
     with pytest.raises(ValueError, match="got 'lowest'"):
         prepare_process(num_threads=1, matmul_precision="lowest")

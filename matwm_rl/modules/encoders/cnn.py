@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from matwm_rl.arguments import check_ints
 from matwm_rl.functional import at_least_float32
 
 
-def _check_image(shape: Sequence[int], depth: int) -> None:
-    if len(shape) != 3 or shape[1] != shape[2] or shape[1] % 2**depth:
+def _check_image(shape: Sequence[int], depth: int, **sizes: int) -> None:
+    check_ints(1, maximum=16, depth=depth)
+    check_ints(1, **sizes)
+    if len(shape) != 3 or min(shape) < 1 or shape[1] != shape[2] or shape[1] % 2**depth:
         raise ValueError(
             f"the CNN needs square images [channels, S, S] with S a multiple of {2**depth}, got {tuple(shape)}; "
             "set MultiAgentEnv(image_size=...)"
@@ -35,7 +38,7 @@ class CNNEncoder(nn.Module):
 
     def __init__(self, image_shape: Sequence[int], out_features: int, *, channels: int = 32, depth: int = 4) -> None:
         super().__init__()
-        _check_image(image_shape, depth)
+        _check_image(image_shape, depth, out_features=out_features, channels=channels)
         layers: list[nn.Module] = []
         size, width = image_shape[1], image_shape[0]
         for layer in range(depth):
@@ -70,7 +73,7 @@ class CNNDecoder(nn.Module):
 
     def __init__(self, latent_size: int, image_shape: Sequence[int], *, channels: int = 32, depth: int = 4) -> None:
         super().__init__()
-        _check_image(image_shape, depth)
+        _check_image(image_shape, depth, latent_size=latent_size, channels=channels)
         self.size = image_shape[1] // 2**depth
         self.width = channels * 2 ** (depth - 1)
         self.input = nn.Linear(latent_size, self.width * self.size**2)

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from matwm_rl.arguments import check_numbers
+from matwm_rl.modules.encoders.features import MAX_FREQUENCIES
 from matwm_rl.modules.encoders.mlp import EncoderConfig, MLPDecoder, MLPEncoder
 from matwm_rl.modules.latents import LatentSpace
 from matwm_rl.modules.stacked import StackedLinear
+from matwm_rl.settings import setting
 
 
 class CoordinateEncoder(MLPEncoder):
@@ -57,6 +60,7 @@ class CoordinateEncoder(MLPEncoder):
             depth=depth,
             fourier_features=fourier_features,
         )
+        check_numbers(above=0, scale=scale)
         self.skip = StackedLinear(observation_size, out_features, group_index)
         if observation_size <= out_features:
             with torch.no_grad():
@@ -96,6 +100,7 @@ class CoordinateDecoder(MLPDecoder):
         scale: float,
     ) -> None:
         super().__init__(latent_size, observation_size, group_index=group_index, num_cells=num_cells, depth=depth)
+        check_numbers(above=0, scale=scale)
         self.skip = StackedLinear(latent_size, observation_size, group_index)
         if observation_size <= latent_size:
             with torch.no_grad():
@@ -134,8 +139,8 @@ class CoordinateEncoderConfig(EncoderConfig):
     """
 
     linear = True
-    depth: int = 2
-    fourier_features: int = 4
+    depth: int = setting(2, minimum=1)
+    fourier_features: int = setting(4, minimum=0, maximum=MAX_FREQUENCIES)
 
     def build(
         self, observation_size: int, latent: LatentSpace, *, group_index: Sequence[int], num_cells: int

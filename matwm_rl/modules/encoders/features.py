@@ -7,8 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from matwm_rl.arguments import check_ints
+
 MAX_DISTANCES = 1000
 """Distances that a reward head reads at most; 88 coordinates in the plane have 990. Their number grows as D squared."""
+MAX_FREQUENCIES = 24
+"""Each is twice the one before; beyond these a coordinate's sines are but the rounding of its float32."""
 
 
 class FourierFeatures(nn.Module):
@@ -29,6 +33,7 @@ class FourierFeatures(nn.Module):
 
     def __init__(self, num_frequencies: int) -> None:
         super().__init__()
+        check_ints(0, maximum=MAX_FREQUENCIES, num_frequencies=num_frequencies)
         self.num_frequencies = num_frequencies
         self.size_factor = 2 * num_frequencies + 1
         self.register_buffer("frequency", 0.5 * math.pi * 2.0 ** torch.arange(num_frequencies), persistent=False)
@@ -69,8 +74,7 @@ class PointDistances(nn.Module):
 
     def __init__(self, observation_size: int, *, size: int) -> None:
         super().__init__()
-        if size < 1:
-            raise ValueError(f"a point has 1 or more coordinates, got {size}")
+        check_ints(1, observation_size=observation_size, size=size)
         self.size, self.missing = size, -observation_size % size
         with_zero = (observation_size + self.missing) // size + 1
         first, second = torch.triu_indices(with_zero, with_zero, 1)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from matwm_rl.arguments import check_ints
+from matwm_rl.checks import check_type
 from matwm_rl.functional import at_least_float32
 from matwm_rl.modules.encoders.features import FourierFeatures
 from matwm_rl.modules.latents import LatentSpace
 from matwm_rl.modules.stacked import StackedLinear, mlp
+from matwm_rl.settings import Settings, setting
 
 
 class MLPEncoder(nn.Module):
@@ -41,6 +45,7 @@ class MLPEncoder(nn.Module):
         fourier_features: int = 0,
     ) -> None:
         super().__init__()
+        check_ints(1, observation_size=observation_size, out_features=out_features, num_cells=num_cells, depth=depth)
         self.features = FourierFeatures(fourier_features)
         self.input = StackedLinear(observation_size * self.features.size_factor, num_cells, group_index)
         self.trunk = nn.Sequential(nn.LayerNorm(num_cells), nn.SiLU(), mlp(num_cells, num_cells, depth - 1))
@@ -48,6 +53,7 @@ class MLPEncoder(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """Encode ``[N, *batch, D]`` to ``[N, *batch, out_features]``."""
+        check_type(observation, f"{type(self).__name__} reads 'observation'", torch.float32)
         return at_least_float32(self._encode(observation))
 
     def _encode(self, observation: Tensor) -> Tensor:
@@ -75,6 +81,7 @@ class MLPDecoder(nn.Module):
         self, latent_size: int, observation_size: int, *, group_index: Sequence[int], num_cells: int, depth: int
     ) -> None:
         super().__init__()
+        check_ints(1, latent_size=latent_size, observation_size=observation_size, num_cells=num_cells, depth=depth)
         self.trunk = mlp(latent_size, num_cells, depth)
         self.output = StackedLinear(num_cells, observation_size, group_index)
 
@@ -87,7 +94,7 @@ class MLPDecoder(nn.Module):
 
 
 @dataclass(kw_only=True)
-class EncoderConfig:
+class EncoderConfig(Settings):
     """Settings of encoder and decoder of vector observations; a subclass for each kind. Yours can be another subclass.
 
     Attributes:
@@ -134,7 +141,7 @@ class MLPEncoderConfig(EncoderConfig):
         3
     """
 
-    depth: int = 3
+    depth: int = setting(3, minimum=1)
 
     def build(
         self, observation_size: int, latent: LatentSpace, *, group_index: Sequence[int], num_cells: int

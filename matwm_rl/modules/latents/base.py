@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from matwm_rl.arguments import check_ints
 from matwm_rl.functional import balanced_kl
+from matwm_rl.settings import Settings
 
 
 class LatentSpace(nn.Module):
@@ -57,8 +59,7 @@ class LatentSpace(nn.Module):
 
     def __init__(self, num_dims: int) -> None:
         super().__init__()
-        if num_dims < 1:
-            raise ValueError(f"a latent space needs at least 1 dimension, got {num_dims}")
+        check_ints(1, num_dims=num_dims)
         self.num_dims = num_dims
 
     def posterior(self, features: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ class LatentSpace(nn.Module):
 
 
 @dataclass(kw_only=True)
-class LatentConfig:
+class LatentConfig(Settings):
     """Settings of a latent space; a subclass for each kind. Yours can be another subclass.
 
     Examples:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from matwm_rl.arguments import check_ints, check_numbers
 from matwm_rl.functional import may_need_gradient, one_hot_classes, sample_index
 from matwm_rl.modules.latents.base import LatentConfig, LatentSpace
+from matwm_rl.settings import setting
 
 
 class CategoricalLatent(LatentSpace):
@@ -23,7 +25,7 @@ class CategoricalLatent(LatentSpace):
         unimix: share of the uniform distribution that is mixed into all probabilities.
 
     Raises:
-        ValueError: if there is no dimension, or there are fewer than two classes.
+        ValueError: if there is no dimension, there are fewer than two classes, or ``unimix`` does not lie in [0, 1).
 
     Examples:
         >>> space = CategoricalLatent(4, 8)
@@ -38,8 +40,8 @@ class CategoricalLatent(LatentSpace):
 
     def __init__(self, num_dims: int, num_classes: int, *, unimix: float = 0.01) -> None:
         super().__init__(num_dims)
-        if num_classes < 2:
-            raise ValueError(f"a categorical latent needs at least 2 classes, got {num_classes}")
+        check_ints(2, num_classes=num_classes)
+        check_numbers(minimum=0, below=1, unimix=unimix)
         self.num_classes = num_classes
         self.unimix = unimix
         self.encoder_size = self.latent_size = self.dynamics_size = num_dims * num_classes
@@ -103,8 +105,8 @@ class CategoricalLatentConfig(LatentConfig):
         1024
     """
 
-    num_dims: int = 32
-    num_classes: int = 32
+    num_dims: int = setting(32, minimum=1)
+    num_classes: int = setting(32, minimum=2)
 
     def build(self) -> CategoricalLatent:
         """Build the latent space."""

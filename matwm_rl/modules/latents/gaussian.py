@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from matwm_rl.arguments import check_numbers
 from matwm_rl.functional import at_least_float32, balanced_gaussian_kl
 from matwm_rl.modules.latents.base import LatentConfig, LatentSpace
+from matwm_rl.settings import setting
 
 
 class GaussianLatent(LatentSpace):
@@ -44,9 +46,7 @@ class GaussianLatent(LatentSpace):
         self, num_dims: int, *, width: float = 0.02, step_scale: float = 0.4, spread_scale: float = 0.2
     ) -> None:
         super().__init__(num_dims)
-        for name, value in (("width", width), ("step_scale", step_scale), ("spread_scale", spread_scale)):
-            if not value > 0:
-                raise ValueError(f"{name} of a Gaussian latent must be positive, got {value}")
+        check_numbers(above=0, width=width, step_scale=step_scale, spread_scale=spread_scale)
         self.width, self.step_scale, self.spread_scale = width, step_scale, spread_scale
         self.encoder_size = self.latent_size = num_dims
         self.dynamics_size = 2 * num_dims
@@ -97,7 +97,7 @@ class GaussianLatentConfig(LatentConfig):
         GaussianLatent()
     """
 
-    num_dims: int = 64
+    num_dims: int = setting(64, minimum=1)
 
     def build(self) -> GaussianLatent:
         """Build the latent space."""

@@ -41,5 +41,5 @@ def test_distances_of_points_that_meet_have_a_slope() -> None:
     observation = torch.zeros(4, requires_grad=True)
     (slope,) = grads(PointDistances(4, size=2)(observation).sum(), [observation])
     assert slope.isfinite().all()
-    with pytest.raises(ValueError, match="1 or more coordinates, got 0"):
+    with pytest.raises(ValueError, match="size must be a positive integer, got 0"):
         PointDistances(4, size=0)

@@ -72,12 +72,12 @@ def test_configs_build_their_spaces() -> None:
 
 def test_bad_sizes_are_named() -> None:
     for build in (lambda: GaussianLatent(0), lambda: CategoricalLatent(0, 4)):
-        with pytest.raises(ValueError, match="at least 1 dimension, got 0"):
+        with pytest.raises(ValueError, match="num_dims must be a positive integer, got 0"):
             build()
-    with pytest.raises(ValueError, match="at least 2 classes, got 1"):
+    with pytest.raises(ValueError, match="num_classes must be an integer of at least 2, got 1"):
         CategoricalLatent(2, 1)
     for name in ("width", "step_scale", "spread_scale"):
-        with pytest.raises(ValueError, match=rf"{name} of a Gaussian latent must be positive, got -0\.5"):
+        with pytest.raises(ValueError, match=rf"{name} must be a positive number, got -0\.5"):
             GaussianLatent(2, **{name: -0.5})
 
 

@@ -1,0 +1,94 @@
+"""Settings of the learner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from matwm_rl.arguments import check_ints
+from matwm_rl.objectives import ActorLossConfig, PolicyObjective, WorldModelLossWeights
+from matwm_rl.objectives.returns import GAMMA, LMBDA
+from matwm_rl.settings import Settings, setting
+
+
+class Precision(StrEnum):
+    """Precision of matrix products; weights, losses and optimizers stay float32."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass(kw_only=True)
+class LearnerConfig(Settings):
+    """Settings of :class:`Learner`; the defaults are the paper's (Table C.6, STORM where it is silent).
+
+    Attributes:
+        world_model_lr: learning rate of the world model.
+        world_model_clip: largest gradient norm of the world model.
+        loss_weights: weights of the terms of the world-model loss.
+        actor_lr: learning rate of the actors.
+        critic_lr: learning rate of the critics.
+        actor_critic_clip: largest gradient norm of each actor, and of each critic. Networks that are no stack of
+            agents' networks are clipped together.
+        horizon: H, imagined steps; ``None``: by the number of agents, see :func:`horizon_by_agents`.
+        gamma: discount factor.
+        lmbda: lambda of the return.
+        actor: settings of the actors' loss.
+        agent_epochs: steps of every actor and critic on one imagined rollout; more than one needs ``actor.objective``
+            ``ppo`` (ours).
+        critic_decay: decay of the EMA critic.
+        lr_decay_updates: if given, every learning rate falls with one over the root of 1 + updates / this (ours). What
+            Adam's steps scatter averages out, and the length of a run need not be known.
+        precision: of the matrix products.
+        cuda_graphs: capture each update as one CUDA graph: on a GPU small networks otherwise wait for their hundreds of
+            launches. Batches must then not change their shape.
+
+    Raises:
+        ValueError: if a number is out of range, several epochs are asked for with another objective than ``ppo``, or
+            learning rates that fall with ``cuda_graphs``.
+
+    Examples:
+        >>> config = LearnerConfig(horizon=10, loss_weights=WorldModelLossWeights(reward=50.0))
+        >>> config.gamma, config.loss_weights.mask
+        (0.985, 0.5)
+    """
+
+    world_model_lr: float = setting(3e-5, above=0)
+    world_model_clip: float = setting(1000.0, above=0)
+    loss_weights: WorldModelLossWeights = field(default_factory=WorldModelLossWeights)
+    actor_lr: float = setting(3e-4, above=0)
+    critic_lr: float = setting(3e-4, above=0)
+    actor_critic_clip: float = setting(100.0, above=0)
+    horizon: int | None = setting(None, minimum=1)
+    gamma: float = setting(GAMMA, minimum=0, maximum=1)
+    lmbda: float = setting(LMBDA, minimum=0, maximum=1)
+    actor: ActorLossConfig = field(default_factory=ActorLossConfig)
+    agent_epochs: int = setting(1, minimum=1)
+    critic_decay: float = setting(0.98, minimum=0, below=1)
+    lr_decay_updates: int | None = setting(None, minimum=1)
+    precision: Precision = Precision.float32
+    cuda_graphs: bool = False
+
+    def check(self) -> None:
+        """Refuse several epochs without PPO, and learning rates that fall in CUDA graphs."""
+        if self.agent_epochs > 1 and self.actor.objective != PolicyObjective.ppo:
+            raise ValueError(
+                f"agent_epochs={self.agent_epochs} takes several steps on one rollout, for which the actors' objective "
+                f"must be 'ppo', got {str(self.actor.objective)!r}"
+            )
+        if self.cuda_graphs and self.lr_decay_updates is not None:
+            raise ValueError("a CUDA graph repeats one update: with cuda_graphs, lr_decay_updates must be None")
+
+
+def horizon_by_agents(num_agents: int) -> int:
+    """The paper's number of imagined steps H (Table C.6).
+
+    Args:
+        num_agents: N.
+
+    Examples:
+        >>> [horizon_by_agents(n) for n in (3, 4, 20)]
+        [16, 12, 8]
+    """
+    check_ints(1, num_agents=num_agents)
+    return 16 if num_agents <= 3 else 12 if num_agents <= 6 else 8
