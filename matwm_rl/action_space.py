@@ -286,6 +286,10 @@ class ActionDistribution(MaskedCategorical):
         logits: ``[*batch, A]``.
         mask: bool ``[*batch, A]``, which actions are legal.
 
+    Raises:
+        ValueError: without a mask, or with one of another shape than the logits'.
+        TypeError: with a mask that is not bool.
+
     Examples:
         >>> mask = torch.tensor([False, True, False])
         >>> ActionDistribution(logits=torch.zeros(3), mask=mask).sample()

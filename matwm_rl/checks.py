@@ -211,7 +211,7 @@ def _entry(
         raise KeyError(f"{what} {key!r}, which is missing; there are {present}{note and '; '}{note}")
     if shape is not None:
         check_shape(value, f"{what} {key!r}", shape, note)
-    if value.is_complex():
+    if isinstance(value, Tensor) and value.is_complex():
         raise TypeError(f"{what} {key!r} as real numbers, found {value.dtype}")
     name = key if isinstance(key, str) else key[-1]
     return check_type(value, f"{what} {key!r}", TYPES[name]) if name in TYPES else value

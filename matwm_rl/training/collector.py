@@ -66,6 +66,8 @@ class ResumableCollector(Collector):
         self._env_steps = self._seeded_at = 0
         self._actions: list[Tensor] = []
         self.continues = True
+        # What the policy writes anew in every step is no part of the state.
+        self._kept = list(collector_carrier(self).keys(include_nested=True, leaves_only=True))
 
     def iterator(self) -> Iterator[TensorDictBase]:
         """Yield batches, as :class:`~torchrl.collectors.Collector` does."""
@@ -113,7 +115,9 @@ class ResumableCollector(Collector):
             raise ValueError(f"{source} actions: {problem}")
 
     def _flat_carrier(self) -> dict[str, Tensor]:
-        carrier: dict[str, Tensor] = collector_carrier(self).flatten_keys(".").clone().cpu().to_dict()
+        carrier: dict[str, Tensor] = (
+            collector_carrier(self).select(*self._kept).flatten_keys(".").clone().cpu().to_dict()
+        )
         return carrier
 
     def load_state_dict(self, state_dict: dict[str, Any], **kwargs: Any) -> None:

@@ -154,7 +154,7 @@ def test_an_episode_that_never_ends_is_an_error(make: Callable[[], MultiAgentEnv
 
 def test_the_limit_is_of_episodes_and_not_of_the_evaluation() -> None:
     assert evaluate(mock_env(5), NextAction(), episodes=3, max_steps=5).values.tolist() == [hand_summed(5)] * 3
-    with pytest.raises(ValueError, match="max_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_steps must be a positive integer, got 0"):
         evaluate(mock_env(5), NextAction(), max_steps=0)
 
 

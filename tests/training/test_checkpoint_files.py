@@ -137,6 +137,8 @@ def test_moments_of_no_parameter(saved: Path) -> None:
             lambda state: state["random"].update(torch=torch.full((5056,), 9, dtype=torch.uint8)),
             "no state of a random gen",
         ),
+        (lambda state: state["random"].update(python=(3, (1, 2), None)), "python is no random state"),
+        (lambda state: state["random"].update(numpy=("MT19937", [1], 0, 0, 0.0)), "numpy is no random state"),
         (lambda state: state["random"].update(cuda="all"), "cuda must be a list"),
         (lambda state: state["learner"].update(updates=-2), "updates must not be negative"),
         (lambda state: state["learner"].update(updates=2.5), "updates is a float, expected a int"),

@@ -103,3 +103,24 @@ def test_new_episodes_begin_where_the_environment_does_not_repeat_itself() -> No
     other = resumed(one.state_dict(), MultiAgentEnv(Unseeded()))
     assert not other.continues
     assert next(iter(other))[keys.OBSERVATION][0, 0, 0] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("carrier"), "'carrier' is missing"),
+        (lambda state: state["carrier"].pop("agents.observation"), "carrier.agents.observation is missing"),
+        (lambda state: state["carrier"].update({"agents.alive": torch.ones(7)}), "carrier.agents.alive has shape"),
+        (lambda state: state.update(actions=torch.zeros(2)), "actions must be an int64 tensor"),
+        (lambda state: state.update(actions=torch.zeros(8, 5, dtype=torch.int64)), r"shape \[\*, 3\], found \[8, 5\]"),
+        (lambda state: state["actions"].fill_(99), "99"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(change: Any, message: str) -> None:
+    one = build(make_env("mock", seed=5))
+    next(iter(one))
+    state = one.state_dict()
+    one.check_state_dict(state, source="state.pt")
+    change(state)
+    with pytest.raises(ValueError, match=f"state.pt.*{message}"):
+        one.check_state_dict(state, source="state.pt")

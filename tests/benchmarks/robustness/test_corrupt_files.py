@@ -45,7 +45,7 @@ def test_what_must_not_happen_is_seen(tmp_path: Path, target: Loaded) -> None:
         return outcome(Kind("policy.pt", read), folder, marker, target, expected)[0]
 
     def refuse(folder: Path, target: Loaded) -> None:
-        target.replay.end_episodes()
+        target.learner.updates += 1
         raise ValueError(folder)
 
     assert found(lambda folder, _: {"a": 1}) == "loaded as something else"
