@@ -291,7 +291,8 @@ class WorldModel(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Run whole sequences through the model: see the class for keys."""
         # Read off an entry, because a tensordict made from keyword arguments has no batch size.
-        shape = read_entry(tensordict, keys.AGENT_DONE, self, note=MISSING_ENTRIES).shape[:-2]
+        ends = read_entry(tensordict, keys.AGENT_DONE, self, note=MISSING_ENTRIES)
+        shape = check_shape(ends, f"reads {keys.AGENT_DONE}", (*ends.shape[:-2], None, 1)).shape[:-2]
         read = partial(read_sequences, tensordict, reader=self, shape=shape, agents=self.num_agents)
         observation = in_type_of(self.encoder, read(keys.OBSERVATION, event=self.observation_shape))
         next_observation = in_type_of(self.encoder, read(keys.NEXT_OBSERVATION, event=self.observation_shape))

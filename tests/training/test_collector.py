@@ -108,7 +108,7 @@ def test_new_episodes_begin_where_the_environment_does_not_repeat_itself() -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("carrier"), "'carrier' is missing"),
+        (lambda state: state.pop("carrier"), "carrier is missing"),
         (lambda state: state["carrier"].pop("agents.observation"), "carrier.agents.observation is missing"),
         (lambda state: state["carrier"].update({"agents.alive": torch.ones(7)}), "carrier.agents.alive has shape"),
         (lambda state: state.update(actions=torch.zeros(2)), "actions must be an int64 tensor"),
