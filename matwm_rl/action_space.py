@@ -1,7 +1,6 @@
 """What agents can do: the one place that knows whether an action is an index or a vector.
 
-Legend: N agents, A numbers that describe one agent's action distribution (of discrete actions: the most actions of any
-agent), F features.
+Legend: N agents, A numbers that describe one agent's distribution (discrete: the most actions of any agent), F features.
 """
 
 from __future__ import annotations
@@ -279,8 +278,7 @@ def _counts_on(counts: tuple[int, ...], device: torch.device) -> Tensor:
 class ActionDistribution(MaskedCategorical):
     """TorchRL's ``MaskedCategorical``, drawn by the inverse of the cumulative distribution.
 
-    ``torch.multinomial`` takes four times as long, and the checks that distributions make by default make a GPU wait at
-    every step.
+    ``torch.multinomial`` takes four times as long, and distributions' own checks make a GPU wait at every step.
 
     Args:
         logits: ``[*batch, A]``.
@@ -288,7 +286,6 @@ class ActionDistribution(MaskedCategorical):
 
     Raises:
         ValueError: without a mask, or with one of another shape than the logits'.
-        TypeError: with a mask that is not bool.
 
     Examples:
         >>> mask = torch.tensor([False, True, False])
