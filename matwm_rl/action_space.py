@@ -1,6 +1,6 @@
 """What agents can do: the one place that knows whether an action is an index or a vector.
 
-Legend: N agents, A numbers that describe one agent's distribution (discrete: the most actions of any agent), F features.
+Legend: N agents, A numbers that describe one agent's distribution (discrete: the most actions of an agent), F features.
 """
 
 from __future__ import annotations

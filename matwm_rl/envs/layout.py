@@ -219,6 +219,8 @@ class AgentLayout:
         if num_channels is None:
             sizes = [size for size, _ in observations]
             shape: tuple[int, ...] = (max(sizes),)
+            if not max(sizes):
+                raise ValueError(f"no agent observes anything: the observations of {names} have no entry")
         else:
             shape = (num_channels, image_size, image_size)
             sizes = [math.prod(shape)] * len(observations)
