@@ -129,7 +129,7 @@ def main(overridden: DictConfig) -> None:
                 )
 
             matches = play(cfg, test_env, policy, cfg.evaluation.final_episodes)
-            if env_steps > first_step:  # else it is in the log already
+            if env_steps not in log.evaluated:
                 log.log(matches.metrics(), env_steps)
             log.note(f"{env_steps} steps: {matches}")
             save_policy(run_dir / "policy.pt", policy)

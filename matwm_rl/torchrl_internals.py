@@ -107,6 +107,14 @@ def simulator(env: EnvBase) -> Any:
     return env._env
 
 
+def replace_simulator(env: EnvBase, other: Any) -> None:
+    """Put another object in the place of the simulator behind one of TorchRL's wrappers.
+
+    The wrapper reads specs when it is made, and cannot be told afterwards to look at what the simulator returns.
+    """
+    env._env = other
+
+
 def vmas_random_state(env: EnvBase) -> list[Any]:
     """Return the random state that all VMAS environments of a process share, a list to be changed in place.
 

@@ -61,6 +61,7 @@ def bad_values(kind: str, optional: bool = False) -> SearchStrategy[Any]:
         "choice": TEXT | st.integers() | st.none(),
         "text": st.integers() | st.floats() | st.none() | st.sampled_from(["", " ", "\0"]) | st.just([]),
         "index": TEXT | st.integers() | st.none() | st.just([]) | st.lists(NEGATIVE, min_size=1, max_size=3),
+        "real": NO_NUMBER | NOT_FINITE,
         "object": OBJECTS | st.none(),
     }
     return values[kind].filter(lambda value: not (optional and value is None))
@@ -233,7 +234,7 @@ def run(inputs: int, seed_value: int = 0) -> tuple[dict[str, Counter[str]], list
     """Try so many inputs; return how they were judged, by kind, and those that were not refused clearly."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     found: list[tuple[str, Input, str]] = []
-    kinds = [(wrong_settings(), 0.45), (wrong_arguments(), 0.3), (wrong_batches(), 0.2), (wrong_environments(), 0.05)]
+    kinds = [(wrong_settings(), 0.4), (wrong_arguments(), 0.3), (wrong_batches(), 0.2), (wrong_environments(), 0.1)]
     for strategy, share in kinds:
 
         @seed(seed_value)

@@ -8,14 +8,18 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import gymnasium.spaces as sp
+import numpy as np
 import torch
+from pettingzoo import ParallelEnv
 from tensordict import NestedKey, TensorDictBase
+from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 
 import matwm_rl as mw
 from matwm_rl import presets
 from matwm_rl.action_space import DiscreteActions
 from matwm_rl.data import FocalSlices, UniformSliceSampler
-from matwm_rl.envs import MockEnv
+from matwm_rl.envs import MockEnv, MultiAgentEnv
 from matwm_rl.evaluation import CrossPlay, RandomActions, RunLog, evaluate
 from matwm_rl.modules import (
     CategoricalLatent,
@@ -278,7 +282,52 @@ def _no_family(value: Any) -> bool:
     return not (isinstance(value, str) and value.partition("/")[0] in ("mock", "mpe2", "vmas", "butterfly"))
 
 
+class Game(ParallelEnv):
+    """A PettingZoo environment of two agents; what the second one is given in the third step may be wrong."""
+
+    metadata = {"name": "game"}
+    possible_agents = ["a_0", "a_1"]
+    box = sp.Box(-9, 9, (3,), np.float32)
+
+    def __init__(self, **wrong: Any) -> None:
+        self.wrong = wrong
+
+    def observation_space(self, agent: str) -> Any:
+        return sp.Dict({"observation": self.box, "action_mask": sp.Box(0, 1, (3,), np.int8)})
+
+    def action_space(self, agent: str) -> Any:
+        return sp.Discrete(3)
+
+    def _given(self, what: str, right: Any) -> dict[str, Any]:
+        return {"a_0": right, "a_1": self.wrong.get(what, right) if self.steps == 3 else right}
+
+    def _observe(self) -> dict[str, Any]:
+        observations, masks = self._given("observation", np.zeros(3)), self._given("mask", np.ones(3))
+        return {name: {"observation": observations[name], "action_mask": masks[name]} for name in observations}
+
+    def reset(self, seed: int | None = None, options: Any = None) -> Any:
+        self.steps, self.agents = 0, list(self.possible_agents)
+        return self._observe(), {agent: {} for agent in self.agents}
+
+    def step(self, actions: Any) -> Any:
+        self.steps += 1
+        flags = dict.fromkeys(self.agents, False)
+        return self._observe(), self._given("reward", 1.0), flags, flags, {agent: {} for agent in self.agents}
+
+
+def play(**wrong: Any) -> Any:
+    """Play a game in which something is wrong."""
+    return MultiAgentEnv(PettingZooWrapper(Game(**wrong), use_mask=True, done_on_any=False)).rollout(4)
+
+
+def _no_single_number(value: Any) -> bool:
+    return not isinstance(value, bool) and not (isinstance(value, list) and len(value) == 1)
+
+
 ENVIRONMENTS = [
+    Environment("reward", "real", lambda value: play(reward=value), _no_single_number),
+    Environment("observation", "real", lambda value: play(observation=value)),
+    Environment("mask", "real", lambda value: play(mask=value)),
     Environment("name", "text", mw.make_env),
     Environment("environment", "choice", lambda value: mw.make_env(f"x{value}"), _no_family),
     Environment("episode_length", "size", lambda value: mw.make_env("mock", episode_length=value)),

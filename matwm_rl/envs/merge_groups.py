@@ -12,12 +12,14 @@ from torchrl.envs import EnvBase, Transform
 from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 
 from matwm_rl.envs.episode_ends import end_by_agents, end_by_root
+from matwm_rl.envs.game_check import CheckedGame
 from matwm_rl.envs.groups import DenseReader, Group, groups_of_env
 from matwm_rl.envs.images import Images
 from matwm_rl.envs.layout import AgentLayout
 from matwm_rl.envs.registry import Ends, RegisteredEndRule, end_rules, unwrap
 from matwm_rl.envs.step_check import StepCheck
 from matwm_rl.keys import ACTION, ACTION_MASK, AGENTS, EPISODE
+from matwm_rl.torchrl_internals import replace_simulator, simulator
 
 RESERVED = frozenset({"next", "done", "terminated", "truncated", "history", "collector", EPISODE, "_reset", "_step"})
 """Names of root entries, which no group may have."""
@@ -71,6 +73,8 @@ class MergeGroups(Transform):
                 f"expected an environment with a 'done' at the root, found {sorted(map(str, base_env.done_keys))}; "
                 "episodes of groups that end apart have no dense group. Add one that says when all are over."
             )
+        if isinstance(unwrapped, PettingZooWrapper) and not isinstance(simulator(unwrapped), CheckedGame):
+            replace_simulator(unwrapped, CheckedGame(simulator(unwrapped)))
         layout = AgentLayout.from_env(base_env, image_size=image_size, images=images)
         groups = groups_of_env(base_env, layout, images)
         registered = end_rules.find(unwrapped)

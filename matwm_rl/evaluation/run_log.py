@@ -44,6 +44,9 @@ class RunLog:
         loggers: further TorchRL loggers, for example ``WandbLogger``.
         shown: names of the metrics that the progress bar shows.
 
+    Attributes:
+        evaluated: env steps whose evaluation is in the table already, when a run resumes.
+
     Raises:
         FileExistsError: if a new run is started in a folder that holds the metrics of another.
         ImportError: if a package of the extra ``matwm_rl[train]`` is missing.
@@ -95,12 +98,14 @@ class RunLog:
 
     def _start_metrics(self, resume_from: int | None) -> None:
         rows: list[tuple[int, str, float]] = []
+        self.evaluated: set[int] = set()
         if self._metrics_path.exists():
             if resume_from is None:
                 raise FileExistsError(
                     f"{self._metrics_path} belongs to an earlier run: choose another run_dir, or resume that run"
                 )
             rows = [row for row in _read_rows(self._metrics_path) if row[0] <= resume_from]
+        self.evaluated = {row[0] for row in rows if row[1].startswith(EVALUATION)}
         lines = [",".join(COLUMNS), *(_line(*row) for row in rows)]
         write_text(self._metrics_path, "\n".join(lines) + "\n")
 
