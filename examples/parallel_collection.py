@@ -39,7 +39,7 @@ def main(total_steps: int = 3_000, updates: int = 15, episodes: int = 30, **chan
         auto_register_policy_transforms=True,  # every worker's environment gets the policy's primer
     )
     began = learnt = 0.0
-    with fail_with_workers():  # TorchRL would wait for a dead worker for ever
+    with fail_with_workers(collector.procs):  # TorchRL would wait for a dead worker for ever
         for batch in collector:
             replay.extend(batch)
             if replay.env_steps >= cfg.init_random_steps:

@@ -91,8 +91,8 @@ def check_numbers(
     Args:
         minimum: smallest allowed value.
         maximum: largest allowed value.
-        above: every value below which is too small, and this one too.
-        below: every value above which is too large, and this one too.
+        above: the value must be greater than this.
+        below: the value must be less than this.
         **values: by the names of the arguments.
 
     Raises:

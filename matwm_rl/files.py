@@ -154,7 +154,7 @@ def lock_folder(path: str | Path) -> Iterator[None]:
 
 def _sync(file: Path) -> None:
     # The rename may reach the disk before the data: after a power cut, the file under the new name would be empty.
-    descriptor = os.open(file, os.O_RDONLY)
+    descriptor = os.open(file, os.O_RDWR)  # Windows flushes no file that is open for reading
     try:
         os.fsync(descriptor)
     finally:

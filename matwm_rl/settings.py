@@ -41,8 +41,8 @@ def setting(
         default: of the entry; without, it must be given.
         minimum: smallest allowed number.
         maximum: largest allowed number.
-        above: every number below which is too small, and this one too.
-        below: every number above which is too large, and this one too.
+        above: the number must be greater than this.
+        below: the number must be less than this.
         is_device: whether the text must name a device of PyTorch.
 
     Examples:

@@ -33,6 +33,7 @@ def write_state(path: str | Path, state: Mapping[str, Any]) -> None:
         state: dicts, lists and tuples of tensors, numbers, text and ``None``.
 
     Raises:
+        TypeError: if the state holds anything else.
         OSError: if it cannot be written, because the disk is full for one.
 
     Examples:
@@ -42,6 +43,7 @@ def write_state(path: str | Path, state: Mapping[str, Any]) -> None:
         ...     read_state(f"{folder}/state.pt")
         {'weight': tensor([1., 1.]), 'steps': 3}
     """
+    check_plain(state, str(path))
     try:
         with new_file(path) as partial:
             # A file object: where the disk is full, its error says so, and torch's own does not.
@@ -191,6 +193,29 @@ def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{name}.{key}" if name else str(key))
     else:
         yield name, state
+
+
+def check_plain(state: Any, what: str) -> None:
+    """Check that a state is what :func:`read_state` will accept: dicts, lists and tuples of tensors and plain values.
+
+    Args:
+        state: of a file.
+        what: begins the message.
+
+    Raises:
+        TypeError: names the first entry that is something else.
+
+    Examples:
+        >>> check_plain({"steps": 3, "device": torch.device("cpu")}, "state.pt")
+        Traceback (most recent call last):
+        TypeError: state.pt may hold tensors, numbers and text in dicts and lists, got a device: device
+    """
+    for name, value in leaves(state):
+        if not _is_plain(value):
+            kind = type(value).__name__
+            raise TypeError(f"{what} may hold tensors, numbers and text in dicts and lists, got a {kind}: {name}")
+    if not _is_plain(state):
+        raise TypeError(f"{what} may have text or whole numbers as keys of its dicts, and no others")
 
 
 def _version(path: Path) -> Any:

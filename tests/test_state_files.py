@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -87,6 +88,12 @@ def test_links_and_other_things_are_not_followed(tmp_path: Path) -> None:
     assert not (tmp_path / "state.pt").is_symlink() and (tmp_path / "behind.pt").read_bytes() == before
 
 
+def forge(path: Path, state: dict[str, Any]) -> None:
+    """Write a file as a stranger can: with anything in it, and a checksum that is right."""
+    with patch("matwm_rl.state_files.check_plain"):
+        write_state(path, state)
+
+
 def test_pickles_are_not_executed(tmp_path: Path) -> None:
     marker, path = tmp_path / "marker", tmp_path / "state.pt"
     assert pickle.loads(pickle.dumps(Malicious(marker))) is None and marker.exists(), "this is what must not happen"
@@ -96,7 +103,7 @@ def test_pickles_are_not_executed(tmp_path: Path) -> None:
         read_state(path)
     # With a checksum that is right.
     for value in (Malicious(marker), TensorDict({"a": NonTensorData(Malicious(marker))})):
-        write_state(path, {"value": value})
+        forge(path, {"value": value})
         with pytest.raises(ValueError, match=r"state\.pt cannot be read as tensors and plain values"):
             read_state(path)
     assert not marker.exists()
@@ -108,10 +115,15 @@ def test_pickles_are_not_executed(tmp_path: Path) -> None:
     ids=lambda value: type(value).__name__,
 )
 def test_other_values_are_refused_by_name(tmp_path: Path, value: Any) -> None:
-    write_state(tmp_path / "state.pt", {"part": {"entry": value}})
+    with pytest.raises(TypeError, match=r"state\.pt may hold .*part\.entry"):
+        write_state(tmp_path / "state.pt", {"part": {"entry": value}})
+    assert not list(tmp_path.iterdir())
+    forge(tmp_path / "state.pt", {"part": {"entry": value}})
     with pytest.raises(ValueError, match=r"state\.pt (may hold .*part\.entry|cannot be read)"):
         read_state(tmp_path / "state.pt")
-    write_state(tmp_path / "state.pt", {"part": {(1, 2): 3}})
+    with pytest.raises(TypeError, match=r"other\.pt may have text or whole numbers as keys"):
+        write_state(tmp_path / "other.pt", {"part": {(1, 2): 3}})
+    forge(tmp_path / "state.pt", {"part": {(1, 2): 3}})
     with pytest.raises(ValueError, match=r"state\.pt may hold"):
         read_state(tmp_path / "state.pt")
 

@@ -26,11 +26,10 @@ from matwm_rl.keys import (
     TERMINATED,
 )
 
-_FLAGS: tuple[NestedKey, ...] = (ACTION_MASK, ALIVE, NEXT_ALIVE, DONE, TERMINATED)
 _READER = "replay"
 
 
-def check_entries(td: TensorDictBase, num_agents: int) -> None:
+def check_rollout(td: TensorDictBase, num_agents: int) -> None:
     """Check all entries that replay stores.
 
     Args:
@@ -38,15 +37,16 @@ def check_entries(td: TensorDictBase, num_agents: int) -> None:
         num_agents: N.
 
     Raises:
+        TypeError: if flags are not bool, or rewards no floating-point numbers.
         ValueError: if an entry has another shape or type than plain data has, holds a NaN or an infinity, or if the
             action of a living agent is not among its legal ones; names entry, agent, environment and step.
 
     Examples:
         >>> from matwm_rl.envs import make_env
         >>> td = make_env("mock", seed=0).rollout(4).unsqueeze(0)
-        >>> check_entries(td, 3)
+        >>> check_rollout(td, 3)
         >>> td["agents", "action"][0, 2, 1] = 99
-        >>> check_entries(td, 3)
+        >>> check_rollout(td, 3)
         Traceback (most recent call last):
         ValueError: replay got the action 99 of agent 1 in step 2 of environment 0 of the batch; expected 0 to 3...
     """
@@ -118,11 +118,8 @@ def _check_shapes(td: TensorDictBase, num_agents: int) -> None:
 
 
 def _check_types(td: TensorDictBase) -> None:
-    for key in _FLAGS:
-        _check_type(td, key, td.get(key).dtype == torch.bool, "flags of torch.bool, such as `entry == 1`")
     action = td.get(ACTION)
     _check_type(td, ACTION, action.dtype == torch.int64, "indices of torch.int64 (of one-hot actions: argmax(-1))")
-    _check_type(td, REWARD, td.get(REWARD).is_floating_point(), "floating-point numbers")
     observation = td.get(OBSERVATION)
     known = observation.is_floating_point() or observation.dtype == torch.uint8
     _check_type(td, OBSERVATION, known, "floating-point numbers, or images of torch.uint8")

@@ -30,7 +30,7 @@ from torchrl.envs.transforms import Transform
 from matwm_rl.arguments import check_ints
 from matwm_rl.checks import read_entry
 from matwm_rl.data.continuity import Continuity
-from matwm_rl.data.entry_check import check_entries
+from matwm_rl.data.entry_check import check_rollout
 from matwm_rl.keys import (
     ACTION,
     ACTION_MASK,
@@ -240,7 +240,7 @@ class FocalSlices(Transform):
                 "another process's steps would follow it. Have the workers write whole episodes, with the collector's "
                 "trajs_per_batch=1, or give the collector no replay_buffer and store what it yields with Replay.extend."
             )
-        check_entries(plain, self.num_agents)
+        check_rollout(plain, self.num_agents)
         read = [*REPLAY_KEYS, AGENT_TRUNCATED] if AGENT_TRUNCATED in present else REPLAY_KEYS
         rows = _to_rows(add_agent_entries(plain.select(*read).transpose(0, 1)).exclude(AGENT_TRUNCATED))
         # Checked last, because the check remembers the rollout: one that is refused above is not stored.

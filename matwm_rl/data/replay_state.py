@@ -52,6 +52,9 @@ def check_rows(rows: Any, storage: LazyTensorStorage, *, num_agents: int, source
         raise ValueError(f"{source} has {length} steps of {envs} environments, more or less than replay can hold")
     batch, others = (length, envs, num_agents), num_agents - 1
     observation, action = rows["observation"].dtype, rows["action"].dtype
+    reward = getattr(rows["next"]["reward"], "dtype", torch.float32)
+    if not reward.is_floating_point:
+        raise ValueError(f"{source} does not fit: rewards must be floating-point numbers, found {reward}")
 
     def like(*event: int, dtype: torch.dtype = torch.bool) -> Tensor:
         return torch.empty(*batch, *event, dtype=dtype, device="meta")
@@ -65,7 +68,7 @@ def check_rows(rows: Any, storage: LazyTensorStorage, *, num_agents: int, source
         "teammate_alive": like(others),
         "next": {
             "observation": like(*sizes["observation"], dtype=observation),
-            "reward": like(1, dtype=torch.float32),
+            "reward": like(1, dtype=reward),
             "alive": like(),
             "done": like(1),
             "terminated": like(1),

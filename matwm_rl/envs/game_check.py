@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Any
@@ -31,7 +32,8 @@ class CheckedGame:
         self._counts = {agent: int(space.n) for agent, space in discrete.items()}
 
     def __getattr__(self, name: str) -> Any:
-        if name == "game":  # not there yet, while this is being copied
+        # While this is being copied, the game is not there yet.
+        if name == "game" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.game, name)
 
@@ -57,8 +59,11 @@ class CheckedGame:
         if self._starts:
             actions = {agent: action + self._starts.get(agent, 0) for agent, action in actions.items()}
         observations, rewards, terminations, truncations, infos = self._unpack(self.game.step(actions), 5)
+        told = dict(zip(("rewards", *_FLAGS), (rewards, terminations, truncations), strict=True))
         for agent in acting:
-            for what, given in zip(("rewards", *_FLAGS), (rewards, terminations, truncations), strict=True):
+            if agent not in self.game.agents and not any(agent in given for given in (observations, *told.values())):
+                continue  # it has left without a word, which counts as dead
+            for what, given in told.items():
                 if agent not in given:
                     self._refuse(f"{what} without {agent!r}, which acted", "one for every agent that acted")
             if not _is_number(rewards[agent]):
@@ -68,10 +73,11 @@ class CheckedGame:
         return observations, rewards, terminations, truncations, infos
 
     def _unpack(self, given: Any, number: int) -> tuple[dict[str, Any], ...]:
-        if not isinstance(given, tuple) or len(given) != number or not all(isinstance(part, Mapping) for part in given):
-            kinds = [type(part).__name__ for part in given] if isinstance(given, tuple) else type(given).__name__
-            self._refuse(f"{kinds}", f"a tuple of {number} dicts by agent, as PettingZoo's parallel API has it")
-        return given
+        parts = given if isinstance(given, tuple | list) else [given]
+        if len(parts) != number or not all(isinstance(part, Mapping) for part in parts):
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            self._refuse(f"({kinds})", f"a tuple of {number} dicts by agent, as PettingZoo's parallel API has it")
+        return tuple(parts)
 
     def _check_observations(self, observations: Mapping[str, Any], infos: Mapping[str, Any], ended: Any) -> None:
         for agent, observation in observations.items():
@@ -82,7 +88,7 @@ class CheckedGame:
                 where = ".".join(("observation", *path))
                 if not isinstance(value, np.ndarray):
                     value = np.asarray(value)
-                if value.dtype.kind not in "biuf" or value.shape != shape:
+                if value.dtype.kind not in "biuf" or value.size != math.prod(shape):
                     found = (
                         f"{value.dtype} {list(value.shape)}" if value.dtype.kind in "biuf" else repr(observation)[:80]
                     )
@@ -90,8 +96,9 @@ class CheckedGame:
                         f"the {where} of {agent!r} as {found}", f"numbers of shape {list(shape)}, as its space"
                     )
             mask = observation.get("action_mask") if isinstance(observation, Mapping) else None
-            mask = infos.get(agent, {}).get("action_mask") if mask is None else mask
-            if mask is not None and agent not in ended:
+            info = infos.get(agent)
+            mask = info.get("action_mask") if mask is None and isinstance(info, Mapping) else mask
+            if mask is not None and agent in self.game.agents and agent not in ended:
                 self._check_mask(agent, np.asarray(mask))
 
     def _check_mask(self, agent: str, mask: Any) -> None:

@@ -33,7 +33,7 @@ class StepCheck:
 
     def __init__(self, layout: AgentLayout) -> None:
         self._layout = layout
-        self._steps = torch.zeros((), dtype=torch.int64)
+        self._steps = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def after_reset(self, output: TensorDictBase, reset: Tensor | None) -> TensorDictBase:
         """Check and return the first observations of new episodes.
@@ -46,7 +46,7 @@ class StepCheck:
             ValueError: if an observation is not finite.
         """
         if reset is None or self._steps.shape != output.batch_size:
-            self._steps = torch.zeros(output.batch_size, dtype=torch.int64)
+            self._steps = torch.zeros(output.batch_size, dtype=torch.int64, device="cpu")
         elif reset.device.type == "cpu":
             self._steps = self._steps.masked_fill(reset.view(output.batch_size), 0)
         return self._check(output)

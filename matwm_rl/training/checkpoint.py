@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from matwm_rl.data import Replay
 from matwm_rl.data.replay import REPLAY_FILE
 from matwm_rl.files import new_folder, remove_folder, remove_partial
 from matwm_rl.finite import check_finite
-from matwm_rl.state_files import check_entries, read_state, refuse, stored_checksum, write_state
+from matwm_rl.state_files import check_entries, check_plain, read_state, refuse, stored_checksum, write_state
 from matwm_rl.training.collector import ResumableCollector
 from matwm_rl.training.learner import Learner
 from matwm_rl.training.learner_state import check_built
@@ -57,7 +55,7 @@ def save_checkpoint(
 
     Raises:
         ValueError: if ``keep`` is below 1.
-        TypeError: if ``extra`` holds what ``torch.load(weights_only=True)`` refuses.
+        TypeError: if ``extra`` holds anything else.
         RuntimeError: if nothing has been stored in replay yet.
         OSError: if the disk is full; the older checkpoints stay, and nothing is left of the new one.
 
@@ -80,7 +78,7 @@ def save_checkpoint(
     check_ints(1, keep=keep)
     check_ints(0, env_steps=env_steps)
     extra = dict(extra or {})
-    _check_extra(extra)
+    check_plain(extra, "extra")
     check_finite(learner.state_dict(), "the learner")
     root = Path(run_dir) / FOLDER
     root.mkdir(parents=True, exist_ok=True)
@@ -253,15 +251,3 @@ def _built(learner: Learner) -> dict[str, Any]:
 def _complete(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted((path for path in root.glob("*") if path.name.isdecimal()), key=lambda path: int(path.name))
-
-
-def _check_extra(extra: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save(extra, buffer)
-    buffer.seek(0)
-    try:
-        torch.load(buffer, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise TypeError(
-            f"extra may hold tensors and plain Python values, got what could not be loaded again safely: {error}"
-        ) from error

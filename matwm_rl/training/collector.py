@@ -18,6 +18,7 @@ from matwm_rl.torchrl_internals import collector_carrier
 RESTART_EVERY = 10_000
 """Env steps after which all environments begin new episodes, so that no more than these have to be played again."""
 _COUNTERS = ("frames", "iter", "traj_pool")
+_CHANGING = ("replay_buffer", "split_trajs", "reset_at_each_iter", "trajs_per_batch", "postproc", "return_same_td")
 _TOLD = (keys.OBSERVATION, keys.ACTION_MASK, keys.ALIVE, "done")
 """Entries that the environments themselves write; the others are the policy's history and the collector's counts."""
 
@@ -31,13 +32,18 @@ class ResumableCollector(Collector):
     seeded anew and begin new episodes, which is stored as a truncation of those before. It is the same in a run that
     is interrupted and in one that is not.
 
-    Where an environment does not repeat itself, :attr:`continues` is False after loading, and new episodes have begun.
+    Where an environment does not repeat itself, :attr:`continues` is False after loading, and new episodes have begun:
+    then the run goes on, but not as it would have without the interruption. What a transform has gathered in a running
+    state of its own, such as means of observations, is no part of the state.
 
     Args:
         env: made with ``seed``, and with the policy's primer if it has one.
         policy: the acting policy.
         seed: of the environments; at a restart they are seeded with ``seed`` plus the env steps so far.
-        kwargs: passed to :class:`~torchrl.collectors.Collector`.
+        kwargs: passed to :class:`~torchrl.collectors.Collector`, which must yield plain batches ``[*E, T]``.
+
+    Raises:
+        ValueError: with options that change what is yielded, or begin new episodes at other times.
 
     Attributes:
         continues: whether the episodes that were running when the state was saved go on.
@@ -61,6 +67,11 @@ class ResumableCollector(Collector):
     """
 
     def __init__(self, env: Any, policy: Any, *, seed: int, **kwargs: Any) -> None:
+        if given := [name for name in _CHANGING if kwargs.get(name)]:
+            raise ValueError(
+                f"ResumableCollector yields plain batches of running episodes, got {given}. Store what it yields with "
+                "Replay.extend, or use torchrl.collectors.Collector, which begins new episodes when a run is resumed"
+            )
         super().__init__(env, policy, **kwargs)
         self._seed = seed
         self._env_steps = self._seeded_at = 0
@@ -73,7 +84,7 @@ class ResumableCollector(Collector):
         """Yield batches, as :class:`~torchrl.collectors.Collector` does."""
         for batch in super().iterator():
             self._env_steps += batch.numel()
-            self._actions.append(batch.get(keys.ACTION))
+            self._actions.append(batch.get(keys.ACTION).cpu().clone())
             if self._seeded_at + RESTART_EVERY <= self._env_steps < self.total_frames:
                 last = batch["next"][..., -1]
                 last["truncated"].logical_or_(~last["done"])
@@ -87,7 +98,7 @@ class ResumableCollector(Collector):
         return {
             **{name: counters[name] for name in _COUNTERS},
             "seeded_at": self._seeded_at,
-            "actions": torch.cat(self._actions, dim=self.env.ndim).cpu() if self._actions else None,
+            "actions": torch.cat(self._actions, dim=self.env.ndim) if self._actions else None,
             "carrier": self._flat_carrier(),
         }
 
@@ -105,13 +116,19 @@ class ResumableCollector(Collector):
         check_entries(state, list(expected), source=source)
         actions = {"actions": state["actions"]}
         check_same({**state, **actions}, {**expected, **actions}, source=source)
-        if actions["actions"] is None:
+        if actions["actions"] is None and int(state["frames"]) == state["seeded_at"] >= 0:
             return
         shape = [*self.env.batch_size, None, self.env.layout.num_agents]
         if not isinstance(actions["actions"], Tensor) or actions["actions"].dtype != torch.int64:
             raise ValueError(f"{source} actions must be an int64 tensor, found {type(actions['actions']).__name__}")
         check_shape(actions["actions"], f"{source} actions must be", shape)
-        if (problem := self.env.layout.actions.problem(actions["actions"])) is not None:
+        steps = actions["actions"].numel() // self.env.layout.num_agents
+        if not 0 <= state["seeded_at"] <= int(state["frames"]) == state["seeded_at"] + steps:
+            raise ValueError(
+                f"{source} has the actions of {steps} steps; expected those of the steps from {state['seeded_at']} to "
+                f"{int(state['frames'])}"
+            )
+        if (problem := self.env.layout.actions.problem(actions["actions"].cpu())) is not None:
             raise ValueError(f"{source} actions: {problem}")
 
     def _flat_carrier(self) -> dict[str, Tensor]:
@@ -129,17 +146,20 @@ class ResumableCollector(Collector):
             state_dict: of a collector of the same environments, built with the same seed.
             kwargs: not used.
         """
-        carrier = TensorDict(state_dict["carrier"], self.env.batch_size).unflatten_keys(".")
+        carrier = TensorDict(state_dict["carrier"], self.env.batch_size).cpu().unflatten_keys(".")
         self._env_steps, self._seeded_at = int(state_dict["frames"]), state_dict["seeded_at"]
-        actions = state_dict["actions"]
+        actions = None if state_dict["actions"] is None else state_dict["actions"].cpu()
         devices = [self.env.device] if self.env.device is not None and self.env.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             super().load_state_dict({"env_state_dict": {}, **state_dict}, strict=False)
             if self._seeded_at:
                 self._restart(self._seeded_at)
-            played = self._play(actions)
+            try:
+                played = self._play(actions)
+                self.continues = all(torch.equal(carrier[key], played[key].cpu()) for key in _TOLD)
+            except Exception:  # whatever an environment raises if actions do not fit: it does not repeat itself
+                self.continues = False
         self._actions = [] if actions is None else [actions]
-        self.continues = all(torch.equal(carrier[key], played[key].cpu()) for key in _TOLD)
         if self.continues:
             collector_carrier(self).update(carrier.to(self.env.device or "cpu"))
         else:

@@ -14,6 +14,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from matwm_rl import keys
 from matwm_rl.finite import find_source, first_non_finite, is_finite, non_finite_entries, shorten
 from matwm_rl.functional import clip_grad_norm_per_agent_
 
@@ -122,7 +123,8 @@ def bad_entries(batch: TensorDictBase, agents: Sequence[str]) -> Iterator[str]:
     for key, value in batch.items(True, True):
         if isinstance(value, Tensor) and not is_finite(value):
             index, number = first_non_finite(value)
-            yield f"{number} in {key!r} of agent {agents[index[batch.ndim]]!r} at {index}"
+            of_agent = isinstance(key, tuple) and keys.AGENTS in key
+            yield f"{number} in {key!r} {f'of agent {agents[index[batch.ndim]]!r} ' if of_agent else ''}at {index}"
 
 
 def _problem(gradient: Gradient) -> str:

@@ -154,7 +154,7 @@ def _expected_moments(optimizer: torch.optim.Optimizer, given: Any) -> dict[Any,
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {
-        index: {"step": torch.zeros(()), **{name: parameters[index].data for name in _MOMENTS}}
+        index: {"step": torch.zeros((), dtype=torch.float32), **{name: parameters[index].data for name in _MOMENTS}}
         for index in (given if isinstance(given, dict) else ())
         if type(index) is int and 0 <= index < len(parameters)
     }

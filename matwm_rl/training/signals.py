@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from types import FrameType
 
 
@@ -47,7 +48,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
     """Let a loop end by itself when the process gets SIGINT (Ctrl-C) or SIGTERM; the second signal interrupts at once.
 
     A loop that looks at the request between two updates can save everything before it ends. In a thread that is not
-    the main one, where Python handles no signals, the request stays false.
+    the main one, where Python handles no signals, the request stays false. The handlers of before are back at the end.
 
     Yields:
         the request, false until a signal arrives.
@@ -67,18 +68,21 @@ def stop_on_signal() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextmanager
-def fail_with_workers() -> Iterator[None]:
+def fail_with_workers(workers: Sequence[BaseProcess] | None = None) -> Iterator[None]:
     """Raise an error as soon as a worker process of this one dies, instead of waiting for it for ever.
 
     TorchRL's collectors in other processes wait without a limit for the answer of a worker, which never comes if the
-    operating system has killed it. Enter this when the workers have been started; workers that end without an error
-    are no reason to stop. When the block ends by an exception, Ctrl-C among them, the workers still running are
+    operating system has killed it. Enter this when the workers have been started. A worker that ends without an error
+    is no reason to stop. When the block ends by an exception, Ctrl-C among them, the workers still running are
     killed, so that nothing is left behind and nothing waits for them. On Windows, which does not signal the end of a
-    process, and in other threads than the main one, nothing is watched.
+    process, and in other threads than the main one, nothing is watched; nor are processes that a fork server started.
+
+    Args:
+        workers: the processes, such as ``collector.procs``; by default all children of this process that run now.
 
     Raises:
         RuntimeError: names the process and what ended it.
@@ -92,17 +96,17 @@ def fail_with_workers() -> Iterator[None]:
         Traceback (most recent call last):
         RuntimeError: the process 'worker 3' (pid ...) was ended by SIGKILL...
     """
-    workers = multiprocessing.active_children()
+    workers = multiprocessing.active_children() if workers is None else workers
 
     def check(number: int, frame: FrameType | None) -> None:
         for worker in workers:
             if worker.exitcode:
-                raise RuntimeError(_obituary(worker.name, worker.pid, worker.exitcode))
+                raise RuntimeError(_describe_end(worker.name, worker.pid, worker.exitcode))
 
     watches = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGCHLD, check) if watches else None
     try:
-        # One may have died before.
+        # One of those given may have died before.
         check(0, None)
         yield
     except BaseException:
@@ -113,10 +117,14 @@ def fail_with_workers() -> Iterator[None]:
         raise
     finally:
         if watches:
-            signal.signal(signal.SIGCHLD, before)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
-def _obituary(name: str, pid: int | None, code: int) -> str:
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    why = " (the system may have run out of memory)" if -code == signal.SIGKILL else ""
-    return f"the process {name!r} (pid {pid}) {how}{why}: its part of the data is lost; resume from the last checkpoint"
+def _describe_end(name: str, pid: int | None, code: int) -> str:
+    how = f"ended with exit code {code}"
+    if code < 0:
+        killed = -code == getattr(signal, "SIGKILL", None)
+        how = (
+            "was ended by SIGKILL (the system may have run out of memory)" if killed else f"was ended by signal {-code}"
+        )
+    return f"the process {name!r} (pid {pid}) {how}: its part of the data is lost; resume from the last checkpoint"

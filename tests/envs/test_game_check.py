@@ -87,7 +87,7 @@ def play(game: Game) -> None:
         ({"mask": np.zeros(3)}, "no legal action of 'a_1', which has not ended"),
         ({"mask": np.full(3, 2)}, r"the action mask \[2, 2, 2\] of 'a_1'.*3 entries of 0 or 1"),
         ({"mask": np.ones(2)}, r"(observation.action_mask|action mask).* of 'a_1'"),
-        ({"result": ({}, {})}, r"\['dict', 'dict'\].*a tuple of 5 dicts"),
+        ({"result": ({}, {})}, r"\(dict, dict\).*a tuple of 5 dicts"),
         ({"result": "over"}, "str.*a tuple of 5 dicts"),
     ],
 )

@@ -13,6 +13,7 @@ from torchrl.envs import TransformedEnv
 
 from matwm_rl import keys, presets
 from matwm_rl.envs import MockEnv, MultiAgentEnv, make_env
+from matwm_rl.evaluation import RandomActions
 from matwm_rl.modules import WorldModel, WorldModelPolicy, make_actor
 from matwm_rl.training.collector import ResumableCollector
 
@@ -114,6 +115,7 @@ def test_new_episodes_begin_where_the_environment_does_not_repeat_itself() -> No
         (lambda state: state.update(actions=torch.zeros(2)), "actions must be an int64 tensor"),
         (lambda state: state.update(actions=torch.zeros(8, 5, dtype=torch.int64)), r"shape \[\*, 3\], found \[8, 5\]"),
         (lambda state: state["actions"].fill_(99), "99"),
+        (lambda state: state.update(frames=-5), "has the actions of 8 steps; expected those of the steps from 0 to -5"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(change: Any, message: str) -> None:
@@ -124,3 +126,9 @@ def test_a_state_that_does_not_fit_is_refused(change: Any, message: str) -> None
     change(state)
     with pytest.raises(ValueError, match=f"state.pt.*{message}"):
         one.check_state_dict(state, source="state.pt")
+
+
+@pytest.mark.parametrize("option", [{"split_trajs": True}, {"reset_at_each_iter": True}, {"return_same_td": True}])
+def test_options_that_cannot_be_resumed_are_refused(option: dict[str, bool]) -> None:
+    with pytest.raises(ValueError, match=f"plain batches of running episodes, got \\['{next(iter(option))}'\\]"):
+        ResumableCollector(make_env("mock"), RandomActions(), seed=0, frames_per_batch=4, total_frames=8, **option)
