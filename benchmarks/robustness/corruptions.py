@@ -111,7 +111,9 @@ def swap_blocks(case: Case) -> None:
 def swap_half(case: Case) -> None:
     """The end of another run's file."""
     data, other = case.file.read_bytes(), case.other.read_bytes()
-    cut = case.rng.randrange(len(data) // 10, 9 * len(data) // 10)
+    # Where both halves differ: otherwise the file would be one of the two, as a whole.
+    differing = [index for index, (one, two) in enumerate(zip(data, other, strict=False)) if one != two]
+    cut = case.rng.randrange(differing[0] + 1, differing[-1] + 1)
     case.file.write_bytes(data[:cut] + other[cut:])
 
 

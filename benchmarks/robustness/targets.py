@@ -263,7 +263,9 @@ def BATCHES() -> list[Batch]:  # noqa: N802
         Batch(
             "CriticLoss", critic_loss, loose(dreams), [k for k in critic_loss.in_keys if k in dreams.keys(True)], alive
         ),
-        Batch("WorldModelPolicy", policy, loose(acting), list(policy.in_keys)),
+        Batch(
+            "WorldModelPolicy", policy, loose(acting), [key for key in policy.in_keys if key != mw.keys.ALIVE]
+        ),  # optional
         Batch("Replay", extend, loose(plain), list(mw.data.REPLAY_KEYS)),
     ]
 

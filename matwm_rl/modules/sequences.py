@@ -8,7 +8,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
-from matwm_rl.checks import read_entry
+from matwm_rl import keys
+from matwm_rl.checks import check_shape, read_entry
 from matwm_rl.functional import agents_first
 
 MISSING_ENTRIES = "rollouts get their per-agent entries from matwm_rl.data.add_agent_entries"
@@ -43,6 +44,32 @@ def read_sequences(
     entry = read_entry(tensordict, key, reader, (*shape, agents, *event), MISSING_ENTRIES)
     value = agents_first(entry, len(event))
     return value.reshape(agents, -1, shape[-1], *event)
+
+
+def sequence_batch(tensordict: TensorDictBase, reader: object, action_dims: int) -> torch.Size:
+    """Batch size ``[*B, T]`` of sequences, read off entries: a tensordict made from keyword arguments has none.
+
+    Args:
+        tensordict: the batch.
+        reader: the module that reads it, for the message.
+        action_dims: dimensions of one agent's action.
+
+    Raises:
+        KeyError: if there are no ends, or no actions.
+        ValueError: if ends and actions are not of one batch.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> agents = {"action": torch.zeros(2, 5, 3), "done": torch.zeros(2, 5, 3, 1)}
+        >>> sequence_batch(TensorDict({"agents": agents, "next": {"agents": agents}}, [2]), "SomeModel", 0)
+        torch.Size([2, 5])
+    """
+    action = read_entry(tensordict, keys.ACTION, reader, note=MISSING_ENTRIES)
+    ends = read_entry(tensordict, keys.AGENT_DONE, reader, note=MISSING_ENTRIES)
+    batch = action.shape[: action.ndim - 1 - action_dims]
+    what = f"{type(reader).__name__} reads, beside {keys.ACTION!r} of shape {list(action.shape)}, {keys.AGENT_DONE!r}"
+    check_shape(ends, what, (*batch, None, 1))
+    return batch
 
 
 def in_type_of(module: nn.Module, observation: Tensor) -> Tensor:

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from matwm_rl import keys
 from matwm_rl.action_space import ActionSpace
 from matwm_rl.arguments import check_kinds, check_switches, read_index
-from matwm_rl.checks import batch_shape, check_shape, read_entry
+from matwm_rl.checks import batch_shape, check_shape
 from matwm_rl.functional import agents_last, causal_segment_mask, segment_ids, shift_within_segments
 from matwm_rl.modules.builder import WorldModelConfig, build_parts, check_parts
 from matwm_rl.modules.dynamics import Dynamics
 from matwm_rl.modules.latents import LatentSpace
 from matwm_rl.modules.reward import RewardHead, Transition
 from matwm_rl.modules.rollout import Act, Rollout, imagine
-from matwm_rl.modules.sequences import MISSING_ENTRIES, encode_with_successors, in_type_of, read_sequences
+from matwm_rl.modules.sequences import encode_with_successors, in_type_of, read_sequences, sequence_batch
 from matwm_rl.modules.state import STATE_KEYS, Caches, State
 from matwm_rl.modules.teammates import TeammatePredictorBase
 from matwm_rl.modules.transformer import Transformer
@@ -290,9 +290,7 @@ class WorldModel(TensorDictModuleBase):
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Run whole sequences through the model: see the class for keys."""
-        # Read off an entry, because a tensordict made from keyword arguments has no batch size.
-        ends = read_entry(tensordict, keys.AGENT_DONE, self, note=MISSING_ENTRIES)
-        shape = check_shape(ends, f"reads {keys.AGENT_DONE}", (*ends.shape[:-2], None, 1)).shape[:-2]
+        shape = sequence_batch(tensordict, self, len(self.actions.action_shape))
         read = partial(read_sequences, tensordict, reader=self, shape=shape, agents=self.num_agents)
         observation = in_type_of(self.encoder, read(keys.OBSERVATION, event=self.observation_shape))
         next_observation = in_type_of(self.encoder, read(keys.NEXT_OBSERVATION, event=self.observation_shape))
