@@ -60,7 +60,7 @@ def sequence_batch(tensordict: TensorDictBase, reader: object, action_dims: int)
 
     Examples:
         >>> from tensordict import TensorDict
-        >>> agents = {"action": torch.zeros(2, 5, 3), "done": torch.zeros(2, 5, 3, 1)}
+        >>> agents = {"action": torch.zeros(2, 5, 3), "done": torch.zeros(2, 5, 3, 1).bool()}
         >>> sequence_batch(TensorDict({"agents": agents, "next": {"agents": agents}}, [2]), "SomeModel", 0)
         torch.Size([2, 5])
     """

@@ -53,7 +53,7 @@ class ResumableCollector(Collector):
         >>> from matwm_rl.evaluation import RandomActions
         >>> def collector():
         ...     env, sizes = make_env("mock", seed=0), {"frames_per_batch": 4, "total_frames": 12}
-        ...     return ResumableCollector(env, RandomActions(), seed=0, **sizes)
+        ...     return ResumableCollector(env, RandomActions(), seed=0, auto_register_policy_transforms=False, **sizes)
         >>> first = collector()
         >>> batches = iter(first)
         >>> batch = next(batches)
