@@ -58,7 +58,7 @@ class Range(NamedTuple):
 
 
 def check_ints(minimum: int, /, *, maximum: int | None = None, **values: Any) -> None:
-    """Check that arguments are whole numbers of a range.
+    """Check that arguments are whole numbers in a range.
 
     Args:
         minimum: smallest allowed value.
@@ -86,7 +86,7 @@ def check_numbers(
     below: float | None = None,
     **values: Any,
 ) -> None:
-    """Check that arguments are numbers of a range.
+    """Check that arguments are numbers in a range.
 
     Args:
         minimum: smallest allowed value.
@@ -127,7 +127,7 @@ def check_switches(**values: Any) -> None:
 
 
 def check_kinds(kind: Any, /, **values: Any) -> None:
-    """Check that arguments are objects of a class.
+    """Check that arguments are instances of a class.
 
     Args:
         kind: the class, or several.
@@ -149,7 +149,7 @@ def check_kinds(kind: Any, /, **values: Any) -> None:
 
 
 def read_index(name: str, value: Any, num_agents: int | None = None) -> list[int]:
-    """Return an index, 0 or more, for every agent.
+    """Return a list with one index, 0 or more, for every agent.
 
     Args:
         name: of the argument, for the message.
@@ -174,7 +174,7 @@ def read_index(name: str, value: Any, num_agents: int | None = None) -> list[int
 
 
 def read_int(name: str, value: Any, bounds: Range) -> int:
-    """Return a whole number of a range, as a Python ``int``.
+    """Return a whole number in a range, as a Python ``int``.
 
     Args:
         name: of the argument, for the message.
@@ -199,7 +199,7 @@ def read_int(name: str, value: Any, bounds: Range) -> int:
 
 
 def read_number(name: str, value: Any, bounds: Range) -> float:
-    """Return a number of a range, as a Python ``float``.
+    """Return a number in a range, as a Python ``float``.
 
     Args:
         name: of the argument, for the message.

@@ -1,6 +1,6 @@
-"""Where a NaN or an infinity is, and the words for it.
+"""Find a NaN or an infinity, and describe where it is.
 
-What is here reads values, so a GPU has to be waited for: no update on a GPU calls it.
+These functions read values, for which the host must wait for a GPU; no update on a GPU calls them.
 """
 
 from __future__ import annotations

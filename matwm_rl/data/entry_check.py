@@ -1,6 +1,6 @@
-"""The check of what goes into replay, before anything is written: shapes, types and values of all entries.
+"""Checks of a rollout before it is stored in replay: shapes, types and values of all entries.
 
-It reads values, once for every rollout that is stored, not in updates.
+They read the values once, when the rollout is stored, and never in an update.
 """
 
 from __future__ import annotations

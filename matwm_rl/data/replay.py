@@ -31,7 +31,7 @@ from matwm_rl.torchrl_internals import ReservedMemmapStorage
 
 _DONE_ROW = ("next", "done")
 REPLAY_FILE = "replay.pt"
-"""What :meth:`Replay.dumps` writes into its folder."""
+"""Name of the file that :meth:`Replay.dumps` writes into its folder."""
 
 
 @dataclass(frozen=True)
@@ -144,16 +144,20 @@ class Replay:
             **{name: part.state_dict() for name, part in self._parts.items()},
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, source: str = "the state") -> None:
         """Restore what :meth:`state_dict` returned: both buffers draw exactly the batches that would have come next.
 
         Batch sizes, slice lengths and recency stay those this replay was built with. If the next rollout does not
         continue the last one stored, call :meth:`end_episodes` in between.
 
+        Args:
+            state_dict: what :meth:`state_dict` returned, perhaps in another process.
+            source: what the message calls it.
+
         Raises:
             ValueError: If the state does not fit, see :meth:`check_state_dict`; then nothing is changed.
         """
-        self.check_state_dict(state_dict)
+        self.check_state_dict(state_dict, source=source)
         self.sequences.empty()
         load_rows(self.sequences.storage, state_dict["rows"])
         for name, part in self._parts.items():
@@ -208,13 +212,11 @@ class Replay:
             ValueError: If the file is damaged, or of a replay that does not fit; then nothing is changed.
         """
         file = Path(path) / REPLAY_FILE
-        state = read_state(file, mmap=True)
-        self.check_state_dict(state, source=str(file))
-        self.load_state_dict(state)
+        self.load_state_dict(read_state(file, mmap=True), source=str(file))
 
     @property
     def _parts(self) -> dict[str, Writer | Sampler]:
-        """What holds state beside the data, by its name in a saved state."""
+        """Return the parts that have a state, apart from the data, by their names in a saved state."""
         return {
             "writer": self.sequences.writer,
             "sequences": self.sequences.sampler,

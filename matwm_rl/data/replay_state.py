@@ -32,7 +32,7 @@ def load_rows(storage: LazyTensorStorage, rows: dict[str, Any]) -> None:
 
 
 def check_rows(rows: Any, storage: LazyTensorStorage, *, num_agents: int, source: str) -> None:
-    """Check that rows are those of a replay, and fit what the storage held before.
+    """Check that stored rows have the entries of a replay, and fit the rows that the storage holds already.
 
     Raises:
         ValueError: If an entry is missing or unknown, or has another shape or type.
@@ -81,7 +81,7 @@ def check_rows(rows: Any, storage: LazyTensorStorage, *, num_agents: int, source
 
 
 def check_writer(state: Any, writer: Writer, *, source: str) -> None:
-    """Check the state of a writer: its cursor, and the number of steps ever written.
+    """Check the stored state of a replay writer: its cursor, and the number of steps ever written.
 
     Raises:
         ValueError: If an entry is missing or unknown, or is no number of steps.
@@ -92,12 +92,12 @@ def check_writer(state: Any, writer: Writer, *, source: str) -> None:
 
 
 def check_generator(state: Any, sampler: Sampler, *, source: str) -> None:
-    """Check the state of a slice sampler: that of its generator, if it has one.
+    """Check the stored state of a slice sampler, which is the state of its random generator, if it has one.
 
     Raises:
         ValueError: If it is no state of a generator.
     """
-    # A sampler without a generator gets one; one that has its own would otherwise go on with that.
+    # If the state has a generator, the sampler takes it. If only the sampler has one, its draws would not be restored.
     if state != {} or sampler.state_dict():
         check_entries(state, ["generator"], source=source)
         check_random_state(state["generator"], source=source)

@@ -39,7 +39,7 @@ class ObservationEntries:
 
     @classmethod
     def of_env(cls, env: EnvBase, group: str, names: Sequence[str], images: Images) -> ObservationEntries:
-        """Read them from the specs of an environment.
+        """Read the entries of a group from the specs of an environment.
 
         Raises:
             ValueError: if there are none, or what is an image cannot be told.
@@ -64,7 +64,7 @@ class ObservationEntries:
     def of_rollout(
         cls, rollout: TensorDictBase, group: str, names: Sequence[str], images: Images | int
     ) -> ObservationEntries:
-        """Read them from stored data.
+        """Read the entries of a group from stored data.
 
         Args:
             rollout: ``[*B]``, with entries ``[*B, n, *O]``.

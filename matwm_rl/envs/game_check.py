@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-_FLAGS = ("terminations", "truncations")
-
 
 class CheckedGame:
     """A PettingZoo parallel environment whose rewards, observations and masks are looked at before they are used.
@@ -59,10 +57,10 @@ class CheckedGame:
         if self._starts:
             actions = {agent: action + self._starts.get(agent, 0) for agent, action in actions.items()}
         observations, rewards, terminations, truncations, infos = self._unpack(self.game.step(actions), 5)
-        told = dict(zip(("rewards", *_FLAGS), (rewards, terminations, truncations), strict=True))
+        told = {"rewards": rewards, "terminations": terminations, "truncations": truncations}
         for agent in acting:
             if agent not in self.game.agents and not any(agent in given for given in (observations, *told.values())):
-                continue  # it has left without a word, which counts as dead
+                continue  # it died, and the environment returned nothing for it
             for what, given in told.items():
                 if agent not in given:
                     self._refuse(f"{what} without {agent!r}, which acted", "one for every agent that acted")

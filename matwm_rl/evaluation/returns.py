@@ -197,5 +197,6 @@ def evaluate(
                     "StepCounter around it; or raise max_steps, in the call of evaluate or in a play function of your "
                     "own (register_evaluation)."
                 )
-    check_finite(dict(zip(layout.agent_names, returns.flatten(0, 1).unbind(-1), strict=True)), "the returns")
-    return Returns(returns.flatten(0, 1), layout)
+    result = Returns(returns.flatten(0, 1), layout)
+    check_finite(result.per_agent(), "the returns")
+    return result

@@ -201,10 +201,10 @@ def read_action(outputs: TensorDictBase, actor: nn.Module, actions: ActionSpace,
 
 
 def check_logits(outputs: TensorDictBase, mask: Tensor, actor: nn.Module) -> None:
-    """Check that logits, if an actor has written any, make a distribution; it reads them.
+    """Check that the logits of an actor, if it has written any, are a distribution. This reads their values.
 
-    Of NaN logits the first action would be drawn, even where the mask forbids it. Minus infinity is an action without
-    probability, and what illegal actions have does not matter.
+    With NaN logits the first action would be drawn, even where the mask forbids it. A logit of minus infinity is an
+    action without probability. The logits of illegal actions do not matter.
 
     Args:
         outputs: of the actor.

@@ -120,8 +120,17 @@ class StateEstimator(TensorDictModuleBase):
 
     def history_specs(self) -> dict[NestedKey, Unbounded]:
         """Specs of the carried history, by keys, without batch dimensions; zeros are an empty one."""
-        dtypes = {HISTORY_CODE: self.world_model.latent.code_dtype, HISTORY_ACTION: self.world_model.actions.dtype}
-        return {key: Unbounded(shape, dtype=dtypes.get(key, torch.int64)) for key, shape in self.history_shapes.items()}
+        dtypes = self._history_dtypes
+        return {key: Unbounded(shape, dtype=dtypes[key]) for key, shape in self.history_shapes.items()}
+
+    @property
+    def _history_dtypes(self) -> dict[NestedKey, torch.dtype]:
+        model = self.world_model
+        return {
+            HISTORY_CODE: model.latent.code_dtype,
+            HISTORY_ACTION: model.actions.dtype,
+            HISTORY_LENGTH: torch.int64,
+        }
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """Make the transform that carries the history and empties it at every reset."""
@@ -182,12 +191,13 @@ class StateEstimator(TensorDictModuleBase):
 
     def _read_history(self, tensordict: TensorDictBase, batch: torch.Size, newest: Tensor) -> _History:
         note = "append make_tensordict_primer() to the environment, so that the history starts with every episode"
+        dtypes = self._history_dtypes
         code, action, length = (
             self._flat(
-                check_type(read_entry(tensordict, key, self, (*batch, *spec.shape), note), f"{key}", spec.dtype),
-                len(spec.shape) - 1,
+                check_type(read_entry(tensordict, key, self, (*batch, *shape), note), f"{key}", dtypes[key]),
+                len(shape) - 1,
             )
-            for key, spec in self.history_specs().items()
+            for key, shape in self.history_shapes.items()
         )
         alive = read_optional(tensordict, keys.ALIVE, self, (*batch, self.world_model.num_agents))
         return _History(code, action, length, newest.unsqueeze(2), None if alive is None else self._flat(alive, 0))

@@ -79,7 +79,8 @@ def save_checkpoint(
     check_ints(0, env_steps=env_steps)
     extra = dict(extra or {})
     check_plain(extra, "extra")
-    check_finite(learner.state_dict(), "the learner")
+    learner_state = learner.state_dict()
+    check_finite(learner_state, "the learner")
     root = Path(run_dir) / FOLDER
     root.mkdir(parents=True, exist_ok=True)
     remove_partial(root)
@@ -90,7 +91,7 @@ def save_checkpoint(
         state = {
             "version": VERSION,
             "env_steps": int(env_steps),
-            "learner": learner.state_dict(),
+            "learner": learner_state,
             "built": _built(learner),
             # Ties the two files together: another run's replay would fit as well.
             "replay": stored_checksum(partial / REPLAY_FOLDER / REPLAY_FILE),

@@ -114,21 +114,22 @@ class ResumableCollector(Collector):
         """
         expected = self.state_dict()
         check_entries(state, list(expected), source=source)
-        actions = {"actions": state["actions"]}
-        check_same({**state, **actions}, {**expected, **actions}, source=source)
-        if actions["actions"] is None and int(state["frames"]) == state["seeded_at"] >= 0:
+        # There are as many actions as steps, here and there.
+        check_same({**state, "actions": None}, {**expected, "actions": None}, source=source)
+        actions = state["actions"]
+        if actions is None and int(state["frames"]) == state["seeded_at"] >= 0:
             return
         shape = [*self.env.batch_size, None, self.env.layout.num_agents]
-        if not isinstance(actions["actions"], Tensor) or actions["actions"].dtype != torch.int64:
-            raise ValueError(f"{source} actions must be an int64 tensor, found {type(actions['actions']).__name__}")
-        check_shape(actions["actions"], f"{source} actions must be", shape)
-        steps = actions["actions"].numel() // self.env.layout.num_agents
+        if not isinstance(actions, Tensor) or actions.dtype != torch.int64:
+            raise ValueError(f"{source} actions must be an int64 tensor, found {type(actions).__name__}")
+        check_shape(actions, f"{source} actions must be", shape)
+        steps = actions.numel() // self.env.layout.num_agents
         if not 0 <= state["seeded_at"] <= int(state["frames"]) == state["seeded_at"] + steps:
             raise ValueError(
                 f"{source} has the actions of {steps} steps; expected those of the steps from {state['seeded_at']} to "
                 f"{int(state['frames'])}"
             )
-        if (problem := self.env.layout.actions.problem(actions["actions"].cpu())) is not None:
+        if (problem := self.env.layout.actions.problem(actions.cpu())) is not None:
             raise ValueError(f"{source} actions: {problem}")
 
     def _flat_carrier(self) -> dict[str, Tensor]:

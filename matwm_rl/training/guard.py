@@ -20,26 +20,26 @@ from matwm_rl.functional import clip_grad_norm_per_agent_
 
 
 class Gradient(NamedTuple):
-    """What the backward pass of a loss gave, for the optimizer's step."""
+    """The result of the backward pass of a loss, which the optimizer's step needs."""
 
     losses: dict[str, Tensor]
     """The terms of the loss, by name."""
     norm: Tensor
-    """Of the gradient before it was clipped."""
+    """Norm of the gradient before it was clipped."""
     optimizer: torch.optim.Optimizer
 
 
 class Diagnosis(NamedTuple):
-    """What the message of an error looks at: see :meth:`explain`."""
+    """What is needed to explain numbers that are not finite; see :meth:`explain`."""
 
     batch: TensorDictBase
-    """That was learned from."""
+    """The batch of the update."""
     networks: Mapping[str, nn.Module]
-    """That took part, by name."""
+    """The networks of the update, by name."""
     agents: Sequence[str]
     """Names of the agents."""
     run: Callable[[], object]
-    """Computes the update again, without its step."""
+    """Computes the losses again, without an optimizer step."""
 
     def explain(self, problem: str) -> str:
         """Return the message: what the problem is, where it comes from, what to do."""

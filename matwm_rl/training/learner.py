@@ -182,14 +182,7 @@ class Learner:
         return metrics
 
     def _step_agents(self, starts: TensorDictBase, *, train_actors: bool = True) -> TensorDict:
-        cfg = self.config
-        imagined = self.imagination(starts)
-        with self._autocast():
-            imagined = self.returns(imagined)
-            if cfg.actor.objective == PolicyObjective.ppo:
-                imagined.set(keys.ACTION_LOG_PROB, self._log_prob(imagined))
-            if cfg.agent_epochs > 1:
-                imagined.set(keys.SLOW_VALUE, self.critic_loss.slow_value(imagined))
+        cfg, imagined = self.config, self._imagine(starts)
         diagnosis = self._diagnosis(starts, lambda: self._losses_of_agents(starts))
         if guard.can_wait(imagined.get(keys.LAMBDA_RETURN).device) and not is_finite(imagined.get(keys.LAMBDA_RETURN)):
             problem = shorten(list(guard.bad_entries(imagined, diagnosis.agents)))
@@ -211,13 +204,22 @@ class Learner:
         self.target_updater.step()
         return metrics
 
-    def _losses_of_agents(self, starts: TensorDictBase) -> None:
-        """Imagine and compute the losses, and change nothing; in search of an error."""
-        self.actor_loss.eval()
-        try:
-            imagined = self.returns(self.imagination(starts))
+    def _imagine(self, starts: TensorDictBase) -> TensorDictBase:
+        """Return an imagined rollout with all that the agents' losses read."""
+        imagined = self.imagination(starts)
+        with self._autocast():
+            imagined = self.returns(imagined)
             if self.config.actor.objective == PolicyObjective.ppo:
                 imagined.set(keys.ACTION_LOG_PROB, self._log_prob(imagined))
+            if self.config.agent_epochs > 1:
+                imagined.set(keys.SLOW_VALUE, self.critic_loss.slow_value(imagined))
+        return imagined
+
+    def _losses_of_agents(self, starts: TensorDictBase) -> None:
+        """Imagine and compute the losses, and change nothing, so that an error can be located."""
+        self.actor_loss.eval()
+        try:
+            imagined = self._imagine(starts)
             for loss in (self.actor_loss, self.critic_loss):
                 loss(imagined)
         finally:

@@ -1,4 +1,4 @@
-"""What of a learner is stored, the checks before it is loaded, and what its networks are made of."""
+"""The stored state of a learner, the checks before it is loaded, and a description of the networks."""
 
 from __future__ import annotations
 

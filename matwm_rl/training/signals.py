@@ -1,4 +1,4 @@
-"""Stopping between two updates when asked to, and not waiting for processes that have died."""
+"""Signals: stop a loop between two updates, and raise an error when a worker process has died."""
 
 from __future__ import annotations
 
