@@ -18,7 +18,7 @@ from matwm_rl.arguments import check_ints, check_kinds
 from matwm_rl.checks import check_reads, check_shape, check_writes, read_output
 from matwm_rl.finite import is_finite
 from matwm_rl.functional import agents_first, agents_last, at_least_float32
-from matwm_rl.modules.stacked import LatentLinear, StackedMLP, StackedNormSiLU
+from matwm_rl.modules.stacked import LatentLinear, StackedMLP, StackedNormSiLU, StackedSequential
 from matwm_rl.modules.state import STATE_KEYS
 from matwm_rl.modules.two_hot import TwoHot
 from matwm_rl.modules.world_model import WorldModel
@@ -81,7 +81,7 @@ class StateMLP(nn.Module):
             extra_features=world_model.transformer.features + self.others * world_model.num_actions,
             zero_init=not config.depth,
         )
-        self.rest = nn.Sequential()
+        self.rest = StackedSequential()
         if config.depth:
             width, depth = config.num_cells, config.depth - 1
             self.rest.append(StackedNormSiLU(width, index))

@@ -21,6 +21,20 @@ EPSILON = 1e-5
 """Epsilon of the layer norms; PyTorch's default."""
 
 
+Runs = list[tuple[int, int]]
+"""Neighbouring agents that share weights: which weights of the stack, and how many agents."""
+
+
+def runs_of(stack_index: Sequence[int]) -> Runs:
+    """Return the runs of agents that share weights. Agents of a group are neighbours, so a group is one run."""
+    return [(index, len(list(run))) for index, run in groupby(stack_index)]
+
+
+def split_runs(x: Tensor, runs: Runs) -> tuple[Tensor, ...]:
+    """Split ``[N, ...]`` into its runs, without a copy."""
+    return x.split([length for _, length in runs])
+
+
 class StackedLinear(nn.Module):
     """Linear layer with a stack of weights, ``[N, *batch, in] -> [N, *batch, out]``.
 
@@ -55,8 +69,7 @@ class StackedLinear(nn.Module):
         stack = max(stack_index) + 1
         self.num_agents = len(stack_index)
         self.per_agent = list(stack_index) == list(range(stack)) and stack > 1
-        # Adjacent agents that share weights are computed in one matrix product; those of a group are adjacent.
-        self.runs = [(index, len(list(run))) for index, run in groupby(stack_index)]
+        self.runs = runs_of(stack_index)
         # One shared layer does not ask how many agents there are.
         self.register_buffer("stack_index", torch.tensor(list(stack_index) if stack > 1 else [0]), persistent=False)
         self.bound = 0.0 if zero_init else 1 / math.sqrt(in_features)
@@ -82,13 +95,16 @@ class StackedLinear(nn.Module):
         if self.per_agent:
             out = torch.baddbmm(self.bias.unsqueeze(1), x.reshape(self.num_agents, -1, x.shape[-1]), self.weight)
             return out.view(*x.shape[:-1], -1)
-        parts = x.split([length for _, length in self.runs])
-        return torch.cat(
-            [
-                nn.functional.linear(part, self.weight[index].T, self.bias[index])
-                for part, (index, _) in zip(parts, self.runs, strict=True)
-            ]
-        )
+        return torch.cat(self.forward_runs(split_runs(x, self.runs)))
+
+    def forward_runs(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Apply the layer to runs of agents that share weights, see :class:`StackedSequential`."""
+        # Unbound once: the gradients of single indices would each be a whole stack of zeros.
+        weights, biases = self.weight.unbind(), self.bias.unbind()
+        return [
+            nn.functional.linear(part, weights[index].T, biases[index])
+            for part, (index, _) in zip(parts, self.runs, strict=True)
+        ]
 
     def forward_multi_hot(self, index: Tensor, extra: Tensor | None = None) -> Tensor:
         """Apply the layer to a multi-hot input by adding up rows of weights: a hundredth of the arithmetic.
@@ -160,7 +176,7 @@ class LatentLinear(StackedLinear):
 
 
 class _NormSiLU(torch.autograd.Function):
-    """``silu(layer_norm(x) * weight + bias)``, which keeps ``x`` alone for its gradient and computes the rest again.
+    """``silu(layer_norm(x) * weight + bias)``, which keeps the normalised x alone for its gradient.
 
     Autograd keeps two more tensors of the size of x and takes every step into fresh memory; at 768 starts x 12 steps of
     four agents they are 75 MB each, and clearing them costs more than computing them.
@@ -168,27 +184,35 @@ class _NormSiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, EPSILON)
-        return nn.functional.silu(torch.addcmul(bias, out, weight, out=out), inplace=True), mean, rstd
+        normed, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, EPSILON)
+        return nn.functional.silu(torch.addcmul(bias, normed, weight), inplace=True), normed, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.save_for_backward(*inputs, mean, rstd)
+        _, weight, bias = inputs
+        _, normed, rstd = output
+        ctx.mark_non_differentiable(normed, rstd)
+        ctx.set_materialize_grads(False)  # no zeros of the size of x for outputs that have no gradient
+        ctx.save_for_backward(normed, rstd, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        shape = list(x.shape[-1:])
-        normed = torch.native_layer_norm(x, shape, None, None, EPSILON)[0]
+        normed, rstd, weight, bias = ctx.saved_tensors
         grad = torch.ops.aten.silu_backward(grad.contiguous(), torch.addcmul(bias, normed, weight))
-        to_bias, to_weight = grad.sum_to_size(bias.shape), normed.mul_(grad).sum_to_size(weight.shape)
+        to_bias, to_weight = grad.sum_to_size(bias.shape), (normed * grad).sum_to_size(weight.shape)
+        # The gradient of a layer norm of what is normalised already (mean 0, deviation 1), over x's own deviation.
         to_x = torch.ops.aten.native_layer_norm_backward(
-            grad.mul_(weight), x, shape, mean, rstd, None, None, [True, False, False]
+            grad.mul_(weight),
+            normed,
+            list(normed.shape[-1:]),
+            torch.zeros_like(rstd),
+            torch.ones_like(rstd),
+            None,
+            None,
+            [True, False, False],
         )[0]
-        return to_x, to_weight, to_bias
+        return to_x.mul_(rstd), to_weight, to_bias
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Any, Any]:
@@ -220,6 +244,7 @@ class StackedNormSiLU(nn.Module):
         stack_index = read_index("stack_index", stack_index)
         stack = max(stack_index) + 1
         self.per_agent = list(stack_index) == list(range(stack))
+        self.runs = runs_of(stack_index)
         self.register_buffer("stack_index", torch.tensor(list(stack_index)), persistent=False)
         self.weight = nn.Parameter(torch.empty(stack, features))
         self.bias = nn.Parameter(torch.empty(stack, features))
@@ -236,8 +261,50 @@ class StackedNormSiLU(nn.Module):
         weight, bias = (p if self.per_agent else p[self.stack_index] for p in (self.weight, self.bias))
         return _NormSiLU.apply(flat, weight.unsqueeze(1), bias.unsqueeze(1))[0].view(x.shape)
 
+    def forward_runs(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Apply the layer to runs of agents that share weights, see :class:`StackedSequential`."""
+        weights, biases = self.weight.unbind(), self.bias.unbind()
+        return [
+            _NormSiLU.apply(at_least_float32(part), weights[index], biases[index])[0]
+            for part, (index, _) in zip(parts, self.runs, strict=True)
+        ]
 
-class StackedMLP(nn.Sequential):
+
+class StackedSequential(nn.Sequential):
+    """Stacked layers one after the other, ``[N, *batch, in] -> [N, *batch, out]``.
+
+    Where groups of agents share weights, each group's states go through all layers before they are put together again:
+    ``nn.Sequential`` would put them together, and take them apart, at every layer.
+
+    Args:
+        layers: with ``runs`` and ``forward_runs``: stacked layers over the same agents, or sequences of such.
+
+    Examples:
+        >>> index = [0, 0, 1]
+        >>> StackedSequential(StackedNormSiLU(4, index), StackedLinear(4, 2, index))(torch.zeros(3, 5, 4)).shape
+        torch.Size([3, 5, 2])
+    """
+
+    @property
+    def runs(self) -> Runs:
+        """The runs of agents that share weights; there are layers."""
+        return self[0].runs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply agent n's weights to ``x[n]``."""
+        if not len(self) or len(self.runs) in (1, x.shape[0]):
+            out: Tensor = super().forward(x)
+            return out
+        return torch.cat(self.forward_runs(split_runs(x, self.runs)))
+
+    def forward_runs(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Apply all layers to the runs of agents."""
+        for layer in self:
+            parts = layer.forward_runs(parts)
+        return parts
+
+
+class StackedMLP(StackedSequential):
     """A stack of MLPs, ``[N, *batch, in] -> [N, *batch, out]``: linear, layer norm, SiLU, ..., linear.
 
     Args:

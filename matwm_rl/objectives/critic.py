@@ -15,6 +15,7 @@ from matwm_rl import keys
 from matwm_rl.arguments import check_kinds
 from matwm_rl.checks import check_shape, check_writes, read_entry, read_optional, read_output
 from matwm_rl.functional import masked_mean, per_agent_mean
+from matwm_rl.modules.two_hot import TwoHot
 from matwm_rl.objectives.common import KeyedLoss
 
 
@@ -120,12 +121,14 @@ class CriticLoss(KeyedLoss):
                 # The shape is given, because a tensordict made from keyword arguments has no batch size.
                 slow_value = self._slow_value(tensordict, returns.shape)
         slow_value, returns = slow_value.squeeze(-1), returns.squeeze(-1)
+        bins = (*returns.shape, self.two_hot.num_bins)
+        check_shape(logits, f"{type(critic).__name__} must write {k.state_value_logits!r}", bins)
         # The two-hot bins may belong to the critic, and are then among its parameters and buffers.
         with self._using(self.critic_network_params, critic):
-            # Cross-entropy is linear in its target: one pass over the logits for the sum of both.
-            target = self.two_hot.encode(returns) + self.two_hot.encode(slow_value)
-        check_shape(logits, f"{type(critic).__name__} must write {k.state_value_logits!r}", target.shape)
-        error = -(target * logits.log_softmax(-1)).sum(-1)
+            if isinstance(self.two_hot, TwoHot):  # both in one pass over the logits, TorchRL's takes one target
+                error = self.two_hot.loss(logits, returns, slow_value)
+            else:
+                error = self.two_hot.loss(logits, returns) + self.two_hot.loss(logits, slow_value)
         read_optional(tensordict, k.alive, self, returns.shape)
         alive = self._valid_mask(tensordict, k.alive, returns)
         loss = per_agent_mean(error, weight, alive).sum()
