@@ -75,6 +75,7 @@ def main(overridden: DictConfig) -> None:
         TransformedEnv(env, policy.make_tensordict_primer()),
         policy,
         seed=cfg.seed,
+        checkpoint_every=cfg.checkpoint_every,
         frames_per_batch=cfg.frames_per_batch,
         total_frames=cfg.total_steps,
         init_random_frames=cfg.init_random_steps,

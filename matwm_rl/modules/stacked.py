@@ -6,7 +6,7 @@ Everything here is agent-major: ``[N, *batch, F]``, so that N networks are one b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -277,7 +277,7 @@ class StackedSequential(nn.Sequential):
     ``nn.Sequential`` would put them together, and take them apart, at every layer.
 
     Args:
-        layers: with ``runs`` and ``forward_runs``: stacked layers over the same agents, or sequences of such.
+        layers: stacked layers over the same agents, or sequences of such.
 
     Examples:
         >>> index = [0, 0, 1]
@@ -287,21 +287,27 @@ class StackedSequential(nn.Sequential):
 
     @property
     def runs(self) -> Runs:
-        """The runs of agents that share weights; there are layers."""
-        return self[0].runs
+        """The runs of agents that share weights; none without layers."""
+        return next((layer.runs for layer in self._stacked()), [])
+
+    def _stacked(self) -> Iterator[StackedLinear | StackedNormSiLU | StackedSequential]:
+        for layer in self:
+            assert isinstance(layer, StackedLinear | StackedNormSiLU | StackedSequential)
+            yield layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply agent n's weights to ``x[n]``."""
-        if not len(self) or len(self.runs) in (1, x.shape[0]):
+        runs = self.runs
+        if len(runs) in (0, 1, x.shape[0]):
             out: Tensor = super().forward(x)
             return out
-        return torch.cat(self.forward_runs(split_runs(x, self.runs)))
+        return torch.cat(self.forward_runs(split_runs(x, runs)))
 
-    def forward_runs(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    def forward_runs(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Apply all layers to the runs of agents."""
-        for layer in self:
+        for layer in self._stacked():
             parts = layer.forward_runs(parts)
-        return parts
+        return list(parts)
 
 
 class StackedMLP(StackedSequential):

@@ -9,11 +9,14 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.collectors import Collector
+from torchrl.envs import EnvBase
 
 from matwm_rl import keys
+from matwm_rl.arguments import check_ints
 from matwm_rl.checks import check_shape
 from matwm_rl.state_files import check_entries, check_same
 from matwm_rl.torchrl_internals import collector_carrier
+from matwm_rl.training.process import random_states, set_random_states
 
 RESTART_EVERY = 10_000
 """Env steps after which all environments begin new episodes, so that no more than these have to be played again."""
@@ -32,21 +35,25 @@ class ResumableCollector(Collector):
     seeded anew and begin new episodes, which is stored as a truncation of those before. It is the same in a run that
     is interrupted and in one that is not.
 
-    Where an environment does not repeat itself, :attr:`continues` is False after loading, and new episodes have begun:
-    then the run goes on, but not as it would have without the interruption. What a transform has gathered in a running
-    state of its own, such as means of observations, is no part of the state.
+    An environment that does not repeat itself, such as one with NumPy's global random state, begins new episodes at
+    every checkpoint instead, in both runs. Whether it repeats itself is tried before collection begins. Where only a
+    later episode shows that it does not, or where the state was saved between checkpoints, :attr:`continues` is False
+    after loading, and new episodes begin in the resumed run alone. What a transform has gathered in a running state of
+    its own, such as means of observations, is no part of the state.
 
     Args:
         env: made with ``seed``, and with the policy's primer if it has one.
         policy: the acting policy.
         seed: of the environments; at a restart they are seeded with ``seed`` plus the env steps so far.
+        checkpoint_every: env steps between checkpoints, if there are any; a checkpoint is saved after the batch that
+            reaches a multiple of them.
         kwargs: passed to :class:`~torchrl.collectors.Collector`, which must yield plain batches ``[*E, T]``.
 
     Raises:
         ValueError: with options that change what is yielded, or begin new episodes at other times.
 
     Attributes:
-        continues: whether the episodes that were running when the state was saved go on.
+        continues: whether the episodes that were running when the state was saved go on, or had ended there.
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -66,31 +73,40 @@ class ResumableCollector(Collector):
         tensor(True)
     """
 
-    def __init__(self, env: Any, policy: Any, *, seed: int, **kwargs: Any) -> None:
+    def __init__(self, env: Any, policy: Any, *, seed: int, checkpoint_every: int | None = None, **kwargs: Any) -> None:
+        if checkpoint_every is not None:
+            check_ints(1, checkpoint_every=checkpoint_every)
         if given := [name for name in _CHANGING if kwargs.get(name)]:
             raise ValueError(
                 f"ResumableCollector yields plain batches of running episodes, got {given}. Store what it yields with "
                 "Replay.extend, or use torchrl.collectors.Collector, which begins new episodes when a run is resumed"
             )
+        repeats = checkpoint_every is None or repeats_itself(env, seed)
+        self._restart_every = RESTART_EVERY if repeats or checkpoint_every is None else checkpoint_every
         super().__init__(env, policy, **kwargs)
         self._seed = seed
         self._env_steps = self._seeded_at = 0
         self._actions: list[Tensor] = []
+        self._restarts = False
         self.continues = True
         # What the policy writes anew in every step is no part of the state.
         self._kept = list(collector_carrier(self).keys(include_nested=True, leaves_only=True))
 
     def iterator(self) -> Iterator[TensorDictBase]:
         """Yield batches, as :class:`~torchrl.collectors.Collector` does."""
+        self._restart_if_due()
         for batch in super().iterator():
             self._env_steps += batch.numel()
             self._actions.append(batch.get(keys.ACTION).cpu().clone())
-            if self._seeded_at + RESTART_EVERY <= self._env_steps < self.total_frames:
+            before = self._env_steps - batch.numel()
+            if self._env_steps // self._restart_every > before // self._restart_every:
                 last = batch["next"][..., -1]
                 last["truncated"].logical_or_(~last["done"])
                 last["done"].fill_(True)
-                self._restart(self._env_steps)
+                self._begin_anew()
             yield batch
+            # After what is done with the batch, such as a checkpoint: with the random state that is stored there.
+            self._restart_if_due()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that :meth:`load_state_dict` needs; loads with ``torch.load(weights_only=True)``."""
@@ -153,8 +169,10 @@ class ResumableCollector(Collector):
         devices = [self.env.device] if self.env.device is not None and self.env.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             super().load_state_dict({"env_state_dict": {}, **state_dict}, strict=False)
+            if 0 < self._env_steps == self._seeded_at:
+                return self._begin_anew()
             if self._seeded_at:
-                self._restart(self._seeded_at)
+                self._restart()
             try:
                 played = self._play(actions)
                 self.continues = all(torch.equal(carrier[key], played[key].cpu()) for key in _TOLD)
@@ -164,7 +182,8 @@ class ResumableCollector(Collector):
         if self.continues:
             collector_carrier(self).update(carrier.to(self.env.device or "cpu"))
         else:
-            self._restart(self._env_steps)
+            self._begin_anew()
+        return None
 
     @torch.no_grad()
     def _play(self, actions: Tensor | None) -> TensorDictBase:
@@ -176,8 +195,43 @@ class ResumableCollector(Collector):
             )
         return tensordict
 
-    def _restart(self, env_steps: int) -> None:
-        """Begin new episodes in all environments, with the seed for this number of steps."""
-        self._seeded_at, self._actions = env_steps, []
-        self.set_seed(self._seed + env_steps)
+    def _begin_anew(self) -> None:
+        """Let new episodes begin in all environments with the next batch."""
+        self._seeded_at, self._actions, self._restarts = self._env_steps, [], True
+
+    def _restart_if_due(self) -> None:
+        if self._restarts:
+            self._restarts = False
+            self._restart()
+
+    def _restart(self) -> None:
+        """Begin new episodes in all environments, with the seed for the step that they were last seeded at."""
+        self.set_seed(self._seed + self._seeded_at)
         self.reset()
+
+
+def repeats_itself(env: EnvBase, seed: int, steps: int = 5) -> bool:
+    """Whether an environment plays the same again from the same seed with the same actions.
+
+    It is then seeded as before, and all random states are what they were.
+
+    Args:
+        env: an environment with one ``"agents"`` group, seeded with ``seed``.
+        seed: its seed.
+        steps: how many it plays, each time.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> repeats_itself(make_env("mock", seed=3), seed=3)
+        True
+    """
+    random = random_states()
+    env.set_seed(seed)
+    first = env.rollout(steps, break_when_any_done=False)
+    actions = iter(first[keys.ACTION].unbind(env.ndim))
+    env.set_seed(seed)
+    again = env.rollout(steps, lambda tensordict: tensordict.set(keys.ACTION, next(actions)), break_when_any_done=False)
+    env.set_seed(seed)
+    set_random_states(random)
+    told = [keys.REWARD, *(("next", key) for key in _TOLD)]
+    return all(torch.equal(first.get(key), again.get(key)) for key in told)

@@ -6,6 +6,7 @@ import io
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDictBase
@@ -15,7 +16,8 @@ from matwm_rl import keys, presets
 from matwm_rl.envs import MockEnv, MultiAgentEnv, make_env
 from matwm_rl.evaluation import RandomActions
 from matwm_rl.modules import WorldModel, WorldModelPolicy, make_actor
-from matwm_rl.training.collector import ResumableCollector
+from matwm_rl.training.collector import ResumableCollector, repeats_itself
+from matwm_rl.training.process import random_states, set_random_states
 
 FRAMES = 8
 
@@ -32,13 +34,15 @@ class Unseeded(MockEnv):
         return out
 
 
-def build(env: Any, total_frames: int = 400) -> ResumableCollector:
+def build(env: Any, total_frames: int = 400, checkpoint_every: int | None = None) -> ResumableCollector:
     torch.manual_seed(0)
     world_model = WorldModel.from_env(env, presets.tiny().world_model)
     policy = WorldModelPolicy(world_model, make_actor(world_model), history_length=3)
     primed = TransformedEnv(env, policy.make_tensordict_primer())
     sizes = {"frames_per_batch": FRAMES, "total_frames": total_frames, "init_random_frames": 2 * FRAMES}
-    return ResumableCollector(primed, policy, seed=5, auto_register_policy_transforms=False, **sizes)
+    return ResumableCollector(
+        primed, policy, seed=5, checkpoint_every=checkpoint_every, auto_register_policy_transforms=False, **sizes
+    )
 
 
 def resumed(state: dict[str, Any], env: Any, **sizes: int) -> ResumableCollector:
@@ -96,6 +100,48 @@ def test_a_restart_is_a_truncation_and_begins_new_episodes() -> None:
     assert done.nonzero().squeeze(-1).tolist() == [15, 31] and torch.equal(done, truncated)
     step = torch.cat([batch[keys.OBSERVATION] for batch in batches])[:, 0, 0]
     assert step.tolist() == [*range(16), *range(16)]
+
+
+class GlobalRandom(MockEnv):
+    """Its observations come from the global random state of NumPy, which no seed of an environment sets."""
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        out = super()._step(tensordict)
+        out["hunter", "observation"] += np.random.rand()
+        return out
+
+
+def test_an_environment_that_does_not_repeat_itself_begins_anew_at_checkpoints_in_both_runs() -> None:
+    assert not repeats_itself(MultiAgentEnv(GlobalRandom()), 5) and repeats_itself(MultiAgentEnv(MockEnv()), 5)
+    make = lambda: build(MultiAgentEnv(GlobalRandom(episode_length=100)), checkpoint_every=3 * FRAMES)  # noqa: E731
+    one = make()
+    batches = iter(one)
+    batch = [next(batches) for _ in range(3)][-1]
+    assert batch["next", "truncated"].squeeze(-1).tolist() == [False] * (FRAMES - 1) + [True]
+    state, random = one.state_dict(), random_states()
+    expected = [next(batches) for _ in range(2)]
+    other = make()
+    other.load_state_dict(state)
+    assert other.continues
+    set_random_states(random)
+    for before, after in zip(expected, other, strict=False):
+        for key in before.exclude("collector", "episode", ("next", "episode")).keys(True, True):
+            assert torch.equal(before[key], after[key]), key
+    assert expected[0][keys.OBSERVATION][0, 0, 0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [("mock", {}), ("mpe2/simple_tag_v3", {}), ("vmas/balance", {"max_steps": 9})]
+)
+def test_to_try_whether_it_repeats_itself_changes_nothing(name: str, kwargs: dict[str, int]) -> None:
+    played = []
+    for tries in (False, True):
+        torch.manual_seed(3)
+        env = make_env(name, seed=5, num_envs=2, **kwargs)
+        assert not tries or repeats_itself(env, 5)
+        played.append(env.rollout(20, break_when_any_done=False))
+    for key in played[0].exclude("episode", ("next", "episode")).keys(True, True):
+        assert torch.equal(played[0][key], played[1][key]), key
 
 
 def test_new_episodes_begin_where_the_environment_does_not_repeat_itself() -> None:
