@@ -247,11 +247,8 @@ def store(**hydra_settings: Any) -> None:
     omegaconf = import_optional("omegaconf").OmegaConf
     omegaconf.register_new_resolver("last_part", lambda name: re.split("[/:]", str(name))[-1], replace=True)
     # No log file: nothing is logged by way of Python's logging, so that it would stay empty.
-    defaults = [
-        {"preset": "vectors"},
-        "_self_",
-        *({f"override hydra/{name}_logging": "none"} for name in ("job", "hydra")),
-    ]
+    quiet = [{f"override hydra/{name}_logging": "none"} for name in ("job", "hydra")]
+    defaults = [{"preset": "vectors"}, "_self_", *quiet]
     hydra_settings = {"run": {"dir": "${run_dir}"}, "output_subdir": None, **hydra_settings}
     config_store.store(name="train", node={"defaults": defaults, "hydra": hydra_settings}, package="_global_")
     for name, preset in PRESETS.items():

@@ -56,9 +56,9 @@ class Settings:
     """Base of all dataclasses of settings: a wrong entry is refused when it is given, and when it is assigned.
 
     Types are those of the annotations: ``int``, ``float``, ``bool``, ``str``, enumerations (also by value), lists,
-    mappings, other settings, and any of these or ``None``; other annotations are not checked. Ranges stand beside the defaults,
-    see :func:`setting`. NaN and infinity are in no range, and a text is never empty. Numbers of NumPy are stored as
-    Python's. Entries that depend on one another are checked by :meth:`check`.
+    mappings, other settings, and any of these or ``None``; other annotations are not checked. Ranges stand beside the
+    defaults, see :func:`setting`. NaN and infinity are in no range, and a text is never empty. Numbers of NumPy are
+    stored as Python's. Entries that depend on one another are checked by :meth:`check`.
 
     Raises:
         TypeError: if there is no entry of a name that is given, or a value is of another type.

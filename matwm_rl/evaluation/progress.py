@@ -91,7 +91,7 @@ class Bar(Progress):
         super().__init__(time_left)
         tqdm = import_optional("tqdm").tqdm
 
-        class RunBar(tqdm):  # type: ignore[misc]
+        class RunBar(tqdm):  # type: ignore[misc, valid-type]
             @property
             def format_dict(self) -> dict[str, Any]:
                 # tqdm's own estimate follows the speed of the last steps: it knows of no phase, evaluation or limit.

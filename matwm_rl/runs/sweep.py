@@ -29,7 +29,7 @@ class SweepRun:
     def setting(self) -> str:
         """What it has in common with the runs of other seeds."""
         parts = [part for part in self.folder.name.split(",") if not part.startswith("seed=")]
-        return ",".join(parts) or self.folder.parent.resolve().name
+        return ",".join(parts) or "all seeds"
 
     @property
     def row(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def summarize_sweep(folder: str | Path, *, pictures: bool = True) -> str:
 
 
 def make_callback() -> Any:
-    """Return the callback that has Hydra summarize a sweep: as a table after every run, and with pictures at the end."""
+    """Return a callback for Hydra that summarizes a sweep: as a table after every run, and with pictures at the end."""
 
     class SummarizeSweep(import_optional("hydra.experimental.callback").Callback):  # type: ignore[misc]
         def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
@@ -105,9 +105,7 @@ def make_callback() -> Any:
 
         def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
             folder = _folder(config)
-            (folder / "multirun.yaml").unlink(
-                missing_ok=True
-            )  # Hydra's; every summary.json has the settings of its run
+            (folder / "multirun.yaml").unlink(missing_ok=True)  # every summary.json has the settings of its run
             if not list(_ended(folder)):
                 return  # as with --help
             print(f"\n{summarize_sweep(folder)}\n\nsweep in {folder}: summary.md, summary.csv, learning curves")
@@ -138,8 +136,9 @@ def _over_seeds(setting: str, name: str, members: Sequence[SweepRun]) -> str:
     values = [run.row[name] for run in members if name in run.row]
     if not values or isinstance(values[0], str):
         return ""
-    low, high = min(values), max(values)
-    return _text(median(values)) + (f" ({_text(low)} to {_text(high)})" if low < high else "")
+    kind = type(values[0])  # a count stays one
+    low, middle, high = (_text(kind(value)) for value in (min(values), median(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def _text(value: Any) -> str:

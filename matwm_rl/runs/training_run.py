@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -335,7 +335,7 @@ class TrainingRun:
             return "random actions" if self.env_steps <= self.cfg.init_random_steps else "filling replay"
         return "critics alone" if self._learner.updates < self.cfg.critic_warmup else "training"
 
-    def _end_by_signal(self) -> None:
+    def _end_by_signal(self) -> NoReturn:
         """Tell what there is and how to go on, and end the process as the signal would have."""
         cfg, note = self.cfg, self.log.note
         note(f"stopped by {self._stop} after {self.env_steps:,} of {cfg.total_steps:,} steps")
@@ -370,9 +370,7 @@ class TrainingRun:
         draw = self._evaluation.draw(env.layout) if self._evaluation.draw else None
         try:
             record_gif(env, self.policy, self.run_dir / "episodes.gif", episodes=4, draw=draw)
-        except (
-            Exception
-        ) as error:  # whatever a renderer raises: the results are saved, and the other picture is to come
+        except Exception as error:  # whatever a renderer raises: results are saved, and the other picture is to come
             self.log.note(f"no GIF: {type(error).__name__}: {error}")
         with set_exploration_type(ExplorationType.RANDOM):  # as the world model has seen them play
             episode = env.rollout(1000, self.policy).reshape(-1)
