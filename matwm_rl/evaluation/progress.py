@@ -118,16 +118,24 @@ class Bar(Progress):
     @contextmanager
     def task(self, name: str, unit: str) -> Iterator[Tell]:
         """Show a second bar, which goes when the task is done."""
-        shape = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} " + unit + "s [{elapsed}{postfix}]"
-        # miniters=0: also what makes no episodes for a while is seen to go on.
-        with self._tqdm(desc=name, total=0, leave=False, miniters=0, dynamic_ncols=True, bar_format=shape) as bar:
+        shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} " + unit + "s [{elapsed}{postfix}]"
+        bar: Any = None
 
-            def tell(done: int, total: int, detail: str) -> None:
-                bar.total = total
-                bar.set_postfix_str(detail, refresh=False)
-                bar.update(done - bar.n)
+        def tell(done: int, total: int, detail: str) -> None:
+            nonlocal bar
+            if bar is None:
+                # miniters=0: also what makes no episodes for a while is seen to go on.
+                kwargs = {"leave": False, "miniters": 0, "dynamic_ncols": True, "bar_format": shape}
+                bar = self._tqdm(desc=name, total=total, postfix=detail, **kwargs)
+            bar.total = total
+            bar.set_postfix_str(detail, refresh=False)
+            bar.update(done - bar.n)
 
+        try:
             yield tell
+        finally:
+            if bar is not None:
+                bar.close()
 
     def close(self) -> None:
         """Leave the bar as it is."""

@@ -180,17 +180,20 @@ class TrainingRun:
             self.log.advance(new_steps, self._phase())
             if _due(cfg.log_every, self.env_steps, new_steps):
                 self.log.write(self.env_steps)
-            if _due(self._every, self.env_steps, new_steps) and self.env_steps < cfg.total_steps and not self._stop:
+            ends = self._ends()
+            if self._learner.updates and _due(self._every, self.env_steps, new_steps) and not ends:
                 self._evaluate_once()
-            ends = self._stop or self._time.is_up or self.env_steps >= cfg.total_steps
             # Last: what is resumed from a checkpoint lacks nothing of before.
-            if ends or _due(cfg.checkpoint_every, self.env_steps, new_steps):
+            if (ends := self._ends()) or _due(cfg.checkpoint_every, self.env_steps, new_steps):
                 self._save()
             if self._stop:
                 self._end_by_signal()
             if ends:
                 break
         self._collector.shutdown()
+
+    def _ends(self) -> bool:
+        return bool(self._stop) or self._time.is_up or self.env_steps >= self.cfg.total_steps
 
     def track(self, name: str, count: int) -> Iterable[int]:
         """Count to ``count`` and show it, for updates without env steps.
@@ -215,13 +218,15 @@ class TrainingRun:
             SystemExit: when a signal has stopped the run.
         """
         cfg = self.cfg
+        early = self._time.is_up and self.env_steps < cfg.total_steps
+        if early:
+            self.log.note(f"max_minutes={cfg.max_minutes:g} ends the run after {self.env_steps:,} steps")
         if not self._learner.updates:
             raise RuntimeError(
                 f"nothing was learnt in {self.env_steps} steps: updates begin after init_random_steps="
                 f"{cfg.init_random_steps}, when replay holds enough for a batch (it holds {len(self._replay)} steps)"
+                + (f"; max_minutes={cfg.max_minutes:g} was over before" if early else "")
             )
-        if self._time.is_up and self.env_steps < cfg.total_steps:
-            self.log.note(f"max_minutes={cfg.max_minutes:g} ends the run after {self.env_steps:,} steps")
         matches = self._evaluate(cfg.evaluation.final_episodes)
         if matches is None:
             self._end_by_signal()
@@ -240,7 +245,7 @@ class TrainingRun:
             "config": to_plain(cfg),
         }
         self.log.write_summary(summary)
-        (self.run_dir / CONFIG_FILE).unlink()  # the summary has it
+        (self.run_dir / CONFIG_FILE).unlink(missing_ok=True)  # the summary has it
         self.log.note("drawing pictures")
         self._draw_pictures()
         self.log.note(f"results in {self.run_dir}")
