@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -144,7 +145,15 @@ class Bar(Progress):
 
 def make_progress(total: int, initial: int, time_left: Callable[[], str]) -> Progress:
     """Return a bar where the standard error is a terminal, lines elsewhere."""
-    return (Bar if sys.stderr.isatty() else Lines)(total, initial, time_left)
+    return (Bar if has_screen() else Lines)(total, initial, time_left)
+
+
+def has_screen() -> bool:
+    """Return whether the standard error is a terminal of some size; tqdm shows nothing on one of no lines."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
+    except (OSError, ValueError):  # no file, or one that is closed
+        return False
 
 
 def clock_text(seconds: float) -> str:

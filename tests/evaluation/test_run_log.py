@@ -1,9 +1,12 @@
 from __future__ import annotations
 
-import io
+import fcntl
 import json
 import math
+import os
 import re
+import struct
+import termios
 from pathlib import Path
 
 import pytest
@@ -150,11 +153,6 @@ def test_every_logger_gets_every_scalar(tmp_path: Path) -> None:
     assert recorder.scalars == [("loss", 2.0, 10), ("evaluation/prey", 3.0, 10)]
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def play_a_run(tmp_path: Path) -> None:
     """A log that tells all that there is to be told."""
     shown = {"shown": ("kl",), "time_left": lambda: "0:00:07 left"}
@@ -170,13 +168,23 @@ def play_a_run(tmp_path: Path) -> None:
 def test_on_a_terminal_a_bar_shows_phase_steps_time_left_and_the_chosen_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    screen = Terminal()
-    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr(progress, "has_screen", lambda: True)
     play_a_run(tmp_path)
-    shown = re.sub(r"\|.*?\|", "|", screen.getvalue())
+    out, err = capsys.readouterr()
+    shown = re.sub(r"\|.*?\|", "|", err)
     assert re.search(r"critics alone:  83%\| 5000/6000 steps \[00:00, 0:00:07 left, kl=1.25\]", shown)
     assert re.search(r"evaluation after 5,000 steps:   0%\| 0/20 episodes \[00:00, match 1, 0 steps\]", shown)
-    assert "hidden" not in shown and capsys.readouterr().out == "half-way\n"
+    assert "hidden" not in shown and out == "half-way\n"
+
+
+def test_a_terminal_of_no_size_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    with os.fdopen(ours, "wb"), os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        assert not progress.has_screen()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+        assert progress.has_screen()
+    assert not progress.has_screen()
 
 
 def test_in_a_file_lines_show_the_same(

@@ -102,7 +102,8 @@ def test_an_interrupted_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     """Ctrl-C at any moment: the same weights, metrics and evaluation; meanwhile, nobody else writes in the folder."""
     settings = ["env=mpe2/simple_tag_v3", "num_envs=2", "total_steps=200", "log_every=20", "evaluation.every=100"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run(f"run_dir={whole}", *settings)
+    # Both in processes of their own, which set their threads and precision.
+    assert call(f"run_dir={whole}", *settings).returncode == 0
     script = [sys.executable, "examples/simple_tag.py", *SMALL, *settings, f"run_dir={stopped}", "resume=true"]
     process = subprocess.Popen(script, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (stopped / "metrics.csv").exists() or ",kl," not in (stopped / "metrics.csv").read_text():
@@ -118,7 +119,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
         assert "last evaluation: adversaries_vs_random_prey" in output
         words = " ".join([*SMALL, *settings])
         assert f"to go on: python examples/simple_tag.py {words} run_dir={stopped} resume=true" in output
-        run(f"run_dir={stopped}", *settings, "resume=true")
+        assert call(f"run_dir={stopped}", *settings, "resume=true").returncode == 0
     layout = make_env("mpe2/simple_tag_v3").layout
     one, other = (load_policy(folder / "policy.pt", layout=layout).state_dict() for folder in (whole, stopped))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
