@@ -12,27 +12,17 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import TransformedEnv
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl.data import Replay
 from matwm_rl.envs import make_env
-from matwm_rl.evaluation import (
-    Matches,
-    RandomActions,
-    RunLog,
-    evaluate_matches,
-    find_evaluation,
-    plot_learning_curves,
-    plot_open_loop,
-    record_gif,
-    report_episodes,
-)
+from matwm_rl.evaluation import Matches, RunLog, find_evaluation
 from matwm_rl.files import write_text
 from matwm_rl.modules import WorldModelPolicy
 from matwm_rl.presets import TrainConfig
 from matwm_rl.runs.command_line import resume_command
+from matwm_rl.runs.evaluator import Evaluator, due
+from matwm_rl.runs.pictures import draw_pictures
 from matwm_rl.runs.time_left import TimeLeft
 from matwm_rl.settings import to_plain
 from matwm_rl.training import (
@@ -45,18 +35,9 @@ from matwm_rl.training import (
     save_policy,
     stop_on_signal,
 )
-from matwm_rl.training.process import random_states, set_random_states
 
 CONFIG_FILE = "config.json"
 """Settings of a run that has not ended; then its summary has them."""
-EVALUATIONS = 10
-"""Evaluations of a run that does not say after how many steps they are, the one before the first step not counted."""
-PICTURE_SECONDS = 10.0
-"""What the pictures are taken to need, on a slow core. How long they do take is known when the run is over."""
-
-
-class _StopEvaluation(BaseException):
-    """A signal has come during an evaluation; not an ``Exception``, which a play function might catch."""
 
 
 class TrainingRun:
@@ -122,12 +103,7 @@ class TrainingRun:
         self._time = TimeLeft(cfg.total_steps, max_seconds=cfg.max_minutes and 60 * cfg.max_minutes)
         self._learner, self._replay, self._collector = learner, replay, collector
         self._parts: dict[str, Any] = {"learner": learner, "replay": replay, "collector": collector}
-        self._every = cfg.evaluation.every or max(1, cfg.total_steps // EVALUATIONS)
-        self._evaluation = find_evaluation(cfg.env)
         self._test_env = self._make_env(cfg.seed + 1, num_envs=cfg.evaluation.num_envs)
-        self._last: Matches | None = None
-        self._random: dict[str, dict[str, float]] = {}
-        self._seconds_per_episode = 0.0
 
     def __enter__(self) -> Self:
         cfg = self.cfg
@@ -136,24 +112,23 @@ class TrainingRun:
             stack.enter_context(_quiet_torchrl())
             self._stop = stack.enter_context(stop_on_signal())
             resumes = cfg.resume and has_checkpoint(self.run_dir)
-            if resumes:
-                state = load_checkpoint(self.run_dir, **self._parts)
-                self.env_steps, self._random = state["env_steps"], state["extra"].get("random", {})
-            self._first_step = self.env_steps
-            logged = self.env_steps if cfg.resume else None
+            saved = load_checkpoint(self.run_dir, **self._parts) if resumes else {}
+            self.env_steps = self._first_step = saved.get("env_steps", 0)
             self.log = RunLog(
                 self.run_dir,
                 total_steps=cfg.total_steps,
-                resume_from=logged,
+                resume_from=self.env_steps if cfg.resume else None,
                 progress=cfg.progress,
                 time_left=self._time.__str__,
             )
             stack.enter_context(self.log)
             write_text(self.run_dir / CONFIG_FILE, json.dumps(to_plain(cfg), indent=2) + "\n")
             self._announce(resumes)
-            newest = min(self.env_steps, cfg.frames_per_batch) or 1
-            if _due(self._every, self.env_steps, newest) and self.env_steps < cfg.total_steps:
-                self._evaluate_once()
+            self._evaluator = Evaluator(cfg, self._test_env, log=self.log, time_left=self._time, stop=self._stop)
+            self._evaluator.random = saved.get("extra", {}).get("random", {})
+            self._evaluate_if_due(min(self.env_steps, cfg.frames_per_batch) or 1)
+            if not self.env_steps:
+                self._evaluator.play_random_agents()
             if self._stop:
                 self._end_by_signal()
             self._stack = stack.pop_all()
@@ -178,19 +153,24 @@ class TrainingRun:
             if self._learner.updates:
                 self._time.measure(self.env_steps)
             self.log.advance(new_steps, self._phase())
-            if _due(cfg.log_every, self.env_steps, new_steps):
+            if due(cfg.log_every, self.env_steps, new_steps):
                 self.log.write(self.env_steps)
-            ends = self._ends()
-            if self._learner.updates and _due(self._every, self.env_steps, new_steps) and not ends:
-                self._evaluate_once()
+            if not self._ends():
+                self._evaluate_if_due(new_steps)
             # Last: what is resumed from a checkpoint lacks nothing of before.
-            if (ends := self._ends()) or _due(cfg.checkpoint_every, self.env_steps, new_steps):
+            if (ends := self._ends()) or due(cfg.checkpoint_every, self.env_steps, new_steps):
                 self._save()
             if self._stop:
                 self._end_by_signal()
             if ends:
                 break
         self._collector.shutdown()
+
+    def _evaluate_if_due(self, new_steps: int) -> None:
+        # Before the first update, every evaluation would be that of before the first step.
+        if self._evaluator.is_due(self.env_steps, new_steps) and (self._learner.updates or not self.env_steps):
+            if self._evaluator.evaluate(self.policy, self.env_steps) and self.env_steps:
+                self._keep_policy()
 
     def _ends(self) -> bool:
         return bool(self._stop) or self._time.is_up or self.env_steps >= self.cfg.total_steps
@@ -227,7 +207,7 @@ class TrainingRun:
                 f"{cfg.init_random_steps}, when replay holds enough for a batch (it holds {len(self._replay)} steps)"
                 + (f"; max_minutes={cfg.max_minutes:g} was over before" if early else "")
             )
-        matches = self._evaluate(cfg.evaluation.final_episodes)
+        matches = self._evaluator.evaluate(self.policy, self.env_steps, final=True)
         if matches is None:
             self._end_by_signal()
         save_policy(self.run_dir / "policy.pt", self.policy)
@@ -247,72 +227,17 @@ class TrainingRun:
         self.log.write_summary(summary)
         (self.run_dir / CONFIG_FILE).unlink(missing_ok=True)  # the summary has it
         self.log.note("drawing pictures")
-        self._draw_pictures()
+        draw_pictures(
+            self.run_dir,
+            self._make_env(cfg.seed + 2),
+            self.policy,
+            draw=find_evaluation(cfg.env).draw,
+            references=self._evaluator.references,
+            context_length=cfg.replay.context_length,
+            note=self.log.note,
+        )
         self.log.note(f"results in {self.run_dir}")
         return matches
-
-    # -- evaluations ---------------------------------------------------------------------------------------------------
-
-    def _evaluate_once(self) -> None:
-        """Evaluate, unless a run that was interrupted has done so."""
-        if self.env_steps not in self.log.evaluated and self._evaluate(self.cfg.evaluation.episodes):
-            if self.env_steps:
-                self._keep_policy()
-            elif not any("random" in lines for lines in self._evaluation.references.values()):
-                self._play_random_agents()
-
-    def _evaluate(self, episodes: int) -> Matches | None:
-        """Play, log and tell; return nothing if a signal has come in between."""
-        matches = self._play(self.policy, episodes, "evaluation")
-        if matches is None:
-            return None
-        self._last = matches
-        if self.env_steps not in self.log.evaluated:
-            self.log.log(matches.metrics(), self.env_steps)
-        self.log.note(f"{self.env_steps:,} steps: {matches}{'' if self.env_steps else ' (untrained)'}")
-        self._expect()
-        return matches
-
-    def _play_random_agents(self) -> None:
-        """Play what the pictures compare the policy with, where the environment's evaluation does not know it."""
-        matches = self._play(RandomActions(), self.cfg.evaluation.episodes, "random agents")
-        if matches is not None:
-            self._random = {
-                match: {f"random {group}" if len(groups) > 1 else "random": value for group, value in groups.items()}
-                for match, groups in ((name, returns.per_group()) for name, returns in matches.returns.items())
-            }
-            self.log.note(f"random agents: {matches}")
-
-    def _play(self, policy: TensorDictModuleBase, episodes: int, name: str) -> Matches | None:
-        """Play the same episodes every time, also in a run that was interrupted in between."""
-        number, of = 0, f" of {len(self._last.returns)}" if self._last else ""
-        before, began = random_states(), self._time.elapsed
-        try:
-            with self._time.pause(), self.log.task(f"{name} after {self.env_steps:,} steps", "episode") as tell:
-
-                def report(played: int, total: int, steps: int) -> None:
-                    nonlocal number
-                    number += steps == 0
-                    tell(played, total, f"match {number}{of}, {steps:,} steps")
-                    if self._stop:
-                        raise _StopEvaluation
-
-                self._test_env.set_seed(self.cfg.seed + 1)
-                with report_episodes(report):
-                    matches = evaluate_matches(self.cfg.env, self._test_env, policy, episodes=episodes)
-        except _StopEvaluation:
-            return None
-        finally:
-            set_random_states(before)
-        self._seconds_per_episode = (self._time.elapsed - began) / matches.episodes
-        return matches
-
-    def _expect(self) -> None:
-        """Tell the estimate of the time left how long the evaluations to come will take."""
-        settings, seconds = self.cfg.evaluation, self._seconds_per_episode
-        to_come = max(0, (self.cfg.total_steps - 1) // self._every - self.env_steps // self._every)
-        self._time.later = to_come * settings.episodes * seconds
-        self._time.final = settings.final_episodes * seconds + PICTURE_SECONDS
 
     # -- what is told --------------------------------------------------------------------------------------------------
 
@@ -344,8 +269,8 @@ class TrainingRun:
         """Tell what there is and how to go on, and end the process as the signal would have."""
         cfg, note = self.cfg, self.log.note
         note(f"stopped by {self._stop} after {self.env_steps:,} of {cfg.total_steps:,} steps")
-        if self._last is not None:
-            note(f"last evaluation: {self._last}")
+        if self._evaluator.last is not None:
+            note(f"last evaluation: {self._evaluator.last}")
         if has_checkpoint(self.run_dir):
             note(f"checkpoint: {self.run_dir / 'checkpoints'}")
             note(f"to go on: {resume_command(self.run_dir)}")
@@ -354,7 +279,8 @@ class TrainingRun:
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        save_checkpoint(self.run_dir, **self._parts, env_steps=self.env_steps, extra={"random": self._random})
+        extra = {"random": self._evaluator.random}
+        save_checkpoint(self.run_dir, **self._parts, env_steps=self.env_steps, extra=extra)
 
     def _keep_policy(self) -> None:
         """Save the policy as ``policies/STEPS.pt``, if all are to be kept."""
@@ -366,33 +292,6 @@ class TrainingRun:
         cfg = self.cfg
         env = make_env(cfg.env, seed=seed, num_envs=num_envs, device=cfg.device, **cfg.env_kwargs)
         return TransformedEnv(env, self.policy.make_tensordict_primer())
-
-    def _draw_pictures(self) -> None:
-        """Draw learning curves, a GIF of real episodes, and open-loop imagination against what really happened."""
-        references = {**self._random, **self._evaluation.references}
-        plot_learning_curves(self.run_dir, self.run_dir / "learning_curves.png", references=references)
-        env = self._make_env(self.cfg.seed + 2)
-        draw = self._evaluation.draw(env.layout) if self._evaluation.draw else None
-        try:
-            record_gif(env, self.policy, self.run_dir / "episodes.gif", episodes=4, draw=draw)
-        except Exception as error:  # whatever a renderer raises: results are saved, and the other picture is to come
-            self.log.note(f"no GIF: {type(error).__name__}: {error}")
-        with set_exploration_type(ExplorationType.RANDOM):  # as the world model has seen them play
-            episode = env.rollout(1000, self.policy).reshape(-1)
-        context = min(self.cfg.replay.context_length, len(episode) // 2)
-        plot_open_loop(
-            self.policy.world_model,
-            episode,
-            self.run_dir / "imagination.png",
-            layout=env.layout,
-            context_length=context,
-            horizon=min(15, len(episode) - context),
-        )
-
-
-def _due(every: int, env_steps: int, new_steps: int) -> bool:
-    """Return whether the last ``new_steps`` steps passed a multiple of ``every``."""
-    return env_steps // every > (env_steps - new_steps) // every
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 
 from matwm_rl.envs import MockEnv, make_env
 from matwm_rl.evaluation import evaluate_matches, read_metrics
-from matwm_rl.runs import TrainingRun, training_run
+from matwm_rl.runs import evaluator, training_run
 from matwm_rl.training import load_policy
 from tests.examples.helpers import EXAMPLES, run_script
 
@@ -36,7 +36,7 @@ def test_a_sweep_leaves_one_folder_with_a_table_and_a_picture_over_seeds(
             super().__init__(**kwargs)
 
     monkeypatch.setattr("matwm_rl.envs.MockEnv", Recorded)
-    monkeypatch.setattr(TrainingRun, "_draw_pictures", lambda run: None)  # those of a run: test_simple_tag.py
+    monkeypatch.setattr(training_run, "draw_pictures", lambda *_, **__: None)  # those of a run: test_simple_tag.py
     settings = [*TINY, "env=matwm_rl.envs:MockEnv", "env_kwargs.episode_length=3", "evaluation.every=20"]
     sweep = tmp_path / "sweep"
     run_script("train", "-m", "seed=0,1", *settings, "total_steps=60", f"run_dir={sweep}")
@@ -77,8 +77,8 @@ def signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             signal.raise_signal(signal.SIGINT)
         return evaluate_matches(*args, **kwargs)
 
-    monkeypatch.setattr(training_run, "evaluate_matches", evaluate)
-    monkeypatch.setattr(TrainingRun, "_draw_pictures", lambda run: None)
+    monkeypatch.setattr(evaluator, "evaluate_matches", evaluate)
+    monkeypatch.setattr(training_run, "draw_pictures", lambda *_, **__: None)
     yield pressed
     assert not pressed
 
