@@ -6,6 +6,7 @@ Hydra (:func:`store`), which refuses names and types that the dataclasses do not
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import product
@@ -37,14 +38,15 @@ class TrainConfig(Settings):
 
     Attributes:
         env: name of the environment, see :func:`~matwm_rl.envs.make_env`.
+        env_kwargs: further arguments of ``make_env``, for all environments that the run makes: ``max_cycles``.
         imports: modules to import first, such as one that registers an environment.
         seed: of everything random.
         device: of networks, replay and environments.
-        run_dir: folder of the run.
+        run_dir: folder of the run; on the command line, by default one named after environment, seed and time.
         resume: go on from the newest checkpoint in ``run_dir``.
-        progress: show a progress bar.
+        progress: show how far the run is.
         total_steps: env steps of the run.
-        max_minutes: stop collecting after so long, then evaluate; ``None``: no limit.
+        max_minutes: end after so long, evaluation and pictures included; ``None``: no limit.
         num_envs: environments that step together.
         num_threads: of PyTorch on the CPU.
         matmul_precision: of float32 products.
@@ -74,10 +76,11 @@ class TrainConfig(Settings):
     """
 
     env: str = "mpe2/simple_tag_v3"
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
     imports: list[str] = field(default_factory=list)
     seed: int = setting(0, minimum=0, maximum=2**31 - 1)
     device: str = setting("cpu", is_device=True)
-    run_dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"
+    run_dir: str = "runs/${last_part:${env}}-seed${seed}-${now:%Y-%m-%d_%H-%M-%S}"
     resume: bool = False
     progress: bool = True
     total_steps: int = setting(50_000, minimum=1)
@@ -101,6 +104,8 @@ class TrainConfig(Settings):
 
     def check(self) -> None:
         """Refuse a run that could never make an update, as far as that can be known before it begins."""
+        if given := sorted({"name", "seed", "num_envs", "device"} & set(self.env_kwargs)):
+            raise ValueError(f"TrainConfig.env_kwargs has {given[0]!r}, which is set by an entry of its own")
         frames, envs = self.frames_per_batch, self.num_envs
         if frames % envs:
             raise ValueError(f"TrainConfig.frames_per_batch must be a multiple of num_envs, {envs}, got {frames}")
@@ -141,7 +146,7 @@ def vectors() -> TrainConfig:
     """
     return TrainConfig(
         total_steps=20_000,
-        max_minutes=9.5,  # on a slow machine: fewer steps
+        max_minutes=10.0,  # on a slow machine: fewer steps
         num_envs=4,
         num_threads=1,  # two are 15% faster alone, and three times as slow beside another process
         matmul_precision=MatmulPrecision.medium,
@@ -221,10 +226,13 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {"paper": paper, "vectors": vect
 """By the names that scripts know; add yours before :func:`store`."""
 
 
-def store() -> None:
+def store(**hydra_settings: Any) -> None:
     """Register the presets with Hydra, for ``@hydra.main(version_base=None, config_name="train")``.
 
     ``preset=NAME`` then chooses one on the command line, and every entry of :class:`TrainConfig` can be overridden.
+
+    Args:
+        hydra_settings: Hydra's own, by the name below ``hydra``, such as ``callbacks``.
 
     Raises:
         ImportError: if Hydra is not installed (``pip install "matwm_rl[train]"``).
@@ -236,10 +244,13 @@ def store() -> None:
         ['cpu.yaml', 'paper.yaml', 'tiny.yaml', 'vectors.yaml']
     """
     config_store = import_optional("hydra.core.config_store").ConfigStore.instance()
-    hydra_settings = {"run": {"dir": "${run_dir}"}, "output_subdir": None}
-    config_store.store(
-        name="train", node={"defaults": [{"preset": "vectors"}, "_self_"], "hydra": hydra_settings}, package="_global_"
-    )
+    omegaconf = import_optional("omegaconf").OmegaConf
+    omegaconf.register_new_resolver("last_part", lambda name: re.split("[/:]", str(name))[-1], replace=True)
+    # No log file: nothing is logged by way of Python's logging, so that it would stay empty.
+    quiet = [{f"override hydra/{name}_logging": "none"} for name in ("job", "hydra")]
+    defaults = [{"preset": "vectors"}, "_self_", *quiet]
+    hydra_settings = {"run": {"dir": "${run_dir}"}, "output_subdir": None, **hydra_settings}
+    config_store.store(name="train", node={"defaults": defaults, "hydra": hydra_settings}, package="_global_")
     for name, preset in PRESETS.items():
         config_store.store(group="preset", name=name, node=preset(), package="_global_")
     # The name of before.
@@ -264,7 +275,7 @@ def compose(overrides: Sequence[str] = ()) -> TrainConfig:
     store()
     with hydra.initialize(version_base=None, config_path=None):
         try:
-            composed = hydra.compose("train", overrides=list(overrides))
+            composed = hydra.compose("train", overrides=[*map(open_override, overrides)])
         except import_optional("hydra.errors").ConfigCompositionException as error:
             raise ValueError(_problem(error)) from error
     return to_config(composed)
@@ -296,27 +307,17 @@ def to_config(composed: Any) -> TrainConfig:
     return config
 
 
-def check_names(overrides: Sequence[str]) -> None:
-    """Refuse overrides of entries that do not exist, before Hydra does so without naming those that do.
+def open_override(override: str) -> str:
+    """Let an override add an entry where entries are free: ``env_kwargs.max_cycles=50``, for which Hydra wants ``++``.
 
     Args:
-        overrides: of a command line; what is no ``name=value``, and Hydra's own entries, pass.
-
-    Raises:
-        ValueError: names near entries.
+        override: of a command line.
 
     Examples:
-        >>> check_names(["--multirun", "seed=0,1,2", "hydra.verbose=true", "learner.gama=0.9"])
-        Traceback (most recent call last):
-        ValueError: there is no entry 'learner.gama'; near ones are learner.gamma...
+        >>> open_override("env_kwargs.max_cycles=50"), open_override("seed=1")
+        ('++env_kwargs.max_cycles=50', 'seed=1')
     """
-    for override in overrides:
-        name, given, _ = override.lstrip("+~").partition("=")
-        is_ours = (
-            given and not name.startswith("-") and name.partition(".")[0].partition("/")[0] not in ("hydra", "preset")
-        )
-        if is_ours and name not in _known_names():
-            raise ValueError(_unknown(name))
+    return f"++{override}" if override.partition("=")[0].partition(".")[0] == "env_kwargs" else override
 
 
 def _refuse_added(omegaconf: Any, composed: Any, prefix: str = "") -> None:
@@ -324,7 +325,7 @@ def _refuse_added(omegaconf: Any, composed: Any, prefix: str = "") -> None:
     for name, value in composed.items():
         if name not in names:
             raise ValueError(_unknown(prefix + name))
-        if omegaconf.is_dict(value):
+        if omegaconf.is_dict(value) and is_dataclass(omegaconf.get_type(value)):
             _refuse_added(omegaconf, value, f"{prefix}{name}.")
 
 

@@ -56,9 +56,9 @@ class Settings:
     """Base of all dataclasses of settings: a wrong entry is refused when it is given, and when it is assigned.
 
     Types are those of the annotations: ``int``, ``float``, ``bool``, ``str``, enumerations (also by value), lists,
-    other settings, and any of these or ``None``; other annotations are not checked. Ranges stand beside the defaults,
-    see :func:`setting`. NaN and infinity are in no range, and a text is never empty. Numbers of NumPy are stored as
-    Python's. Entries that depend on one another are checked by :meth:`check`.
+    mappings, other settings, and any of these or ``None``; other annotations are not checked. Ranges stand beside the
+    defaults, see :func:`setting`. NaN and infinity are in no range, and a text is never empty. Numbers of NumPy are
+    stored as Python's. Entries that depend on one another are checked by :meth:`check`.
 
     Raises:
         TypeError: if there is no entry of a name that is given, or a value is of another type.
@@ -178,6 +178,10 @@ def _read(name: str, value: Any, hint: Any, allowed: Mapping[str, Any]) -> Any:
             raise TypeError(f"{name} must be a list, got {value!r}")
         (kind,) = get_args(hint)
         return [_read(f"{name}[{place}]", entry, kind, allowed) for place, entry in enumerate(value)]
+    if get_origin(hint) is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(entry, str) for entry in value):
+            raise TypeError(f"{name} must be a mapping whose names are text, got {value!r}")
+        return dict(value)
     bounds = allowed.get(_RANGE, Range())
     if hint is bool:
         return read_switch(name, value)

@@ -3,6 +3,7 @@
 Read top down, every room may import from the levels below its own, and from no other room::
 
     examples  benchmarks
+    runs
     presets
     training  evaluation
     modules  objectives  envs  data
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "matwm_rl"
 LEVELS = (
     ("examples", "benchmarks"),
+    (f"{PACKAGE}.runs",),
     (f"{PACKAGE}.presets",),
     (f"{PACKAGE}.training", f"{PACKAGE}.evaluation"),
     (f"{PACKAGE}.modules", f"{PACKAGE}.objectives", f"{PACKAGE}.envs", f"{PACKAGE}.data"),

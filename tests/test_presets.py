@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,25 @@ def test_overrides_reach_every_level() -> None:
     assert config.world_model.latent == CategoricalLatentConfig(num_classes=7)
     assert config.learner.actor.advantage is Advantage.standardize
     assert config.imports == ["my_package.my_envs"]
+
+
+def test_arguments_of_the_environment_are_free() -> None:
+    config = presets.compose(["env_kwargs.max_cycles=50", "env_kwargs.sizes=[1,2]", "env_kwargs.nested.name=text"])
+    assert config.env_kwargs == {"max_cycles": 50, "sizes": [1, 2], "nested": {"name": "text"}}
+    assert presets.compose(["env_kwargs={max_cycles: 25}"]).env_kwargs == {"max_cycles": 25}
+    with pytest.raises(TypeError, match="env_kwargs must be a mapping whose names are text, got 3"):
+        presets.TrainConfig(env_kwargs=3)
+    with pytest.raises(ValueError, match="env_kwargs has 'num_envs', which is set by an entry of its own"):
+        presets.TrainConfig(env_kwargs={"num_envs": 3})
+
+
+@pytest.mark.parametrize(
+    ("env", "name"),
+    [("mpe2/simple_spread_v3", "simple_spread_v3"), ("mine.games:make_one", "make_one"), ("mock", "mock")],
+)
+def test_a_run_is_named_after_environment_seed_and_time(env: str, name: str) -> None:
+    config = presets.compose(["preset=tiny", f"env={env}", "seed=3"])
+    assert re.fullmatch(rf"runs/{name}-seed3-\d{{4}}-\d\d-\d\d_\d\d-\d\d-\d\d", config.run_dir)
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def sort_key(name: str) -> tuple[int, str]:
 
 
 def test_the_rooms_are_the_folders() -> None:
-    rooms = ("", ".data", ".envs", ".evaluation", ".modules", ".objectives", ".training")
+    rooms = ("", ".data", ".envs", ".evaluation", ".modules", ".objectives", ".runs", ".training")
     assert ROOMS == [f"matwm_rl{room}" for room in rooms]
 
 

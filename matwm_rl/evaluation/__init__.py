@@ -6,7 +6,7 @@ from matwm_rl.evaluation.open_loop import episode_windows, open_loop, open_loop_
 from matwm_rl.evaluation.open_loop_figure import plot_open_loop
 from matwm_rl.evaluation.opponents import CrossPlay, RandomActions
 from matwm_rl.evaluation.registry import Evaluation, evaluate_matches, find_evaluation, register_evaluation
-from matwm_rl.evaluation.returns import EvaluationConfig, Matches, Returns, evaluate
+from matwm_rl.evaluation.returns import EvaluationConfig, Matches, Returns, evaluate, report_episodes
 from matwm_rl.evaluation.run_log import RunLog, read_metrics
 from matwm_rl.evaluation.simple_tag import DrawTag, TagScript, evaluate_tag
 
@@ -32,4 +32,5 @@ __all__ = [
     "read_metrics",
     "record_gif",
     "register_evaluation",
+    "report_episodes",
 ]

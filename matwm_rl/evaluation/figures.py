@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def plot_learning_curves(
-    run_dir: str | Path,
+    run_dirs: str | Path | Sequence[str | Path],
     path: str | Path,
     *,
     references: Mapping[str, Mapping[str, float]] | None = None,
@@ -28,7 +28,7 @@ def plot_learning_curves(
     Returns named ``evaluation/<match>/<group>`` share one panel per match; each other metric has a panel of its own.
 
     Args:
-        run_dir: folder of a run, or its ``metrics.csv``.
+        run_dirs: folder of a run, or its ``metrics.csv``; or those of several, each of which has a line of its own.
         path: file of the picture, for example ``curves.png``.
         references: horizontal lines for evaluation panels, as ``{match: {label: value}}``; matches that the run did not
             play are skipped. Metrics without a match, ``evaluation/<group>``, belong to the match ``"evaluation"``.
@@ -52,17 +52,22 @@ def plot_learning_curves(
         >>> [axis.get_title() for axis in figure.axes]
         ['evaluation', 'loss: reward']
     """
-    metrics = read_metrics(run_dir)
+    folders = [Path(run_dirs)] if isinstance(run_dirs, str | Path) else [*map(Path, run_dirs)]
+    metrics: dict[str, list[tuple[int, float]]] = {}
+    for folder in folders:
+        for name, points in read_metrics(folder).items():
+            # A gap in the line between one run and the next.
+            metrics[name] = [*metrics[name], (points[0][0], math.nan), *points] if name in metrics else points
     if not metrics:
-        raise ValueError(f"no metrics have been logged to {run_dir} yet")
+        raise ValueError(f"no metrics have been logged to {folders[0]} yet")
     references = references or {}
     panels = _panels(metrics)
     matches = _matches(metrics)
     figure, axes = panel_grid(len(panels))
-    figure.suptitle(title or _run_name(Path(run_dir)), fontsize=13)
+    figure.suptitle(title or _run_name(folders[0]), fontsize=13)
     for axis, (name, lines) in zip(axes, panels.items(), strict=True):
         for index, (label, points) in enumerate(lines.items()):
-            steps, values = zip(*sorted(points), strict=True)
+            steps, values = zip(*points, strict=True)
             color, marker = COLORS[index % len(COLORS)], "o" if name in matches else None
             axis.plot(steps, values, color=color, label=label, marker=marker, markersize=3, linewidth=1.5)
         for index, (label, value) in enumerate(references.get(name, {}).items()):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -23,19 +26,19 @@ class EvaluationConfig(Settings):
     """How a run is evaluated.
 
     Attributes:
-        every: env steps between evaluations.
-        episodes: of every match, while training.
+        every: env steps between evaluations; ``None``: a tenth of the run's.
+        episodes: of every match, while training; few, because there are ten evaluations.
         final_episodes: of every match, at the end.
         num_envs: environments that play side by side.
         keep_policies: save the policy at every evaluation, as ``policies/STEPS.pt``.
 
     Examples:
         >>> EvaluationConfig(every=1000).episodes
-        50
+        20
     """
 
-    every: int = setting(5000, minimum=1)
-    episodes: int = setting(50, minimum=1)
+    every: int | None = setting(None, minimum=1)
+    episodes: int = setting(20, minimum=1)
     final_episodes: int = setting(100, minimum=1)
     num_envs: int = setting(10, minimum=1)
     keep_policies: bool = False
@@ -127,6 +130,35 @@ class Matches:
         return ", ".join(f"{name} {value:.1f}" for name, value in self.summary().items())
 
 
+ReportEpisodes = Callable[[int, int, int], None]
+"""Told how many episodes are played, how many are to be, and how many steps of the environments that took."""
+_report: ContextVar[ReportEpisodes | None] = ContextVar("report", default=None)
+
+
+@contextmanager
+def report_episodes(report: ReportEpisodes) -> Iterator[None]:
+    """Have :func:`evaluate` tell how far it is, also where an environment's own play function calls it.
+
+    Args:
+        report: called as ``report(played, episodes, steps)`` before the first step and after every step. What it raises
+            ends the evaluation.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.evaluation import RandomActions
+        >>> told = []
+        >>> with report_episodes(lambda played, episodes, steps: told.append((played, episodes, steps))):
+        ...     returns = evaluate(make_env("mock", seed=0), RandomActions(), episodes=2)
+        >>> told[0], told[-1][:2]
+        ((0, 2, 0), (2, 2))
+    """
+    token = _report.set(report)
+    try:
+        yield
+    finally:
+        _report.reset(token)
+
+
 MAX_STEPS = 10_000
 """Steps after which :func:`evaluate` takes an episode for one that never ends."""
 
@@ -176,6 +208,8 @@ def evaluate(
     played = torch.zeros(num_envs, dtype=torch.long)
     running = torch.zeros(num_envs, layout.num_agents)
     steps = torch.zeros(num_envs, dtype=torch.long)
+    all_steps, report = 0, _report.get() or (lambda *_: None)
+    report(0, quota * num_envs, all_steps)
     cuda_devices = [env.device] if env.device is not None and env.device.type == "cuda" else []
     with torch.random.fork_rng(cuda_devices), set_exploration_type(exploration):
         tensordict = env.reset()
@@ -189,6 +223,8 @@ def evaluate(
             returns[ended, played[ended]] = running[ended]
             played += done
             running[done] = 0.0
+            all_steps += 1
+            report(int(played.clamp(max=quota).sum()), quota * num_envs, all_steps)
             steps = (steps + 1).masked_fill(done, 0)
             if (endless := (steps >= max_steps) & (played < quota)).any():
                 raise RuntimeError(

@@ -1,11 +1,12 @@
-"""The log of a run: scalars in ``metrics.csv`` and TensorBoard, a progress bar, a summary."""
+"""The log of a run: scalars in ``metrics.csv`` and TensorBoard, progress on the screen, a summary."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from torch import Tensor
 from torchrl.record.loggers import Logger
 
 from matwm_rl.arguments import check_ints, check_switches
+from matwm_rl.evaluation.progress import Progress, Tell, make_progress
 from matwm_rl.files import import_optional, remove_partial, write_text
 
 METRICS_FILE = "metrics.csv"
@@ -28,7 +30,7 @@ Scalar = float | Tensor
 
 
 class RunLog:
-    """Log of a run's scalars: to ``metrics.csv``, TensorBoard and the progress bar.
+    """Log of a run: scalars to ``metrics.csv`` and TensorBoard, progress to the screen.
 
     ``run_dir/metrics.csv`` is one tidy table with the columns ``env_steps, name, value``. It opens in a spreadsheet;
     ``pandas.read_csv(path).pivot(index="env_steps", columns="name", values="value")`` makes it wide. TorchRL's
@@ -36,13 +38,15 @@ class RunLog:
 
     Args:
         run_dir: folder of the run; created if it does not exist.
-        total_steps: env steps of the whole run, for the bar.
+        total_steps: env steps of the whole run.
         resume_from: env steps at which an interrupted run resumes. Rows beyond them are dropped, because the resumed
             run logs these steps again. ``None`` starts a new run.
-        progress: show the bar (needs ``tqdm``).
+        progress: show how far the run is: as a bar on a terminal (needs ``tqdm``), as a line every half minute where
+            the output is a file.
         tensorboard: write TensorBoard events to ``run_dir/tensorboard`` (needs ``tensorboard``).
         loggers: further TorchRL loggers, for example ``WandbLogger``.
-        shown: names of the metrics that the progress bar shows.
+        shown: names of the metrics that are shown with the progress.
+        time_left: returns a text about the time that the run still takes, such as ``"0:02:10 left"``.
 
     Attributes:
         evaluated: env steps whose evaluation is in the table already, when a run resumes.
@@ -73,13 +77,15 @@ class RunLog:
         tensorboard: bool = True,
         loggers: Sequence[Logger] = (),
         shown: Sequence[str] = ("loss_reward", "kl", "entropy", "imagined_reward"),
+        time_left: Callable[[], str] = lambda: "time left unknown",
     ) -> None:
         check_ints(1, total_steps=total_steps)
         check_switches(progress=progress, tensorboard=tensorboard)
         if resume_from is not None:
             check_ints(0, resume_from=resume_from)
         # Imported before anything is written, so that a missing package leaves no files behind.
-        bar = import_optional("tqdm").tqdm if progress else None
+        if progress:
+            import_optional("tqdm")
         if tensorboard:
             import_optional("tensorboard")
         self.run_dir = Path(run_dir)
@@ -91,8 +97,8 @@ class RunLog:
         self._tensorboard = _tensorboard_logger(self.run_dir, resume_from) if tensorboard else None
         if self._tensorboard is not None:
             self.loggers.append(self._tensorboard)
-        self._shown = {name: "" for name in shown}
-        self._bar = bar and bar(total=total_steps, initial=resume_from or 0, unit="step", dynamic_ncols=True)
+        self._shown = tuple(shown)
+        self._progress = make_progress(total_steps, resume_from or 0, time_left) if progress else Progress(time_left)
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -165,21 +171,41 @@ class RunLog:
         for logger in self.loggers:
             for name, value in values.items():
                 logger.log_scalar(name, value, step=env_steps)
-        self._shown.update({name: f"{value:.3g}" for name, value in values.items() if name in self._shown})
-        if self._bar is not None:
-            self._bar.set_postfix({name: text for name, text in self._shown.items() if text}, refresh=False)
+        self._progress.figures |= {name: f"{values[name]:.3g}" for name in self._shown if name in values}
 
-    def advance(self, num_steps: int) -> None:
-        """Advance the progress bar by ``num_steps`` env steps."""
-        if self._bar is not None:
-            self._bar.update(num_steps)
+    def advance(self, num_steps: int, phase: str = "training") -> None:
+        """Show that the run has advanced.
+
+        Args:
+            num_steps: new env steps.
+            phase: what the run is doing.
+        """
+        self._progress.phase = phase
+        self._progress.advance(num_steps)
+
+    @contextmanager
+    def task(self, name: str, unit: str) -> Iterator[Tell]:
+        """Show how far something is that takes time and no env steps of the run, such as an evaluation.
+
+        Args:
+            name: what it is.
+            unit: what is counted, in the singular.
+
+        Yields:
+            a function to call as ``tell(done, total, detail)``, where ``detail`` is a text.
+
+        Examples:
+            >>> import tempfile
+            >>> with RunLog(tempfile.mkdtemp(), total_steps=20, progress=False, tensorboard=False) as log:
+            ...     with log.task("evaluation", "episode") as tell:
+            ...         tell(1, 10, "of the first match")
+        """
+        with self._progress.task(name, unit) as tell:
+            yield tell
 
     def note(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one."""
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
+        """Print a line, above the bar if there is one."""
+        self._progress.note(text)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``run_dir/summary.json``, atomically replacing an older one.
@@ -194,13 +220,12 @@ class RunLog:
         write_text(self.run_dir / SUMMARY_FILE, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
 
     def close(self) -> None:
-        """Flush all loggers and close the progress bar; the loggers given to the constructor stay open."""
+        """Flush all loggers and close the bar; the loggers given to the constructor stay open."""
         for logger in self.loggers:
             logger.flush()
         if self._tensorboard is not None:
             self._tensorboard.close()
-        if self._bar is not None:
-            self._bar.close()
+        self._progress.close()
 
     def __enter__(self) -> Self:
         return self

@@ -14,7 +14,7 @@ from matwm_rl import presets
 from matwm_rl.envs import MockEnv, MultiAgentEnv, make_env
 from matwm_rl.evaluation.opponents import RandomActions
 from matwm_rl.evaluation.registry import evaluate_matches
-from matwm_rl.evaluation.returns import Matches, Returns, evaluate
+from matwm_rl.evaluation.returns import Matches, Returns, evaluate, report_episodes
 from matwm_rl.modules import WorldModel, WorldModelPolicy, make_actor
 
 COUNTS = torch.tensor([4, 4, 3])
@@ -48,6 +48,26 @@ def hand_summed(length: int) -> list[float]:
 def test_returns_are_the_hand_summed_rewards() -> None:
     returns = evaluate(mock_env(5), NextAction(), episodes=3)
     assert returns.values.tolist() == [hand_summed(5)] * 3
+
+
+def test_an_evaluation_tells_how_far_it_is_and_can_be_ended() -> None:
+    told: list[tuple[int, int, int]] = []
+    env = mock_env(torch.tensor([2, 3]), (2,))
+    with report_episodes(lambda *numbers: told.append(numbers)):
+        evaluate_matches("mock", env, NextAction(), episodes=4)
+    # What an environment plays while the other has not ended is not counted.
+    assert told == [(0, 4, 0), (0, 4, 1), (1, 4, 2), (2, 4, 3), (3, 4, 4), (3, 4, 5), (4, 4, 6)]
+    evaluate(env, NextAction(), episodes=1)
+    assert len(told) == 7
+
+    def end(played: int, episodes: int, steps: int) -> None:
+        if steps == 2:
+            raise KeyboardInterrupt
+
+    before = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt), report_episodes(end):
+        evaluate(env, RandomActions(), episodes=4)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_every_environment_plays_the_same_number_of_episodes() -> None:

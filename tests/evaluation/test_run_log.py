@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
+import re
+import struct
+import termios
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from torch import Tensor
 from torchrl.record.loggers import Logger
 
 from matwm_rl import files
+from matwm_rl.evaluation import progress
 from matwm_rl.evaluation.run_log import RunLog, read_metrics
 
 
@@ -147,15 +153,75 @@ def test_every_logger_gets_every_scalar(tmp_path: Path) -> None:
     assert recorder.scalars == [("loss", 2.0, 10), ("evaluation/prey", 3.0, 10)]
 
 
-def test_the_bar_shows_steps_and_the_chosen_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    log = RunLog(tmp_path, total_steps=60, progress=True, tensorboard=False, shown=("kl",), resume_from=20)
-    log.log({"kl": 1.25, "hidden": 3.0}, 30)
-    log.advance(30)
+def play_a_run(tmp_path: Path) -> None:
+    """A log that tells all that there is to be told."""
+    shown = {"shown": ("kl",), "time_left": lambda: "0:00:07 left"}
+    with RunLog(tmp_path, total_steps=6000, progress=True, tensorboard=False, resume_from=2000, **shown) as log:
+        log.log({"kl": 1.25, "hidden": 3.0}, 3000)
+        log.advance(3000, "critics alone")
+        with log.task("evaluation after 5,000 steps", "episode") as tell:
+            tell(0, 20, "match 1, 0 steps")
+            tell(5, 20, "match 1, 25 steps")
+        log.note("half-way")
+
+
+def test_on_a_terminal_a_bar_shows_phase_steps_time_left_and_the_chosen_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "has_screen", lambda: True)
+    play_a_run(tmp_path)
+    out, err = capsys.readouterr()
+    shown = re.sub(r"\|.*?\|", "|", err)
+    assert re.search(r"critics alone:  83%\| 5000/6000 steps \[00:00, 0:00:07 left, kl=1.25\]", shown)
+    assert re.search(r"evaluation after 5,000 steps:   0%\| 0/20 episodes \[00:00, match 1, 0 steps\]", shown)
+    assert "hidden" not in shown and out == "half-way\n"
+
+
+def test_a_terminal_of_no_size_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    with os.fdopen(ours, "wb"), os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        assert not progress.has_screen()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+        assert progress.has_screen()
+    assert not progress.has_screen()
+
+
+def test_in_a_file_lines_show_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    play_a_run(tmp_path)
+    assert capsys.readouterr() == (
+        "5,000 of 6,000 steps (83%), critics alone, 0:00:00 elapsed, 0:00:07 left: kl 1.25\n"
+        "evaluation after 5,000 steps: 0 of 20 episodes, match 1, 0 steps, 0:00:00 elapsed\n"
+        "evaluation after 5,000 steps: 5 of 20 episodes, match 1, 25 steps, 0:00:00 elapsed\n"
+        "half-way\n",
+        "",
+    )
+
+
+def test_in_a_file_a_line_comes_every_half_minute_and_notes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with RunLog(tmp_path, total_steps=100, progress=True, tensorboard=False) as log:
+        for _ in range(10):
+            log.advance(10)
+            clock[0] += 10.0
+        log.note("done")
+    elapsed = re.findall(r"0:0\d:\d\d elapsed|done", capsys.readouterr().out)
+    assert elapsed == ["0:00:30 elapsed", "0:01:00 elapsed", "0:01:30 elapsed", "done"]
+
+
+def test_without_progress_only_notes_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = quiet(tmp_path)
+    log.advance(50, "training")
+    with log.task("evaluation", "episode") as tell:
+        tell(1, 2, "")
     log.note("half-way")
-    log.close()
-    out, err = capfd.readouterr()
-    assert "50/60" in err and "kl=1.25" in err and "hidden" not in err
-    assert "half-way" in out
+    assert capsys.readouterr() == ("half-way\n", "")
 
 
 def test_summary_is_plain_json_and_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,11 @@
-"""Running an example in the tests' own process."""
+"""Running an example in the tests' own process, which has imported everything already."""
 
 from __future__ import annotations
 
 import re
 import runpy
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +26,24 @@ def run_example(name: str, capsys: pytest.CaptureFixture[str], **sizes: Any) -> 
         runpy.run_path(str(path))["main"](**sizes)
     # TorchRL logs to the same stream.
     return [line for line in capsys.readouterr().out.splitlines() if "[torchrl]" not in line]
+
+
+def run_script(name: str, *words: str) -> None:
+    """Run a script as on the command line, from the folder of the tests."""
+    script = str(EXAMPLES / f"{name}.py")
+    # What it would set is the whole process's, and there are other tests in this one.
+    changed = [
+        patch("matwm_rl.training.prepare_process"),
+        patch.object(sys, "argv", [script, *words]),
+        patch.object(sys, "path", [str(EXAMPLES), *sys.path]),
+        patch.dict(sys.modules),
+        patch.dict("os.environ", HYDRA_FULL_ERROR="1"),
+    ]
+    with ExitStack() as stack:
+        for change in changed:
+            stack.enter_context(change)
+        sys.modules.pop("simple_tag", None)
+        runpy.run_path(script, run_name="__main__")
 
 
 def numbers(line: str) -> list[float]:

@@ -17,6 +17,7 @@ from matwm_rl.data import make_replay
 from matwm_rl.envs import make_env
 from matwm_rl.evaluation import read_metrics
 from matwm_rl.training import load_policy
+from tests.examples.helpers import run_script
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["preset=tiny", "num_threads=1", "init_random_steps=60", "frames_per_batch=20", "progress=false"]
@@ -34,8 +35,7 @@ def call(*overrides: str) -> subprocess.CompletedProcess[str]:
 
 
 def run(*overrides: str) -> None:
-    done = call(*overrides)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_script("simple_tag", *SMALL, *overrides)
 
 
 def kept_policies(run_dir: Path) -> list[int]:
@@ -102,7 +102,8 @@ def test_an_interrupted_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     """Ctrl-C at any moment: the same weights, metrics and evaluation; meanwhile, nobody else writes in the folder."""
     settings = ["env=mpe2/simple_tag_v3", "num_envs=2", "total_steps=200", "log_every=20", "evaluation.every=100"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run(f"run_dir={whole}", *settings)
+    # Both in processes of their own, which set their threads and precision.
+    assert call(f"run_dir={whole}", *settings).returncode == 0
     script = [sys.executable, "examples/simple_tag.py", *SMALL, *settings, f"run_dir={stopped}", "resume=true"]
     process = subprocess.Popen(script, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (stopped / "metrics.csv").exists() or ",kl," not in (stopped / "metrics.csv").read_text():
@@ -115,7 +116,10 @@ def test_an_interrupted_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert f"no checkpoint in {stopped}: the run begins anew" in output
     if process.returncode:  # else it was quicker
         assert process.returncode == 128 + signal.SIGINT and "stopped by SIGINT" in output
-        run(f"run_dir={stopped}", *settings, "resume=true")
+        assert "last evaluation: adversaries_vs_random_prey" in output
+        words = " ".join([*SMALL, *settings])
+        assert f"to go on: python examples/simple_tag.py {words} run_dir={stopped} resume=true" in output
+        assert call(f"run_dir={stopped}", *settings, "resume=true").returncode == 0
     layout = make_env("mpe2/simple_tag_v3").layout
     one, other = (load_policy(folder / "policy.pt", layout=layout).state_dict() for folder in (whole, stopped))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
