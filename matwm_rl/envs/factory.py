@@ -51,8 +51,8 @@ def make_env(
     ========================================  ==========================================  ========================
 
     Other families are added with :func:`~matwm_rl.envs.register_family`. A function of your own, named or given itself,
-    is called with ``kwargs``. It returns anything that :func:`~matwm_rl.envs.wrap_env` takes: a PettingZoo parallel
-    environment, a Gymnasium environment with Tuple spaces, a grouped TorchRL environment without a batch dimension, or a
+    is called with ``kwargs``. It returns what :func:`~matwm_rl.envs.wrap_env` takes: a PettingZoo parallel environment,
+    a Gymnasium environment with Tuple spaces, a grouped TorchRL environment without a batch dimension, or a
     :class:`~matwm_rl.envs.MultiAgentEnv`.
 
     Args:

@@ -64,7 +64,7 @@ def wrap_env(
     """
     if isinstance(env, EnvBase):
         if group_map is not None:
-            raise ValueError("group_map is of PettingZoo and Gymnasium; a TorchRL environment has its own, env.group_map.")
+            raise ValueError("group_map is of PettingZoo and Gymnasium; a TorchRL environment has a group_map itself.")
         grouped = env if device is None else env.to(device)
     else:
         gymnasium = sys.modules.get("gymnasium")
@@ -73,7 +73,9 @@ def wrap_env(
         if isinstance(env, type) or not all(map(callable, methods)):
             raise TypeError(f"got {_describe(env)}; expected {EXPECTED}.")
         grouped = wrap_pettingzoo(game, group_map=group_map, device=device)
-    return grouped if isinstance(grouped, MultiAgentEnv) else MultiAgentEnv(grouped, image_size=image_size, images=images)
+    if isinstance(grouped, MultiAgentEnv):
+        return grouped
+    return MultiAgentEnv(grouped, image_size=image_size, images=images)
 
 
 def _describe(env: Any) -> str:

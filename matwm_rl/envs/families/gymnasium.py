@@ -15,7 +15,30 @@ from matwm_rl.envs.families.tuple_game import TupleGame
 from matwm_rl.envs.registry import register_family
 
 
-def _make(package: str, limit: str, task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> Any:
+class Foraging(TupleGame):
+    """Level-based foraging, whose episodes repeat from a seed.
+
+    It places its players where none stands, and where none stood at the end of the episode before: without this, what
+    a seed gives would depend on what was played before.
+    """
+
+    def reset(self, seed: int | None = None, options: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Begin an episode; with a seed as if none had been before."""
+        for player in self.unwrapped.players if seed is not None else ():
+            player.position = None
+        return super().reset(seed, options)
+
+
+def _make(
+    package: str,
+    limit: str,
+    game: type[TupleGame],
+    task: str,
+    *,
+    num_envs: int,
+    device: torch.device | str | None,
+    **kwargs: Any,
+) -> TupleGame:
     """Make an environment that a package registers with Gymnasium.
 
     They report their time limit as a termination, from which values do not bootstrap. Gymnasium's own ``TimeLimit``
@@ -24,6 +47,7 @@ def _make(package: str, limit: str, task: str, *, num_envs: int, device: torch.d
     Args:
         package: which registers its environments when it is imported.
         limit: the argument that is the length of an episode.
+        game: what is around the environment.
         task: an environment's id.
         num_envs: always 1.
         device: of the tensors, which the wrapper around it makes.
@@ -41,10 +65,10 @@ def _make(package: str, limit: str, task: str, *, num_envs: int, device: torch.d
     steps = kwargs.pop(limit, spec.kwargs[limit])
     spec.kwargs[limit] = sys.maxsize
     made = {"max_episode_steps": steps, "disable_env_checker": True}
-    return TupleGame(construct(f"{package}/{task}", partial(gymnasium.make, spec, **made), kwargs))
+    return game(construct(f"{package}/{task}", partial(gymnasium.make, spec, **made), kwargs))
 
 
-make_rware = partial(_make, "rware", "max_steps")
-make_lbforaging = partial(_make, "lbforaging", "max_episode_steps")
+make_rware = partial(_make, "rware", "max_steps", TupleGame)
+make_lbforaging = partial(_make, "lbforaging", "max_episode_steps", Foraging)
 register_family("rware", make_rware)
 register_family("lbforaging", make_lbforaging)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from inspect import Parameter, signature
+from inspect import Parameter, isclass, signature
 from typing import Any
 
 SHOWN = 60
@@ -85,7 +85,9 @@ def _parameters(constructor: Callable[..., Any], error: TypeError, refusing: str
     owner = refusing.removesuffix(".__init__")
     callee = next((value for value in visible if getattr(value, "__qualname__", None) == owner), constructor)
     try:
-        parameters = signature(callee).parameters.values()
+        # Of a class its __init__: a metaclass with a __call__ of its own, such as TorchRL's, would hide the signature.
+        parameters = list(signature(callee.__init__ if isclass(callee) else callee).parameters.values())
     except (TypeError, ValueError):
         return []
-    return [each.name for each in parameters if each.kind in (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+    kinds = (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return [each.name for each in parameters[isclass(callee) :] if each.kind in kinds]

@@ -102,8 +102,8 @@ class TupleGame:
         if not isinstance(given, tuple) or len(given) != number or not isinstance(given[-1], Mapping):
             call = "reset" if number == 2 else "step"
             raise ValueError(
-                f"{type(self.unwrapped).__name__}.{call} returned {str(given)[:80]!r}; expected a tuple of {number}, of "
-                "which the last is the dict of infos, as Gymnasium has it"
+                f"{type(self.unwrapped).__name__}.{call} returned {str(given)[:80]!r}; expected a tuple of {number}, "
+                "of which the last is the dict of infos, as Gymnasium has it"
             )
         return given
 
