@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -46,11 +45,13 @@ class TupleGame:
             )
         self.env = env
         self.metadata = env.metadata
-        # rware and lbforaging take the mode when they draw, as Gym did before; they ignore the one they were made with.
-        self._takes_mode = "mode" in signature(env.unwrapped.render).parameters
-        self.render_mode = "rgb_array" if self._takes_mode else env.render_mode
         self.possible_agents = [f"agent_{index}" for index in range(len(self._action_spaces))]
         self.agents: list[str] = []
+
+    @property
+    def render_mode(self) -> Any:
+        """How the environment was made to be drawn."""
+        return self.env.render_mode
 
     @property
     def unwrapped(self) -> Any:
@@ -86,7 +87,7 @@ class TupleGame:
 
     def render(self) -> Any:
         """Draw the environment, as its own ``render`` does."""
-        return self.env.unwrapped.render(mode="rgb_array") if self._takes_mode else self.env.render()
+        return self.env.render()
 
     def close(self) -> None:
         """Close the environment."""
