@@ -87,8 +87,8 @@ class MultiAgentEnv(_WithLayout, TransformedEnv):
     :func:`~matwm_rl.envs.register_end_rule`.
 
     Args:
-        env: the grouped environment. A PettingZoo environment in which agents die needs
-            ``PettingZooWrapper(..., use_mask=True, done_on_any=False)``.
+        env: the grouped environment. Give PettingZoo's to :func:`~matwm_rl.envs.wrap_env`, which also knows what their
+            wrapper needs for agents that die: ``PettingZooWrapper(..., use_mask=True, done_on_any=False)``.
         image_size: side S of the square to which images are resized.
         images: ``"auto"``, see above; ``"channels_first"`` or ``"channels_last"``: observations of three dimensions are
             images of so many channels, whatever their sizes; ``"none"``: all observations are vectors.
