@@ -32,8 +32,8 @@ def wrap_env(
 
     - of **PettingZoo**, the parallel environment. Masks of legal actions may be in ``Dict(observation, action_mask)``
       or in the infos; agents may differ in observations and actions, die, join and return.
-    - of **Gymnasium**, an environment whose action and observation spaces are ``Tuple``s, of one space for each agent,
-      as those of rware and lbforaging. Rewards are a list, or one number that is each agent's.
+    - of **Gymnasium**, an environment whose action and observation spaces are of the kind ``Tuple``, of one space for
+      each agent, as those of rware and lbforaging. Rewards are a list, or one number that is each agent's.
     - of **TorchRL**, an environment with a ``group_map``, as its wrappers of SMACv2 and MeltingPot have it.
 
     To have it by name, in several environments at once, or in the scripts, write a function that returns it, and call

@@ -11,10 +11,11 @@ import numpy as np
 class TupleGame:
     """A Gymnasium environment of several agents, with the methods of a PettingZoo parallel environment.
 
-    Action and observation spaces are ``Tuple``s of one space for each agent; ``step`` takes a tuple of actions and
-    returns sequences of observations and rewards. A reward that is one number is each agent's. ``terminated`` and
-    ``truncated`` are of the whole episode or sequences; an agent that ended alone has left. Masks of legal actions are
-    ``info["action_mask"]``, one for each agent, if there are any. The agents are called ``agent_0``, ``agent_1`` ...
+    Action and observation spaces are of the kind ``Tuple``, of one space for each agent; ``step`` takes a tuple of
+    actions and returns sequences of observations and rewards. A reward that is one number is each agent's.
+    ``terminated`` and ``truncated`` are of the whole episode or sequences; an agent that ended alone has left. Masks of
+    legal actions are ``info["action_mask"]``, one for each agent, if there are any. The agents are called ``agent_0``,
+    ``agent_1`` and so on.
 
     Args:
         env: the Gymnasium environment.
