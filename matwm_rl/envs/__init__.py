@@ -9,6 +9,7 @@ from matwm_rl.envs.mock import MockEnv
 from matwm_rl.envs.multi_agent_env import MultiAgentEnv, ParallelMultiAgentEnv, SerialMultiAgentEnv
 from matwm_rl.envs.registry import Ends, register_end_rule, register_family, register_renderer
 from matwm_rl.envs.render import render_frame
+from matwm_rl.envs.wrap import wrap_env
 
 __all__ = [
     "AgentLayout",
@@ -25,4 +26,5 @@ __all__ = [
     "register_family",
     "register_renderer",
     "render_frame",
+    "wrap_env",
 ]

@@ -1,4 +1,4 @@
-"""How lives and episodes end: the rules for PettingZoo, VMAS and other environments, live and stored.
+"""How lives and episodes end: the rules for PettingZoo, VMAS, SMACv2, MeltingPot and others, live and stored.
 
 Legend: E batch size of the environment, N agents.
 """
@@ -12,7 +12,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.envs import EnvBase
+from torchrl.envs.libs.meltingpot import MeltingpotWrapper
 from torchrl.envs.libs.pettingzoo import PettingZooWrapper
+from torchrl.envs.libs.smacv2 import SMACv2Wrapper
 from torchrl.envs.libs.vmas import VmasWrapper
 
 from matwm_rl.envs.registry import Ends, register_end_rule
@@ -159,5 +161,25 @@ def end_vmas(env: EnvBase, tensordict: TensorDictBase, alive: Tensor) -> Ends:
     return Ends(alive=alive, done=done, terminated=done & ~truncated, truncated=truncated)
 
 
+def end_smac(env: EnvBase, tensordict: TensorDictBase, alive: Tensor) -> Ends:
+    """Rule of SMACv2, whose dead units may do nothing but action 0, which no living unit may do.
+
+    An episode that its limit of steps ended says so in the infos, if SMACv2 was made with ``continuing_episode=True``;
+    otherwise SMACv2 means such an end to be a termination.
+    """
+    acting = ~tensordict.get(("agents", "action_mask"))[..., 0]
+    limited = tensordict.get(("info", "episode_limit")).view_as(tensordict.get("done"))
+    return count_as_truncated(combine_root_ends(tensordict, alive, acting), limited)
+
+
+def end_meltingpot(env: EnvBase, tensordict: TensorDictBase, alive: Tensor) -> Ends:
+    """Rule of MeltingPot, whose wrapper reports its ``max_steps`` as a termination: values would not bootstrap."""
+    limited = env.max_steps is not None and env.num_cycles >= env.max_steps
+    ends = combine_root_ends(tensordict, alive, alive)
+    return count_as_truncated(ends, torch.full_like(ends.done, limited))
+
+
 register_end_rule(PettingZooWrapper, end_by_agents)
+register_end_rule(SMACv2Wrapper, end_smac)
+register_end_rule(MeltingpotWrapper, end_meltingpot, agents_die=False)
 register_end_rule(VmasWrapper, end_vmas, agents_die=False)

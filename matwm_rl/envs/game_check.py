@@ -79,7 +79,9 @@ class CheckedGame:
 
     def _check_observations(self, observations: Mapping[str, Any], infos: Mapping[str, Any], ended: Any) -> None:
         for agent, observation in observations.items():
-            for path, shape in self._shapes.get(agent, {}).items():
+            if agent not in self._shapes:
+                self._refuse(f"an observation of {agent!r}", f"agents of its possible_agents, {list(self._shapes)}")
+            for path, shape in self._shapes[agent].items():
                 value = observation
                 for name in path:
                     value = value.get(name) if isinstance(value, Mapping) else None

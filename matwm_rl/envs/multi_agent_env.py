@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchrl.envs import Compose, EnvBase, ParallelEnv, SerialEnv, TransformedEnv
+from torchrl.envs import Compose, EnvBase, ExcludeTransform, ParallelEnv, SerialEnv, TransformedEnv
+from torchrl.envs.libs.meltingpot import MeltingpotWrapper
 
 from matwm_rl.action_space import ActionSpace
 from matwm_rl.arguments import check_ints, check_kinds
@@ -17,6 +19,7 @@ from matwm_rl.envs.images import Images
 from matwm_rl.envs.layout import AgentLayout
 from matwm_rl.envs.merge_groups import MergeGroups
 from matwm_rl.envs.random_actions import LegalRandomActions
+from matwm_rl.envs.registry import unwrap
 from matwm_rl.envs.render import render_frame
 
 
@@ -84,8 +87,8 @@ class MultiAgentEnv(_WithLayout, TransformedEnv):
     :func:`~matwm_rl.envs.register_end_rule`.
 
     Args:
-        env: the grouped environment. A PettingZoo environment in which agents die needs
-            ``PettingZooWrapper(..., use_mask=True, done_on_any=False)``.
+        env: the grouped environment. Give PettingZoo's to :func:`~matwm_rl.envs.wrap_env`, which also knows what their
+            wrapper needs for agents that die: ``PettingZooWrapper(..., use_mask=True, done_on_any=False)``.
         image_size: side S of the square to which images are resized.
         images: ``"auto"``, see above; ``"channels_first"`` or ``"channels_last"``: observations of three dimensions are
             images of so many channels, whatever their sizes; ``"none"``: all observations are vectors.
@@ -118,6 +121,8 @@ class MultiAgentEnv(_WithLayout, TransformedEnv):
     def __init__(self, env: EnvBase, *, image_size: int = 64, images: Images = "auto") -> None:
         check_kinds(EnvBase, env=env)
         check_ints(1, image_size=image_size)
+        if images != "none" and isinstance(unwrap(env), MeltingpotWrapper):
+            env = _only_pictures(env)
         transform = MergeGroups.from_env(env, image_size=image_size, images=images)
         super().__init__(env, transform)
         self.layout = transform.layout
@@ -132,8 +137,16 @@ class MultiAgentEnv(_WithLayout, TransformedEnv):
         return next(transform for transform in transforms if isinstance(transform, MergeGroups))
 
     def set_seed(self, seed: int | None = None, static_seed: bool = False) -> int | None:
-        """Seed the environment, and count its episodes anew."""
-        following: int | None = super().set_seed(seed, static_seed)
+        """Seed the environment, and count its episodes anew.
+
+        An environment that cannot be seeded, as SMACv2 and MeltingPot, warns and goes on as it was.
+        """
+        try:
+            following: int | None = super().set_seed(seed, static_seed)
+        except NotImplementedError as error:
+            name = type(unwrap(self)).__name__
+            warnings.warn(f"{name} cannot be seeded, so its episodes do not repeat ({error})", stacklevel=2)
+            following = seed if seed is None or static_seed else seed + 1
         self._merge.count_episodes_anew()
         return following
 
@@ -141,6 +154,15 @@ class MultiAgentEnv(_WithLayout, TransformedEnv):
         """Return the actions that are legal now, bool ``[*E, N, A]``."""
         mask = self._merge.legal_actions
         return mask.to(self.device).expand(*self.batch_size, *mask.shape[-2:])
+
+
+def _only_pictures(env: EnvBase) -> EnvBase:
+    """Leave of what MeltingPot's players observe their picture, as its authors' agents see it.
+
+    Beside it are numbers, which do not fit into a picture, and of which the collective reward is for evaluation only.
+    """
+    keys = [key for key in env.observation_spec.keys(True, True) if isinstance(key, tuple) and key[-1] != "RGB"]
+    return TransformedEnv(env, ExcludeTransform(*keys)) if keys else env
 
 
 class SerialMultiAgentEnv(_WithLayout, SerialEnv):

@@ -22,7 +22,7 @@ class MakeFamily(Protocol):
     """Makes one environment of a family; see :func:`register_family`."""
 
     def __call__(self, task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> Any:
-        """Return a grouped TorchRL environment, a ``MultiAgentEnv``, or a PettingZoo parallel environment."""
+        """Return an environment that :func:`~matwm_rl.envs.wrap_env` takes."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,9 @@ def register_family(name: str, make: MakeFamily, *, vectorized: bool = False) ->
     Args:
         name: of the family, the part before the slash. ``make_env(name)`` without a slash asks for the task ``""``.
         make: called as ``make(task, num_envs=..., device=..., **kwargs)`` with the keyword arguments of ``make_env``
-            that it does not know itself. It returns a grouped TorchRL environment, a
-            :class:`~matwm_rl.envs.MultiAgentEnv`, or a PettingZoo parallel environment. An unknown task should be a
-            ``ValueError``. To run in processes of their own (``parallel=True``), it must be picklable.
+            that it does not know itself. It returns an environment that :func:`~matwm_rl.envs.wrap_env` takes. An
+            unknown task should be a ``ValueError``. To run in processes of their own (``parallel=True``), it must be
+            picklable.
         vectorized: whether one environment simulates a batch. Then ``make`` is called once and returns an environment
             of batch size ``[num_envs]``. Else it is called for each environment, always with ``num_envs=1``, and
             returns one without a batch dimension.

@@ -10,6 +10,7 @@ from torchrl.envs import MarlGroupMapType, TransformedEnv
 from matwm_rl.action_space import DiscreteActions
 from matwm_rl.envs import AgentLayout, MultiAgentEnv, make_env, render_frame
 from matwm_rl.keys import ACTION, ACTION_MASK, OBSERVATION, TERMINATED, TRUNCATED
+from tests.envs.population import Population
 
 SPEAKER_LISTENER = AgentLayout(
     agent_names=["speaker_0", "listener_0"],
@@ -115,14 +116,20 @@ def test_group_map_is_passed_on() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mpe2/simple_tga_v3", r"unknown environment 'mpe2/simple_tga_v3'; environments: .*simple_tag_v3"),
+        (
+            "mpe2/simple_tga_v3",
+            r"unknown environment 'mpe2/simple_tga_v3'; near ones: simple_tag_v3, .*; environments: .*simple_v3",
+        ),
         ("butterfly/pong", r"environments: cooperative_pong_v6, knights_archers_zombies_v11, pistonball_v6"),
-        ("vmas/simple_tga", r"unknown environment 'vmas/simple_tga'; scenarios: .*simple_tag"),
+        ("vmas/simple_tga", r"unknown environment 'vmas/simple_tga'; near ones: simple_tag.*; scenarios: .*balance"),
         (
             "atari/pong_v3",
-            r"'atari/pong_v3'; registered families: butterfly, mock, mpe2, .*register_family",
+            r"'atari/pong_v3'; registered families: butterfly, lbforaging, magent2, mock, mpe2, .*register_family",
         ),
-        ("simple_tag_v3", "unknown environment"),
+        ("magnet2/battle_v4", "near ones: magent2/battle_v4; registered"),
+        ("lbforaging/Foraging-8x8-2p-3f-v2", r"near ones: Foraging-8x8-2p-3f-v3, .*; environments: .* 1917 more"),
+        ("json:dmps", "'json' has no function 'dmps'; near ones: dumps, dump"),
+        ("simple_tag_v3", "A name is family and environment, as in 'mpe2/simple_tag_v3'"),
         ("mock/one", "unknown environment"),
         ("vmas", "unknown environment"),
     ],
@@ -143,6 +150,10 @@ def test_no_environments() -> None:
         ("mpe2/simple_tag_v3", "mpe2", "mpe"),
         ("vmas/simple_tag", "vmas", "vmas"),
         ("butterfly/pistonball_v6", "pettingzoo.butterfly", "butterfly"),
+        ("sisl/pursuit_v5", "pettingzoo.sisl", "sisl"),
+        ("magent2/battle_v4", "magent2.environments", "magent2"),
+        ("rware/rware-tiny-2ag-v2", "rware", "rware"),
+        ("lbforaging/Foraging-5x5-2p-1f-v3", "lbforaging", "lbforaging"),
     ],
 )
 def test_missing_package_names_the_extra(name: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,9 +162,44 @@ def test_missing_package_names_the_extra(name: str, package: str, extra: str, mo
         make_env(name)
 
 
-def test_continuous_actions_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("mpe2/simple_tag_v3", {"max_cycle": 5}, "'max_cycle'; near ones: max_cycles; it takes num_good, "),
+        ("butterfly/pistonball_v6", {"n_piston": 5}, "'n_piston'; near ones: n_pistons; it takes "),
+        ("sisl/pursuit_v5", {"n_evader": 5}, "'n_evader'; near ones: .*n_evaders.*; it takes x_size, "),
+        ("vmas/simple_tag", {"num_landmark": 5}, "'num_landmark'$"),
+        ("lbforaging/Foraging-5x5-2p-1f-v3", {"sigt": 2}, "'sigt'; near ones: sight; it takes players, "),
+        ("mock", {"length": 5}, "'length'; near ones: episode_length; it takes "),
+        ("tests.envs.population:Population", {"lenght": 5}, "'lenght'; near ones: length; it takes names, "),
+    ],
+)
+def test_unknown_arguments_name_near_ones(name: str, kwargs: dict[str, int], message: str) -> None:
+    with pytest.raises(TypeError, match=f"the environment '{name}' has no argument {message}"):
+        make_env(name, **kwargs)
+
+
+def test_other_errors_of_a_constructor_are_its_own() -> None:
+    def broken(size: int) -> None:
+        raise TypeError("open() got an unexpected keyword argument 'colour'")
+
+    with pytest.raises(TypeError, match=r"^open\(\) got"):
+        make_env(broken, size=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [("mpe2/simple_tag_v3", {"continuous_actions": True}), ("sisl/multiwalker_v9", {})]
+)
+def test_continuous_actions_are_refused(name: str, kwargs: dict[str, bool]) -> None:
     with pytest.raises(ValueError, match="one discrete action per agent"):
-        make_env("mpe2/simple_tag_v3", continuous_actions=True)
+        make_env(name, **kwargs)
+
+
+def test_a_function_is_called_for_each_environment() -> None:
+    env = make_env(Population, num_envs=2, length=3)
+    assert (env.batch_size, env.num_agents, env.rollout(9).shape) == ((2,), 2, (2, 3))
+    with pytest.raises(ImportError, match=r"Name the module, not the file: games.mine:make\."):
+        make_env("games/mine.py:make")
 
 
 def test_frames() -> None:

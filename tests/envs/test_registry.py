@@ -94,7 +94,7 @@ def test_families_may_return_other_kinds_of_environment() -> None:
     with pytest.raises(TypeError, match="'nothing/1' made a str; expected a grouped TorchRL environment"):
         make_env("nothing/1")
     register_family("turns", Recorder(lambda num_envs: simple_tag_v3.env()))
-    with pytest.raises(TypeError, match="PettingZoo parallel environment"):
+    with pytest.raises(ValueError, match=r"AEC environment act in turns; wrap its parallel_env"):
         make_env("turns/1")
     register_family("batched", Recorder(lambda num_envs: MockEnv(batch_size=[2])))
     with pytest.raises(ValueError, match=r"of batch size \[2\]; expected none.*vectorized=True"):
@@ -114,7 +114,7 @@ def test_bad_family_names(name: str) -> None:
 
 def test_unknown_names_list_what_is_registered() -> None:
     register_family("mine", Recorder())
-    with pytest.raises(ValueError, match=r"butterfly, mine, mock, mpe2, vmas\. Register another with"):
+    with pytest.raises(ValueError, match=r"magent2, mine, mock, mpe2, .*, vmas\. .*Register another family with"):
         make_env("other/one")
 
 

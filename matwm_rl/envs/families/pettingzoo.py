@@ -1,4 +1,4 @@
-"""The families ``"mpe2"`` and ``"butterfly"``, and PettingZoo's parallel environments in general."""
+"""The families of PettingZoo's packages, and its parallel environments in general."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, MarlGroupMapType
 from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 
+from matwm_rl.envs.families.named import construct, unknown_environment
 from matwm_rl.envs.families.packages import import_package
+from matwm_rl.envs.game_check import CheckedGame
 from matwm_rl.envs.registry import register_family
 from matwm_rl.torchrl_internals import simulator
 
@@ -29,10 +32,7 @@ def make_mpe(task: str, *, num_envs: int, device: torch.device | str | None, **k
     Raises:
         ValueError: if there is no such module.
     """
-    package = import_package("mpe2", extra="mpe")
-    kwargs.setdefault("max_cycles", MPE_MAX_CYCLES)
-    kwargs.setdefault("render_mode", "rgb_array")  # so that it can be drawn; nothing is, unless asked
-    return _make(_module(package, task, "mpe2"), device=device, **kwargs)
+    return _make("mpe2", "mpe2", task, extra="mpe", device=device, **({"max_cycles": MPE_MAX_CYCLES} | kwargs))
 
 
 def make_butterfly(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
@@ -41,24 +41,46 @@ def make_butterfly(task: str, *, num_envs: int, device: torch.device | str | Non
     Raises:
         ValueError: if there is no such module.
     """
-    # pygame opens a window at import otherwise, which fails on a machine without a screen.
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    package = import_package("pettingzoo.butterfly", extra="butterfly")
-    # Without a render mode some of them never draw what their agents observe.
-    kwargs.setdefault("render_mode", "rgb_array")
     if task.startswith("pistonball"):
         kwargs.setdefault("continuous", False)
-    return _make(_module(package, task, "butterfly"), device=device, **kwargs)
+    return _make("butterfly", "pettingzoo.butterfly", task, extra="butterfly", device=device, **kwargs)
+
+
+def make_sisl(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
+    """Make an environment of a module of ``pettingzoo.sisl``; see :func:`wrap_pettingzoo` for ``group_map``.
+
+    Raises:
+        ValueError: if there is no such module.
+    """
+    return _make("sisl", "pettingzoo.sisl", task, extra="sisl", device=device, **kwargs)
+
+
+def make_magent2(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
+    """Make an environment of a module of ``magent2.environments``; see :func:`wrap_pettingzoo` for ``group_map``.
+
+    Raises:
+        ValueError: if there is no such module.
+    """
+    return _make("magent2", "magent2.environments", task, extra="magent2", device=device, **kwargs)
 
 
 def _make(
-    module: ModuleType,
+    family: str,
+    package: str,
+    task: str,
     *,
+    extra: str,
     device: torch.device | str | None,
     group_map: dict[str, list[str]] | MarlGroupMapType | None = None,
     **kwargs: Any,
 ) -> EnvBase:
-    return wrap_pettingzoo(module.parallel_env(**kwargs), group_map=group_map, device=device)
+    # pygame opens a window at import otherwise, which fails on a machine without a screen.
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    module = _module(import_package(package, extra=extra), task, family)
+    # So that it can be drawn; nothing is, unless asked, but some of butterfly never draw what their agents observe.
+    kwargs.setdefault("render_mode", "rgb_array")
+    game = construct(f"{family}/{task}", module.parallel_env, kwargs)
+    return wrap_pettingzoo(game, group_map=group_map, device=device)
 
 
 def _module(package: ModuleType, task: str, family: str) -> ModuleType:
@@ -66,8 +88,11 @@ def _module(package: ModuleType, task: str, family: str) -> ModuleType:
         module.name for module in pkgutil.iter_modules(package.__path__) if module.name.rpartition("_v")[2].isdigit()
     )
     if task not in tasks:
-        raise ValueError(f"unknown environment '{family}/{task}'; environments: {', '.join(tasks)}.")
-    return importlib.import_module(f"{package.__name__}.{task}")
+        raise unknown_environment(f"{family}/{task}", task, tasks)
+    with warnings.catch_warnings():
+        # PettingZoo announces a registry of its environments, which has not come yet.
+        warnings.filterwarnings("ignore", message="The old environment creation API")
+        return importlib.import_module(f"{package.__name__}.{task}")
 
 
 def wrap_pettingzoo(
@@ -79,31 +104,53 @@ def wrap_pettingzoo(
     """Wrap a PettingZoo parallel environment with the settings that :class:`~matwm_rl.envs.MultiAgentEnv` needs.
 
     Args:
-        env: the parallel environment.
-        group_map: the groups, ``{group: [agent names]}``; by default TorchRL's, which go by the agents' names.
+        env: the parallel environment, or any object with its methods.
+        group_map: the groups, ``{group: [agent names]}``; by default TorchRL's, which go by the agents' names, where
+            agents of unequal observations or actions get groups of their own.
         device: device of the tensors given and received.
 
     Raises:
-        ValueError: if a given group holds agents of unequal observations or actions.
+        ValueError: if a given group holds agents of unequal observations or actions, or agents or spaces are missing.
 
     Examples:
         >>> from mpe2 import simple_tag_v3
         >>> wrap_pettingzoo(simple_tag_v3.parallel_env()).group_map["agent"]
         ['agent_0']
     """
+    if hasattr(env, "agent_iter"):
+        raise ValueError("agents of an AEC environment act in turns; wrap its parallel_env(...), not its env(...).")
+    if not getattr(env, "possible_agents", None):
+        raise ValueError(
+            f"{env} has no possible_agents: a PettingZoo environment must list all agents that can ever take part, "
+            "before its first reset."
+        )
     if group_map is not None:
         _check_groups(env, group_map)
-    with warnings.catch_warnings():
-        # TorchRL's wrapper names the one version of PettingZoo that it is tested with.
-        warnings.filterwarnings("ignore", message="PettingZoo in TorchRL is tested")
-        return _PettingZoo(env, group_map=group_map, use_mask=True, done_on_any=False, device=device)
+    return _PettingZoo(env, group_map=group_map, use_mask=True, done_on_any=False, device=device)
 
 
 class _PettingZoo(PettingZooWrapper):
-    """Lets agents join after the reset.
+    """Lets agents join after the reset, and looks at what the environment returns before TorchRL's wrapper reads it.
 
     TorchRL's wrapper also looks for ``agents`` among all attributes of all modules, at every step: 15% of its time.
     """
+
+    def _check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        """Take anything that has the methods."""
+
+    def _build_env(self, env: Any) -> CheckedGame:
+        # TorchRL's wrapper also warns of every PettingZoo but the one release that it is tested with.
+        self.parallel = True
+        return CheckedGame(env)
+
+    def _get_default_group_map(self, agent_names: list[str]) -> dict[str, list[str]]:
+        groups: dict[str, list[str]] = {}
+        for group, names in super()._get_default_group_map(agent_names).items():
+            alike: dict[Any, list[str]] = {}
+            for name in names:
+                alike.setdefault(_kind_of(self, name), []).append(name)
+            groups |= {group: names} if len(alike) == 1 else {same[0]: same for same in alike.values()}
+        return groups
 
     @property
     def agents(self) -> list[str]:
@@ -112,13 +159,35 @@ class _PettingZoo(PettingZooWrapper):
         return agents
 
     def _reset_parallel(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        # TorchRL's wrapper expects all possible agents at a reset. Those that join later are masked until they do.
         observations, infos = super()._reset_parallel(**kwargs)
+        # TorchRL's wrapper expects all possible agents at a reset. Those that join later are masked until they do.
         late = [agent for agent in self.possible_agents if agent not in observations]
-        return (
-            {**observations, **{agent: _zeros(self.observation_space(agent)) for agent in late}},
-            {**infos, **{agent: {} for agent in self.possible_agents if agent not in infos}},
-        )
+        observations = {**observations, **{agent: _zeros(self.observation_space(agent)) for agent in late}}
+        kept = _only_masks(observations, infos)
+        if any(kept.values()):
+            # It reads from the first infos whether there are masks, and believes it of a group if all its agents have.
+            for agent in (agent for agent, info in kept.items() if not info):
+                count = getattr(self.action_space(agent), "n", None)
+                kept[agent] = {} if count is None else {"action_mask": np.ones(count, dtype=np.int8)}
+        return observations, kept
+
+    def _step_parallel(self, tensordict: TensorDictBase) -> tuple[Any, ...]:
+        observations, *ends, infos = super()._step_parallel(tensordict)
+        kept = _only_masks(observations, infos)
+        for agent in (agent for agent, info in kept.items() if info):
+            group = next(group for group, agents in self.group_map.items() if agent in agents)
+            if not self.has_action_mask[group]:
+                raise ValueError(
+                    f"the infos of {agent!r} have an action mask after a step, but none after the reset; expected one "
+                    "in the infos of every reset too."
+                )
+        return (observations, *ends, kept)
+
+
+def _only_masks(observations: Mapping[str, Any], infos: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Keep of the infos the action masks: nobody here reads others, which may come and go, and be texts."""
+    found = {agent: infos.get(agent) or {} for agent in observations}
+    return {agent: {name: info[name] for name in ("action_mask",) if name in info} for agent, info in found.items()}
 
 
 def _zeros(space: Any) -> Any:
@@ -130,18 +199,38 @@ def _zeros(space: Any) -> Any:
     return np.zeros(space.shape, dtype=space.dtype)
 
 
+def _kind_of(env: Any, agent: str) -> tuple[Any, Any]:
+    """Return what must be equal of the agents of a group."""
+    return _kind(env.observation_space(agent)), _kind(env.action_space(agent))
+
+
+def _kind(space: Any) -> Any:
+    parts = getattr(space, "spaces", None)
+    if parts is not None:
+        named = parts.items() if isinstance(parts, Mapping) else enumerate(parts)
+        return tuple((name, _kind(part)) for name, part in named)
+    counts = (str(getattr(space, name, None)) for name in ("n", "start", "nvec"))
+    return type(space).__name__, space.shape, str(space.dtype), *counts
+
+
 def _check_groups(env: Any, group_map: dict[str, list[str]] | MarlGroupMapType) -> None:
     if isinstance(group_map, MarlGroupMapType):
         group_map = group_map.get_group_map(env.possible_agents)
     for group, agents in group_map.items():
-        spaces = {agent: (env.observation_space(agent), env.action_space(agent)) for agent in agents}
-        sizes = {(observation.shape, str(action)) for observation, action in spaces.values()}
-        if len(sizes) > 1:
+        if unknown := [agent for agent in agents if agent not in env.possible_agents]:
             raise ValueError(
-                f"group {group!r} holds agents of unequal observations or actions ({sizes}), which TorchRL's "
-                "PettingZooWrapper cannot stack. Put them into groups of their own; MultiAgentEnv merges all groups."
+                f"group {group!r} holds the unknown agents {unknown}; the environment has {list(env.possible_agents)}."
+            )
+        kinds = {_kind_of(env, agent): (env.observation_space(agent), env.action_space(agent)) for agent in agents}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"group {group!r} holds agents of unequal observations or actions ({list(kinds.values())}), which "
+                "TorchRL's PettingZooWrapper cannot stack. Put them into groups of their own; MultiAgentEnv merges all "
+                "groups."
             )
 
 
 register_family("mpe2", make_mpe)
 register_family("butterfly", make_butterfly)
+register_family("sisl", make_sisl)
+register_family("magent2", make_magent2)

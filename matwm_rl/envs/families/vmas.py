@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 from torchrl.envs.libs.vmas import VmasEnv
 
+from matwm_rl.envs.families.named import unknown_argument, unknown_environment
 from matwm_rl.envs.families.packages import import_package
 from matwm_rl.envs.registry import register_family
 from matwm_rl.torchrl_internals import vmas_random_state
@@ -24,14 +26,24 @@ def make_vmas(task: str, *, num_envs: int, device: torch.device | str | None, **
 
     Raises:
         ValueError: if there is no such scenario.
+        TypeError: if the scenario has no argument of a name.
     """
     vmas = import_package("vmas", extra="vmas")
     scenarios = sorted([*vmas.scenarios, *vmas.mpe_scenarios, *vmas.debug_scenarios])
     if task not in scenarios:
-        raise ValueError(f"unknown environment 'vmas/{task}'; scenarios: {', '.join(scenarios)}.")
+        raise unknown_environment(f"vmas/{task}", task, scenarios, "scenarios")
     kwargs.setdefault("max_steps", MAX_STEPS)
     kwargs.setdefault("continuous_actions", False)
-    return _Vmas(task, num_envs=num_envs, device=device, **kwargs)
+    with warnings.catch_warnings():
+        # Scenarios take what they know out of the arguments, and warn of what is left.
+        warnings.filterwarnings("error", message="Scenario kwargs")
+        try:
+            return _Vmas(task, num_envs=num_envs, device=device, **kwargs)
+        except UserWarning as error:
+            left = next((name for name in kwargs if repr(name) in str(error)), None)
+            if left is None:
+                raise
+            raise unknown_argument(f"vmas/{task}", left) from error
 
 
 class _Vmas(VmasEnv):
