@@ -86,7 +86,8 @@ def main(overridden: DictConfig) -> None:
         resumes = cfg.resume and has_checkpoint(run_dir)
         first_step = load_checkpoint(run_dir, **parts)["env_steps"] if resumes else 0
         logged = first_step if cfg.resume else None
-        with RunLog(run_dir, total_steps=cfg.total_steps, resume_from=logged, progress=cfg.progress) as log:
+        sinks = {"progress": cfg.progress, "logger": cfg.logger}
+        with RunLog(run_dir, total_steps=cfg.total_steps, resume_from=logged, **sinks) as log:
             OmegaConf.save(overridden, run_dir / "config.yaml")
             if cfg.resume and not resumes:
                 log.note(f"no checkpoint in {run_dir}: the run begins anew")

@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any
 
 from matwm_rl.data import ReplayConfig
-from matwm_rl.evaluation import EvaluationConfig
+from matwm_rl.evaluation import EvaluationConfig, LoggerName
 from matwm_rl.files import import_optional
 from matwm_rl.modules import (
     ActorCriticConfig,
@@ -43,6 +43,7 @@ class TrainConfig(Settings):
         run_dir: folder of the run.
         resume: go on from the newest checkpoint in ``run_dir``.
         progress: show a progress bar.
+        logger: where scalars go besides ``metrics.csv``: one of TorchRL's loggers by its name, or ``null``.
         total_steps: env steps of the run.
         max_minutes: stop collecting after so long, then evaluate; ``None``: no limit.
         num_envs: environments that step together.
@@ -80,6 +81,7 @@ class TrainConfig(Settings):
     run_dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"
     resume: bool = False
     progress: bool = True
+    logger: LoggerName | None = LoggerName.tensorboard
     total_steps: int = setting(50_000, minimum=1)
     max_minutes: float | None = setting(None, above=0)
     num_envs: int = setting(1, minimum=1)
@@ -312,10 +314,8 @@ def check_names(overrides: Sequence[str]) -> None:
     """
     for override in overrides:
         name, given, _ = override.lstrip("+~").partition("=")
-        is_ours = (
-            given and not name.startswith("-") and name.partition(".")[0].partition("/")[0] not in ("hydra", "preset")
-        )
-        if is_ours and name not in _known_names():
+        of_hydra = name.startswith("-") or name.partition(".")[0].partition("/")[0] in ("hydra", "preset")
+        if given and not of_hydra and name not in _known_names():
             raise ValueError(_unknown(name))
 
 

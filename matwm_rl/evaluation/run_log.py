@@ -1,4 +1,4 @@
-"""The log of a run: scalars in ``metrics.csv`` and TensorBoard, a progress bar, a summary."""
+"""The log of a run: scalars in ``metrics.csv`` and one of TorchRL's loggers, a progress bar, a summary."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torchrl.record.loggers import Logger
 
 from matwm_rl.arguments import check_ints, check_switches
+from matwm_rl.evaluation.loggers import LoggerName, make_logger, read_logger
 from matwm_rl.files import import_optional, remove_partial, write_text
 
 METRICS_FILE = "metrics.csv"
@@ -28,7 +29,7 @@ Scalar = float | Tensor
 
 
 class RunLog:
-    """Log of a run's scalars: to ``metrics.csv``, TensorBoard and the progress bar.
+    """Log of a run's scalars: to ``metrics.csv``, one of TorchRL's loggers and the progress bar.
 
     ``run_dir/metrics.csv`` is one tidy table with the columns ``env_steps, name, value``. It opens in a spreadsheet;
     ``pandas.read_csv(path).pivot(index="env_steps", columns="name", values="value")`` makes it wide. TorchRL's
@@ -40,8 +41,9 @@ class RunLog:
         resume_from: env steps at which an interrupted run resumes. Rows beyond them are dropped, because the resumed
             run logs these steps again. ``None`` starts a new run.
         progress: show the bar (needs ``tqdm``).
-        tensorboard: write TensorBoard events to ``run_dir/tensorboard`` (needs ``tensorboard``).
-        loggers: further TorchRL loggers, for example ``WandbLogger``.
+        logger: name of one of TorchRL's loggers, which writes into ``run_dir`` too, see :func:`make_logger`; ``None``:
+            none.
+        loggers: further TorchRL loggers, for example one that is shared by several runs.
         shown: names of the metrics that the progress bar shows.
 
     Attributes:
@@ -49,12 +51,12 @@ class RunLog:
 
     Raises:
         FileExistsError: if a new run is started in a folder that holds the metrics of another.
-        ImportError: if a package of the extra ``matwm_rl[train]`` is missing.
+        ImportError: if a package is missing; the message says how to install it.
 
     Examples:
         >>> import tempfile
         >>> run_dir = tempfile.mkdtemp()
-        >>> with RunLog(run_dir, total_steps=100, progress=False, tensorboard=False) as log:
+        >>> with RunLog(run_dir, total_steps=100, progress=False, logger=None) as log:
         ...     log.accumulate({"loss_reward": torch.tensor(1.0)})
         ...     log.accumulate({"loss_reward": torch.tensor(2.0)})
         ...     log.advance(10)
@@ -70,27 +72,27 @@ class RunLog:
         total_steps: int,
         resume_from: int | None = None,
         progress: bool,
-        tensorboard: bool = True,
+        logger: LoggerName | str | None = LoggerName.tensorboard,
         loggers: Sequence[Logger] = (),
         shown: Sequence[str] = ("loss_reward", "kl", "entropy", "imagined_reward"),
     ) -> None:
         check_ints(1, total_steps=total_steps)
-        check_switches(progress=progress, tensorboard=tensorboard)
+        check_switches(progress=progress)
         if resume_from is not None:
             check_ints(0, resume_from=resume_from)
         # Imported before anything is written, so that a missing package leaves no files behind.
         bar = import_optional("tqdm").tqdm if progress else None
-        if tensorboard:
-            import_optional("tensorboard")
+        if logger is not None:
+            logger = read_logger(logger)
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         remove_partial(self.run_dir)
         self._metrics_path = self.run_dir / METRICS_FILE
         self._start_metrics(resume_from)
         self.loggers: list[Logger] = [*loggers]
-        self._tensorboard = _tensorboard_logger(self.run_dir, resume_from) if tensorboard else None
-        if self._tensorboard is not None:
-            self.loggers.append(self._tensorboard)
+        self._own = None if logger is None else make_logger(logger, self.run_dir, resume_from=resume_from)
+        if self._own is not None:
+            self.loggers.append(self._own)
         self._shown = {name: "" for name in shown}
         self._bar = bar and bar(total=total_steps, initial=resume_from or 0, unit="step", dynamic_ncols=True)
         self._sums: dict[str, Tensor] = {}
@@ -163,8 +165,7 @@ class RunLog:
         with self._metrics_path.open("a", encoding="utf-8", newline="") as file:
             file.write("".join(f"{line}\n" for line in lines))
         for logger in self.loggers:
-            for name, value in values.items():
-                logger.log_scalar(name, value, step=env_steps)
+            logger.log_metrics(values, step=env_steps)
         self._shown.update({name: f"{value:.3g}" for name, value in values.items() if name in self._shown})
         if self._bar is not None:
             self._bar.set_postfix({name: text for name, text in self._shown.items() if text}, refresh=False)
@@ -197,8 +198,8 @@ class RunLog:
         """Flush all loggers and close the progress bar; the loggers given to the constructor stay open."""
         for logger in self.loggers:
             logger.flush()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if self._own is not None:
+            self._own.close()
         if self._bar is not None:
             self._bar.close()
 
@@ -227,7 +228,7 @@ def read_metrics(run_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
     Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as run_dir:
-        ...     with RunLog(run_dir, total_steps=20, progress=False, tensorboard=False) as log:
+        ...     with RunLog(run_dir, total_steps=20, progress=False, logger=None) as log:
         ...         log.log({"kl": 2.5}, env_steps=10)
         ...         log.log({"kl": 1.5}, env_steps=20)
         ...     read_metrics(run_dir)
@@ -258,18 +259,6 @@ def _read_rows(path: Path) -> list[tuple[int, str, float]]:
     if tuple(header) != COLUMNS:
         raise ValueError(f"{path} should begin with the columns {','.join(COLUMNS)}, found {','.join(header)!r}")
     return [(int(env_steps), name, float(value)) for env_steps, name, value in rows]
-
-
-def _tensorboard_logger(run_dir: Path, resume_from: int | None) -> Logger:
-    from torchrl.record.loggers import TensorboardLogger
-
-    logger = TensorboardLogger("tensorboard", log_dir=str(run_dir))
-    if resume_from is not None:
-        # Makes TensorBoard discard later steps of the interrupted run; TorchRL's logger has no argument for it.
-        event_pb2 = import_optional("tensorboard.compat.proto.event_pb2")
-        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        logger.experiment.file_writer.add_event(event_pb2.Event(session_log=session), step=resume_from + 1)
-    return logger
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from matwm_rl.evaluation.run_log import RunLog, read_metrics
 
 
 def quiet(run_dir: Path, **kwargs: object) -> RunLog:
-    return RunLog(run_dir, **{"total_steps": 100, "progress": False, "tensorboard": False, **kwargs})
+    return RunLog(run_dir, **{"total_steps": 100, "progress": False, "logger": None, **kwargs})
 
 
 def tensorboard_scalars(run_dir: Path, name: str) -> list[tuple[int, float]]:
@@ -95,7 +96,7 @@ def test_names_that_would_break_the_table_are_refused_before_anything_is_written
 @pytest.mark.parametrize("name", ["a,b", 'a"b', '"a"', "a.b", "a/b", "a b", "ä", ',"'])
 def test_names_are_read_as_they_were_written(tmp_path: Path, name: str) -> None:
     quiet(tmp_path).log({name: 1.0, "other": 2.0}, 1)
-    resumed = RunLog(tmp_path, total_steps=10, resume_from=1, progress=False, tensorboard=False)
+    resumed = RunLog(tmp_path, total_steps=10, resume_from=1, progress=False, logger=None)
     resumed.log({name: 3.0}, 2)
     assert read_metrics(tmp_path) == {name: [(1, 1.0), (2, 3.0)], "other": [(1, 2.0)]}
 
@@ -148,7 +149,7 @@ def test_every_logger_gets_every_scalar(tmp_path: Path) -> None:
 
 
 def test_the_bar_shows_steps_and_the_chosen_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    log = RunLog(tmp_path, total_steps=60, progress=True, tensorboard=False, shown=("kl",), resume_from=20)
+    log = RunLog(tmp_path, total_steps=60, progress=True, logger=None, shown=("kl",), resume_from=20)
     log.log({"kl": 1.25, "hidden": 3.0}, 30)
     log.advance(30)
     log.note("half-way")
@@ -186,11 +187,13 @@ def test_whoever_reads_while_it_is_replaced_sees_a_whole_file(tmp_path: Path) ->
     assert (reader.read_text(), path.read_text()) == ("old", "new")
 
 
-@pytest.mark.parametrize(("package", "option"), [("tqdm", "progress"), ("tensorboard", "tensorboard")])
+@pytest.mark.parametrize(
+    ("package", "option"), [("tqdm", {"progress": True}), ("tensorboard", {"logger": "tensorboard"})]
+)
 def test_a_missing_package_is_named_with_its_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, option: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, option: dict[str, Any]
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(ImportError, match=rf"'{package}'.*matwm_rl\[train\]"):
-        quiet(tmp_path / "run", **{option: True})
+        quiet(tmp_path / "run", **option)
     assert not (tmp_path / "run").exists()
