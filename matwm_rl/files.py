@@ -17,8 +17,12 @@ LOCK = ".lock"
 """Name of the file that a process holds while it writes into a folder."""
 
 
-def import_optional(name: str) -> ModuleType:
-    """Import a module of the extra ``matwm_rl[train]``.
+def import_optional(name: str, *, install: str = "matwm_rl[train]") -> ModuleType:
+    """Import a module that the package itself does not depend on.
+
+    Args:
+        name: of the module.
+        install: what has to be installed if it is not there: an extra of ours, or a package.
 
     Raises:
         ImportError: if the package is not installed; the message says how to install it.
@@ -31,7 +35,7 @@ def import_optional(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f'this needs the package {name.partition(".")[0]!r}: pip install "matwm_rl[train]" ({error})'
+            f'this needs the package {name.partition(".")[0]!r}: pip install "{install}" ({error})'
         ) from error
 
 

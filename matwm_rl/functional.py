@@ -265,7 +265,8 @@ def lambda_return(reward: Tensor, continuation: Tensor, next_value: Tensor, gamm
         G_t = r_t + \gamma c_t [(1-\lambda) V(s_{t+1}) + \lambda G_{t+1}], \qquad G_H = V(s_H)
 
     TorchRL's ``td_lambda_return_estimate`` agrees (tested) but wants done flags in place of a continuation and takes
-    twice the time (0.81 against 0.36 ms at 768 x 3 x 15).
+    1.9 times the time (0.98 against 0.52 ms at 768 x 3 x 15). Its ``vec_td_lambda_return_estimate`` takes 160 times the
+    time where every step has a discount of its own, and is off by 0.007.
 
     Args:
         reward: ``[..., H]``, reward of the step from s_t to s_{t+1}.

@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 from matwm_rl.data import ReplayConfig
-from matwm_rl.evaluation import EvaluationConfig
+from matwm_rl.evaluation import EvaluationConfig, LoggerName
 from matwm_rl.files import import_optional
 from matwm_rl.modules import (
     ActorCriticConfig,
@@ -45,6 +45,7 @@ class TrainConfig(Settings):
         run_dir: folder of the run; on the command line, by default one named after environment, seed and time.
         resume: go on from the newest checkpoint in ``run_dir``.
         progress: show how far the run is.
+        logger: where scalars go besides ``metrics.csv``: one of TorchRL's loggers by its name, or ``null``.
         total_steps: env steps of the run.
         max_minutes: end after so long, evaluation and pictures included; ``None``: no limit.
         num_envs: environments that step together.
@@ -83,6 +84,7 @@ class TrainConfig(Settings):
     run_dir: str = "runs/${last_part:${env}}-seed${seed}-${now:%Y-%m-%d_%H-%M-%S}"
     resume: bool = False
     progress: bool = True
+    logger: LoggerName | None = LoggerName.tensorboard
     total_steps: int = setting(50_000, minimum=1)
     max_minutes: float | None = setting(None, above=0)
     num_envs: int = setting(1, minimum=1)

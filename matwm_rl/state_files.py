@@ -95,11 +95,10 @@ def read_state(path: str | Path, *, map_location: torch.device | str = "cpu", mm
         raise ValueError(f"{path} cannot be read as tensors and plain values: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} must hold a dict, found a {type(state).__name__}")
-    for name, value in leaves(state):
-        if not _is_plain(value):
-            raise ValueError(f"{path} may hold tensors and plain values alone, found a {type(value).__name__}: {name}")
-    if not _is_plain(state):
-        raise ValueError(f"{path} may hold dicts with text and integers as keys alone, found others")
+    try:
+        check_plain(state, str(path))
+    except TypeError as error:
+        raise ValueError(str(error)) from None
     return state
 
 

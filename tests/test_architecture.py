@@ -48,8 +48,8 @@ LEVEL_OF[PACKAGE] = 0.5
 OURS = ("examples", "benchmarks", "tests", PACKAGE)
 # Import names, torch.utils.tensorboard because it imports tensorboard at once.
 OPTIONAL = (
-    *("PIL", "gymnasium", "hydra", "imageio", "lbforaging", "magent2", "matplotlib", "mpe2", "omegaconf", "pettingzoo"),
-    *("pygame", "ray", "rware", "tensorboard", "torch.utils.tensorboard", "tqdm", "vmas"),
+    *("PIL", "gymnasium", "hydra", "imageio", "lbforaging", "magent2", "matplotlib", "mlflow", "mpe2", "omegaconf"),
+    *("pettingzoo", "pygame", "ray", "rware", "tensorboard", "torch.utils.tensorboard", "tqdm", "vmas", "wandb"),
 )
 
 

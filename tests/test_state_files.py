@@ -124,7 +124,7 @@ def test_other_values_are_refused_by_name(tmp_path: Path, value: Any) -> None:
     with pytest.raises(TypeError, match=r"other\.pt may have text or whole numbers as keys"):
         write_state(tmp_path / "other.pt", {"part": {(1, 2): 3}})
     forge(tmp_path / "state.pt", {"part": {(1, 2): 3}})
-    with pytest.raises(ValueError, match=r"state\.pt may hold"):
+    with pytest.raises(ValueError, match=r"state\.pt may have text or whole numbers as keys"):
         read_state(tmp_path / "state.pt")
 
 

@@ -2,6 +2,9 @@
 
 If the parent is killed outright (SIGKILL), they keep running; then the lock keeps others out.
 
+A ``ProcessPoolExecutor`` does not serve: if one of its processes is killed, because memory ran out for one, all jobs of
+the pool fail with ``BrokenProcessPool``, and what the processes have started themselves goes on.
+
 No script of its own: sample_efficiency.py runs its grid with them.
 """
 

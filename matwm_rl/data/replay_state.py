@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 from torchrl.data import LazyTensorStorage, Writer
 from torchrl.data.replay_buffers.samplers import Sampler
 
@@ -21,7 +22,12 @@ _NEXT = ("observation", "reward", "alive", "done", "terminated")
 
 def stored_rows(storage: LazyTensorStorage) -> dict[str, Any]:
     """Return what a storage holds as a nested dict of tensors ``[L, E, N, ...]``, on the storage's own memory."""
-    return as_dict(storage[:]) if len(storage) else {}
+    return _own_extent(as_dict(storage[:])) if len(storage) else {}
+
+
+def _own_extent(rows: Any) -> Any:
+    """Give each tensor a memory that ends with it: ``torch.save`` writes all of a memory, here the whole capacity."""
+    return {name: _own_extent(rows[name]) for name in rows} if isinstance(rows, dict) else from_dlpack(rows)
 
 
 def load_rows(storage: LazyTensorStorage, rows: dict[str, Any]) -> None:

@@ -25,6 +25,8 @@ RESERVED = frozenset({"next", "done", "terminated", "truncated", "history", "col
 """Names of root entries, which no group may have."""
 
 
+# TorchRL's MarlGroupMapType.ALL_IN_ONE_GROUP does not serve: agents of unequal observations cannot be stacked
+# ("Failed to stack tensors", torchrl 0.14.1), masks and ends stay each backend's own, and stored data has no group_map.
 class MergeGroups(Transform):
     """Merges all agent groups into the dense group ``"agents"``; see :class:`~matwm_rl.envs.MultiAgentEnv`.
 

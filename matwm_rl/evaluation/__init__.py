@@ -2,6 +2,7 @@
 
 from matwm_rl.evaluation.figures import plot_learning_curves
 from matwm_rl.evaluation.gif import record_gif
+from matwm_rl.evaluation.loggers import LoggerName, make_logger
 from matwm_rl.evaluation.open_loop import episode_windows, open_loop, open_loop_errors
 from matwm_rl.evaluation.open_loop_figure import plot_open_loop
 from matwm_rl.evaluation.opponents import CrossPlay, RandomActions
@@ -15,6 +16,7 @@ __all__ = [
     "DrawTag",
     "Evaluation",
     "EvaluationConfig",
+    "LoggerName",
     "Matches",
     "RandomActions",
     "Returns",
@@ -25,6 +27,7 @@ __all__ = [
     "evaluate_matches",
     "evaluate_tag",
     "find_evaluation",
+    "make_logger",
     "open_loop",
     "open_loop_errors",
     "plot_learning_curves",

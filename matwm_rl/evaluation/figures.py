@@ -46,7 +46,7 @@ def plot_learning_curves(
         >>> import tempfile
         >>> from matwm_rl.evaluation import RunLog
         >>> with tempfile.TemporaryDirectory() as run_dir:
-        ...     with RunLog(run_dir, total_steps=20, progress=False, tensorboard=False) as log:
+        ...     with RunLog(run_dir, total_steps=20, progress=False, logger=None) as log:
         ...         log.log({"evaluation/agent": 1.0, "loss_reward": 0.5}, env_steps=10)
         ...     figure = plot_learning_curves(run_dir, Path(run_dir) / "curves.png", title="a run")
         >>> [axis.get_title() for axis in figure.axes]

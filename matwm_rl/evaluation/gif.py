@@ -24,6 +24,8 @@ LAST_FRAME = 5
 """How many times longer than the others the last frame of an episode is shown."""
 
 
+# TorchRL's VideoRecorder does not serve: it gives frames to a logger, which needs torchcodec or moviepy to write them,
+# and takes them from the environment's own renderer alone, which machines without a display lack.
 @torch.no_grad()
 def record_gif(
     env: EnvBase,

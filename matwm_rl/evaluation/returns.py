@@ -163,6 +163,8 @@ MAX_STEPS = 10_000
 """Steps after which :func:`evaluate` takes an episode for one that never ends."""
 
 
+# TorchRL's Evaluator (0.14.1) does not serve: of a group of agents it returns NaN, or with reward_keys the sum over all
+# agents, and it moves the global random state.
 @torch.no_grad()
 def evaluate(
     env: EnvBase,

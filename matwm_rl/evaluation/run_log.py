@@ -1,4 +1,4 @@
-"""The log of a run: scalars in ``metrics.csv`` and TensorBoard, progress on the screen, a summary."""
+"""The log of a run: scalars in ``metrics.csv`` and one of TorchRL's loggers, progress on the screen, a summary."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torchrl.record.loggers import Logger
 
 from matwm_rl.arguments import check_ints, check_switches
+from matwm_rl.evaluation.loggers import LoggerName, make_logger, read_logger
 from matwm_rl.evaluation.progress import Progress, Tell, make_progress
 from matwm_rl.files import import_optional, remove_partial, write_text
 
@@ -30,7 +31,7 @@ Scalar = float | Tensor
 
 
 class RunLog:
-    """Log of a run: scalars to ``metrics.csv`` and TensorBoard, progress to the screen.
+    """Log of a run: scalars to ``metrics.csv`` and one of TorchRL's loggers, progress to the screen.
 
     ``run_dir/metrics.csv`` is one tidy table with the columns ``env_steps, name, value``. It opens in a spreadsheet;
     ``pandas.read_csv(path).pivot(index="env_steps", columns="name", values="value")`` makes it wide. TorchRL's
@@ -43,8 +44,9 @@ class RunLog:
             run logs these steps again. ``None`` starts a new run.
         progress: show how far the run is: as a bar on a terminal (needs ``tqdm``), as a line every half minute where
             the output is a file.
-        tensorboard: write TensorBoard events to ``run_dir/tensorboard`` (needs ``tensorboard``).
-        loggers: further TorchRL loggers, for example ``WandbLogger``.
+        logger: name of one of TorchRL's loggers, which writes into ``run_dir`` too, see :func:`make_logger`; ``None``:
+            none.
+        loggers: further TorchRL loggers, for example one that is shared by several runs.
         shown: names of the metrics that are shown with the progress.
         time_left: returns a text about the time that the run still takes, such as ``"0:02:10 left"``.
 
@@ -53,12 +55,12 @@ class RunLog:
 
     Raises:
         FileExistsError: if a new run is started in a folder that holds the metrics of another.
-        ImportError: if a package of the extra ``matwm_rl[train]`` is missing.
+        ImportError: if a package is missing; the message says how to install it.
 
     Examples:
         >>> import tempfile
         >>> run_dir = tempfile.mkdtemp()
-        >>> with RunLog(run_dir, total_steps=100, progress=False, tensorboard=False) as log:
+        >>> with RunLog(run_dir, total_steps=100, progress=False, logger=None) as log:
         ...     log.accumulate({"loss_reward": torch.tensor(1.0)})
         ...     log.accumulate({"loss_reward": torch.tensor(2.0)})
         ...     log.advance(10)
@@ -74,29 +76,29 @@ class RunLog:
         total_steps: int,
         resume_from: int | None = None,
         progress: bool,
-        tensorboard: bool = True,
+        logger: LoggerName | str | None = LoggerName.tensorboard,
         loggers: Sequence[Logger] = (),
         shown: Sequence[str] = ("loss_reward", "kl", "entropy", "imagined_reward"),
         time_left: Callable[[], str] = lambda: "time left unknown",
     ) -> None:
         check_ints(1, total_steps=total_steps)
-        check_switches(progress=progress, tensorboard=tensorboard)
+        check_switches(progress=progress)
         if resume_from is not None:
             check_ints(0, resume_from=resume_from)
         # Imported before anything is written, so that a missing package leaves no files behind.
         if progress:
             import_optional("tqdm")
-        if tensorboard:
-            import_optional("tensorboard")
+        if logger is not None:
+            logger = read_logger(logger)
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         remove_partial(self.run_dir)
         self._metrics_path = self.run_dir / METRICS_FILE
         self._start_metrics(resume_from)
         self.loggers: list[Logger] = [*loggers]
-        self._tensorboard = _tensorboard_logger(self.run_dir, resume_from) if tensorboard else None
-        if self._tensorboard is not None:
-            self.loggers.append(self._tensorboard)
+        self._own = None if logger is None else make_logger(logger, self.run_dir, resume_from=resume_from)
+        if self._own is not None:
+            self.loggers.append(self._own)
         self._shown = tuple(shown)
         self._progress = make_progress(total_steps, resume_from or 0, time_left) if progress else Progress(time_left)
         self._sums: dict[str, Tensor] = {}
@@ -169,8 +171,7 @@ class RunLog:
         with self._metrics_path.open("a", encoding="utf-8", newline="") as file:
             file.write("".join(f"{line}\n" for line in lines))
         for logger in self.loggers:
-            for name, value in values.items():
-                logger.log_scalar(name, value, step=env_steps)
+            logger.log_metrics(values, step=env_steps)
         self._progress.figures |= {name: f"{values[name]:.3g}" for name in self._shown if name in values}
 
     def advance(self, num_steps: int, phase: str = "training") -> None:
@@ -196,7 +197,7 @@ class RunLog:
 
         Examples:
             >>> import tempfile
-            >>> with RunLog(tempfile.mkdtemp(), total_steps=20, progress=False, tensorboard=False) as log:
+            >>> with RunLog(tempfile.mkdtemp(), total_steps=20, progress=False, logger=None) as log:
             ...     with log.task("evaluation", "episode") as tell:
             ...         tell(1, 10, "of the first match")
         """
@@ -223,8 +224,8 @@ class RunLog:
         """Flush all loggers and close the bar; the loggers given to the constructor stay open."""
         for logger in self.loggers:
             logger.flush()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if self._own is not None:
+            self._own.close()
         self._progress.close()
 
     def __enter__(self) -> Self:
@@ -252,7 +253,7 @@ def read_metrics(run_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
     Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as run_dir:
-        ...     with RunLog(run_dir, total_steps=20, progress=False, tensorboard=False) as log:
+        ...     with RunLog(run_dir, total_steps=20, progress=False, logger=None) as log:
         ...         log.log({"kl": 2.5}, env_steps=10)
         ...         log.log({"kl": 1.5}, env_steps=20)
         ...     read_metrics(run_dir)
@@ -283,18 +284,6 @@ def _read_rows(path: Path) -> list[tuple[int, str, float]]:
     if tuple(header) != COLUMNS:
         raise ValueError(f"{path} should begin with the columns {','.join(COLUMNS)}, found {','.join(header)!r}")
     return [(int(env_steps), name, float(value)) for env_steps, name, value in rows]
-
-
-def _tensorboard_logger(run_dir: Path, resume_from: int | None) -> Logger:
-    from torchrl.record.loggers import TensorboardLogger
-
-    logger = TensorboardLogger("tensorboard", log_dir=str(run_dir))
-    if resume_from is not None:
-        # Makes TensorBoard discard later steps of the interrupted run; TorchRL's logger has no argument for it.
-        event_pb2 = import_optional("tensorboard.compat.proto.event_pb2")
-        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        logger.experiment.file_writer.add_event(event_pb2.Event(session_log=session), step=resume_from + 1)
-    return logger
 
 
 def _plain(value: Any) -> Any:

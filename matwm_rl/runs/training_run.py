@@ -119,6 +119,7 @@ class TrainingRun:
                 total_steps=cfg.total_steps,
                 resume_from=self.env_steps if cfg.resume else None,
                 progress=cfg.progress,
+                logger=cfg.logger,
                 time_left=self._time.__str__,
             )
             stack.enter_context(self.log)

@@ -1,4 +1,10 @@
-"""Checkpoints to resume a run from: learner, replay, counters and random states."""
+"""Checkpoints to resume a run from: learner, replay, counters and random states.
+
+Random states are TorchRL's :class:`~torchrl.checkpoint.GlobalRNGState`. Its ``Checkpoint`` and ``CheckpointRotation``
+(0.14.1) are not used. They are as fast, but load damaged files without a word, run code that a stranger put into them,
+change the learner before they find that replay does not fit, and leave the folders of killed writers behind; a full
+disk kills the process (docs/lab_notes.md, Written by hand).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +28,7 @@ from matwm_rl.training.process import check_random_states, random_states, set_ra
 FOLDER = "checkpoints"
 STATE_FILE = "state.pt"
 REPLAY_FOLDER = "replay"
-VERSION = 5
+VERSION = 6
 _ENTRIES = ("version", "env_steps", "learner", "built", "replay", "collector", "random", "extra")
 
 

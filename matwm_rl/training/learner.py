@@ -28,6 +28,8 @@ from matwm_rl.training.config import LearnerConfig, horizon_by_agents
 from matwm_rl.training.learner_state import NETWORKS, check_learner_state, describe, learner_state, load_learner_state
 
 
+# TorchRL's Trainer does not serve: its update is one loss on one sample. Here the world model and the agents have
+# samples of their own, and actors and critics learn from a rollout that is imagined and evaluated once for all of them.
 class Learner:
     """The updates of Algorithm 2, and all the state that they change.
 

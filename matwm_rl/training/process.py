@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import random
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
-import numpy as np
 import torch
+from torchrl.checkpoint import GlobalRNGState
 
 from matwm_rl.arguments import check_ints, read_choice
-from matwm_rl.data.replay_state import check_random_state
-from matwm_rl.state_files import check_entries, check_same
+from matwm_rl.state_files import check_entries
 
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
+_ACCELERATORS = ("torch_cuda", "torch_xpu", "torch_mps")
 
 
 class MatmulPrecision(StrEnum):
@@ -65,7 +64,9 @@ def prepare_process(*, num_threads: int, matmul_precision: str = "highest") -> N
 
 
 def random_states() -> dict[str, Any]:
-    """Return the global random states of torch, NumPy and Python; loads with ``torch.load(weights_only=True)``.
+    """Return the global random states of Python, NumPy, torch and its accelerators.
+
+    They are TorchRL's :class:`~torchrl.checkpoint.GlobalRNGState`; ``torch.load(weights_only=True)`` reads them.
 
     Examples:
         >>> state = random_states()
@@ -74,23 +75,16 @@ def random_states() -> dict[str, Any]:
         >>> torch.equal(torch.rand(3), first)
         True
     """
-    legacy: Any = np.random.get_state()
-    kind, numbers, position, has_gauss, cached = legacy
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": (kind, numbers.tolist(), position, has_gauss, cached),
-        "python": random.getstate(),
-    }
+    return GlobalRNGState().state_dict()
 
 
 def set_random_states(state: Mapping[str, Any]) -> None:
-    """Set the global random states to what :func:`random_states` returned; GPUs that are not there are left out."""
-    torch.set_rng_state(state["torch"].cpu())
-    for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(cuda_state.cpu(), index)
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
+    """Set the global random states to what :func:`random_states` returned; accelerators not in use are left out."""
+    # TorchRL refuses states of accelerators that are not there, after it has set the others.
+    usable = {name: value for name, value in state.items() if name in random_states()}
+    if "torch_cuda" in usable:
+        usable["torch_cuda"] = usable["torch_cuda"][: torch.cuda.device_count()]
+    GlobalRNGState().load_state_dict(usable)
 
 
 def check_random_states(states: Any, *, source: str) -> None:
@@ -99,14 +93,15 @@ def check_random_states(states: Any, *, source: str) -> None:
     Raises:
         ValueError: if an entry is missing or unknown, or is no random state.
     """
-    check_entries(states, ["torch", "cuda", "numpy", "python"], source=source)
-    check_random_state(states["torch"], source=f"{source} torch,")
-    if not isinstance(states["cuda"], list):
-        raise ValueError(f"{source} cuda must be a list, found a {type(states['cuda']).__name__}")
-    for cuda_state in states["cuda"] if torch.cuda.is_available() else []:
-        check_same({"cuda": cuda_state}, {"cuda": torch.cuda.get_rng_state()}, source=source)
-    for name, generator in (("numpy", np.random.RandomState().set_state), ("python", random.Random().setstate)):
-        try:
-            generator(states[name])
-        except (TypeError, ValueError, OverflowError, IndexError) as error:
-            raise ValueError(f"{source} {name} is no random state: {error}") from error
+    present = [name for name in _ACCELERATORS if isinstance(states, Mapping) and name in states]
+    check_entries(states, ["python", "numpy", "torch_cpu", *present], source=source)
+    before = random_states()
+    try:
+        set_random_states(states)
+        # NumPy takes any position, and reads there whatever the memory holds.
+        if not 0 <= (position := states["numpy"][2]) <= len(states["numpy"][1]):
+            raise ValueError(f"the position in NumPy's state is {position}")
+    except Exception as error:  # whatever a generator raises for what is none of its states
+        raise ValueError(f"{source} holds no random states: {error}") from error
+    finally:
+        set_random_states(before)

@@ -47,6 +47,18 @@ def test_entries_that_do_not_fit_are_named(tmp_path: Path, change: Callable[[Any
     assert len(replay) == 0
 
 
+def test_a_file_holds_what_is_stored_and_not_the_room_that_is_left(tmp_path: Path) -> None:
+    rollout = mock_env().rollout(20, break_when_any_done=False)
+    for name, capacity in (("small", 20), ("large", 100_000)):
+        replay = make_replay(
+            3, ReplayConfig(capacity=capacity, sequence_length=4, sequences=3, context_length=3), seed=0
+        )
+        replay.extend(rollout)
+        replay.dumps(tmp_path / name)
+    small, large = ((tmp_path / name / "replay.pt").stat().st_size for name in ("small", "large"))
+    assert abs(large - small) < 1000
+
+
 def test_room_for_memory_mapped_data_is_reserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rollout = mock_env().rollout(20, break_when_any_done=False)
     make_replay(3, CONFIG, scratch_dir=tmp_path / "a").extend(rollout)

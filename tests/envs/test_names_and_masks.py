@@ -33,7 +33,7 @@ from tests.envs.population import Population, population
 def test_odd_names_work_to_the_log(names: tuple[str, ...], tmp_path: Path) -> None:
     matches = evaluate_matches("mine", population(names=names), RandomActions(), episodes=1)
     assert list(matches.per_agent()["self_play"]) == list(names)
-    with RunLog(tmp_path, total_steps=1, progress=False, tensorboard=False) as log:
+    with RunLog(tmp_path, total_steps=1, progress=False, logger=None) as log:
         log.log(matches.metrics(), 1)
         log.write_summary({"evaluation": matches.per_agent()})
     assert {name: value for name, ((_, value),) in read_metrics(tmp_path).items()} == pytest.approx(matches.metrics())

@@ -12,7 +12,7 @@ from tests.evaluation.helpers import assert_is_drawn, line, panels
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    with RunLog(tmp_path / "my run", total_steps=1, progress=False, tensorboard=False) as log:
+    with RunLog(tmp_path / "my run", total_steps=1, progress=False, logger=None) as log:
         log.log({"loss_reward": 100.0, "gradient_norm": 2.0, "entropy": 1.6}, 10)
         log.log({"evaluation/self_play/hunter": -1.0, "evaluation/self_play/prey": 4.0}, 10)
         log.log({"loss_reward": 0.5, "gradient_norm": -1.0, "entropy": 1.1, "evaluation/self_play/hunter": 3.0}, 20)
@@ -49,7 +49,7 @@ def test_only_curves_over_magnitudes_have_a_logarithmic_axis(run_dir: Path) -> N
 
 
 def test_returns_without_a_match_share_a_panel(tmp_path: Path) -> None:
-    with RunLog(tmp_path, total_steps=1, progress=False, tensorboard=False) as log:
+    with RunLog(tmp_path, total_steps=1, progress=False, logger=None) as log:
         log.log({"evaluation/hunter": 1.0, "evaluation/prey": 2.0}, 1)
     references = {"evaluation": {"best": 3.0}}
     (axis,) = plot_learning_curves(tmp_path, tmp_path / "curves.png", references=references).axes
@@ -59,7 +59,7 @@ def test_returns_without_a_match_share_a_panel(tmp_path: Path) -> None:
 def test_a_run_without_metrics(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         plot_learning_curves(tmp_path, tmp_path / "curves.png")
-    RunLog(tmp_path, total_steps=1, progress=False, tensorboard=False)
+    RunLog(tmp_path, total_steps=1, progress=False, logger=None)
     with pytest.raises(ValueError, match="no metrics have been logged"):
         plot_learning_curves(tmp_path, tmp_path / "curves.png")
 

@@ -8,6 +8,7 @@ import re
 import struct
 import termios
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from matwm_rl.evaluation.run_log import RunLog, read_metrics
 
 
 def quiet(run_dir: Path, **kwargs: object) -> RunLog:
-    return RunLog(run_dir, **{"total_steps": 100, "progress": False, "tensorboard": False, **kwargs})
+    return RunLog(run_dir, **{"total_steps": 100, "progress": False, "logger": None, **kwargs})
 
 
 def tensorboard_scalars(run_dir: Path, name: str) -> list[tuple[int, float]]:
@@ -101,7 +102,7 @@ def test_names_that_would_break_the_table_are_refused_before_anything_is_written
 @pytest.mark.parametrize("name", ["a,b", 'a"b', '"a"', "a.b", "a/b", "a b", "ä", ',"'])
 def test_names_are_read_as_they_were_written(tmp_path: Path, name: str) -> None:
     quiet(tmp_path).log({name: 1.0, "other": 2.0}, 1)
-    resumed = RunLog(tmp_path, total_steps=10, resume_from=1, progress=False, tensorboard=False)
+    resumed = RunLog(tmp_path, total_steps=10, resume_from=1, progress=False, logger=None)
     resumed.log({name: 3.0}, 2)
     assert read_metrics(tmp_path) == {name: [(1, 1.0), (2, 3.0)], "other": [(1, 2.0)]}
 
@@ -156,7 +157,7 @@ def test_every_logger_gets_every_scalar(tmp_path: Path) -> None:
 def play_a_run(tmp_path: Path) -> None:
     """A log that tells all that there is to be told."""
     shown = {"shown": ("kl",), "time_left": lambda: "0:00:07 left"}
-    with RunLog(tmp_path, total_steps=6000, progress=True, tensorboard=False, resume_from=2000, **shown) as log:
+    with RunLog(tmp_path, total_steps=6000, progress=True, logger=None, resume_from=2000, **shown) as log:
         log.log({"kl": 1.25, "hidden": 3.0}, 3000)
         log.advance(3000, "critics alone")
         with log.task("evaluation after 5,000 steps", "episode") as tell:
@@ -206,7 +207,7 @@ def test_in_a_file_a_line_comes_every_half_minute_and_notes_at_once(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    with RunLog(tmp_path, total_steps=100, progress=True, tensorboard=False) as log:
+    with RunLog(tmp_path, total_steps=100, progress=True, logger=None) as log:
         for _ in range(10):
             log.advance(10)
             clock[0] += 10.0
@@ -252,11 +253,13 @@ def test_whoever_reads_while_it_is_replaced_sees_a_whole_file(tmp_path: Path) ->
     assert (reader.read_text(), path.read_text()) == ("old", "new")
 
 
-@pytest.mark.parametrize(("package", "option"), [("tqdm", "progress"), ("tensorboard", "tensorboard")])
+@pytest.mark.parametrize(
+    ("package", "option"), [("tqdm", {"progress": True}), ("tensorboard", {"logger": "tensorboard"})]
+)
 def test_a_missing_package_is_named_with_its_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, option: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, option: dict[str, Any]
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(ImportError, match=rf"'{package}'.*matwm_rl\[train\]"):
-        quiet(tmp_path / "run", **{option: True})
+        quiet(tmp_path / "run", **option)
     assert not (tmp_path / "run").exists()

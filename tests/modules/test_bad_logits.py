@@ -82,7 +82,7 @@ def test_a_dream_with_such_numbers_is_refused(part: str) -> None:
 
 
 def test_the_log_tells_of_losses_that_a_gpu_has_skipped(tmp_path) -> None:
-    with RunLog(tmp_path, total_steps=20, progress=False, tensorboard=False) as log:
+    with RunLog(tmp_path, total_steps=20, progress=False, logger=None) as log:
         log.accumulate({"loss_reward": torch.tensor(1.0), "kl": torch.tensor(2.0)})
         log.write(10)
         log.accumulate({"loss_reward": torch.tensor(NAN), "kl": torch.tensor(2.0)})

@@ -12,7 +12,7 @@ from matwm_rl.runs import summarize_sweep, sweep
 
 
 def write_run(folder: Path, *, seed: int, env: str = "mock", **returns: float) -> None:
-    with RunLog(folder, total_steps=20, progress=False, tensorboard=False) as log:
+    with RunLog(folder, total_steps=20, progress=False, logger=None) as log:
         summary = {"env": env, "seed": seed, "env_steps": 20, "updates": 4, "wall_seconds": 90.0}
         log.write_summary({**summary, "evaluation": returns})
 
