@@ -5,7 +5,13 @@ from matwm_rl.evaluation.gif import record_gif
 from matwm_rl.evaluation.open_loop import episode_windows, open_loop, open_loop_errors
 from matwm_rl.evaluation.open_loop_figure import plot_open_loop
 from matwm_rl.evaluation.opponents import CrossPlay, RandomActions
-from matwm_rl.evaluation.registry import Evaluation, evaluate_matches, find_evaluation, register_evaluation
+from matwm_rl.evaluation.registry import (
+    Evaluation,
+    evaluate_matches,
+    find_evaluation,
+    observation_names,
+    register_evaluation,
+)
 from matwm_rl.evaluation.returns import EvaluationConfig, Matches, Returns, evaluate
 from matwm_rl.evaluation.run_log import RunLog, read_metrics
 from matwm_rl.evaluation.simple_tag import DrawTag, TagScript, evaluate_tag
@@ -25,6 +31,7 @@ __all__ = [
     "evaluate_matches",
     "evaluate_tag",
     "find_evaluation",
+    "observation_names",
     "open_loop",
     "open_loop_errors",
     "plot_learning_curves",

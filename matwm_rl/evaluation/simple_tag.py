@@ -20,6 +20,7 @@ from matwm_rl.arguments import check_ints, check_numbers
 from matwm_rl.checks import read_entry
 from matwm_rl.envs import AgentLayout
 from matwm_rl.evaluation.gif import Frame
+from matwm_rl.evaluation.mpe import known_sizes
 from matwm_rl.evaluation.opponents import CrossPlay, RandomActions
 from matwm_rl.evaluation.registry import Evaluation, register_evaluation, self_play
 from matwm_rl.evaluation.returns import EvaluationConfig, Matches, evaluate
@@ -36,6 +37,12 @@ REFERENCES = {
 
 They are those of benchmarks/results/sample_efficiency; in the last match, lower is better.
 """
+VMAS_REFERENCES = {
+    "adversaries_vs_random_prey": {"random": 9.3, "scripted": 907.2, "model-free, 25k": 70.7},
+    "adversaries_vs_fleeing_prey": {"random": 0.5, "scripted": 212.2, "model-free, 25k": 7.6},
+    "prey_vs_chasing_adversaries": {"random": 896.6, "scripted": 225.4, "model-free, 25k": 602.8},
+}
+"""The same of VMAS's pursuers."""
 
 
 class TagScript(TensorDictModuleBase):
@@ -180,10 +187,7 @@ class DrawTag:
         if list(groups) != ["adversary", "agent"]:
             raise ValueError(f"DrawTag draws simple_tag, got the groups {groups}")
         self.num_pursuers = groups["adversary"]
-        # An observation is: velocity 2, position 2, obstacles 2 each, other agents 2 each, evaders' velocities 2 each.
-        # The last evader sees the velocities of the other evaders only.
-        others = 2 * (layout.num_agents - 1) + 2 * (groups["agent"] - 1)
-        self.num_obstacles = (layout.observation_sizes[-1] - 4 - others) // 2
+        self.num_obstacles = _num_obstacles(layout)
         self.size, self.arena = size, arena
 
     def __call__(self, tensordict: TensorDictBase) -> Frame:
@@ -211,6 +215,26 @@ class DrawTag:
         pen.ellipse([x - radius * scale, y - radius * scale, x + radius * scale, y + radius * scale], fill=color)
 
 
+def _num_obstacles(layout: AgentLayout) -> int:
+    # An observation is: velocity 2, position 2, obstacles 2 each, other agents 2 each, evaders' velocities 2 each. The
+    # last evader sees the velocities of the other evaders only.
+    others = 2 * (layout.num_agents - 1) + 2 * (len(layout.group_map["agent"]) - 1)
+    return (layout.observation_sizes[-1] - 4 - others) // 2
+
+
+def _observation_names(layout: AgentLayout) -> dict[str, list[str]]:
+    """Return the names of what each agent observes; others and obstacles are relative to it."""
+    names: dict[str, list[str]] = {}
+    if list(layout.group_map) != ["adversary", "agent"]:
+        return names
+    for agent in layout.agent_names:
+        others = [name for name in layout.agent_names if name != agent]
+        seen = ["own velocity", "own position", *(f"obstacle {i + 1}" for i in range(_num_obstacles(layout)))]
+        seen += [*others, *(f"{name} velocity" for name in others if name in layout.group_map["agent"])]
+        names[agent] = [f"{what} {axis}" for what in seen for axis in "xy"]
+    return known_sizes(layout, names)
+
+
 def _play(
     env: EnvBase, policy: TensorDictModuleBase, *, episodes: int, exploration: ExplorationType = ExplorationType.RANDOM
 ) -> Matches:
@@ -219,5 +243,5 @@ def _play(
     return (evaluate_tag if one_evader else self_play)(env, policy, episodes=episodes, exploration=exploration)
 
 
-register_evaluation("*/simple_tag*", Evaluation(_play, DrawTag))
-register_evaluation("mpe2/simple_tag*", Evaluation(_play, DrawTag, REFERENCES))
+for pattern, references in (("*", {}), ("mpe2", REFERENCES), ("vmas", VMAS_REFERENCES)):
+    register_evaluation(f"{pattern}/simple_tag*", Evaluation(_play, DrawTag, references, _observation_names))
