@@ -152,7 +152,8 @@ def _draw_curve(axis: Any, curve: _Curve, label: str, color: str, *, marked: boo
     # A line through one point is invisible.
     marker = "o" if marked or len(curve.steps) == 1 or not curve.connected else None
     style = "-" if curve.connected else "none"
-    axis.plot(curve.steps, curve.median, style, color=color, label=label, marker=marker, markersize=3.5, linewidth=1.5)
+    look = {"linestyle": style, "marker": marker, "markersize": 3.5, "linewidth": 1.5}
+    axis.plot(curve.steps, curve.median, color=color, label=label, **look)
 
 
 def _finish(axis: Any, name: str, curves: Sequence[_Curve], *, returns: bool) -> None:

@@ -9,10 +9,10 @@ from matwm_rl.envs import AgentLayout
 from matwm_rl.evaluation.registry import Evaluation, register_evaluation
 
 SPREAD_REFERENCES = {"self_play": {"random": -26.4, "scripted": -7.8, "model-free, 25k": -17.0}}
-LISTENER_REFERENCES = {"self_play": {"random": -42.5, "scripted": -7.2, "model-free, 25k": -15.8}}
+LISTENER_REFERENCES = {"self_play": {"random": -42.5, "scripted": -7.2, "model-free, 25k": -15.1}}
 """Mean returns of random and scripted agents, and of the best model-free ones after 25,000 steps.
 
-They are those of benchmarks/results/sample_efficiency, with sampled actions.
+They are those of benchmarks/results/sample_efficiency.
 """
 
 

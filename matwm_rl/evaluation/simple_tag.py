@@ -38,8 +38,8 @@ REFERENCES = {
 They are those of benchmarks/results/sample_efficiency; in the last match, lower is better.
 """
 VMAS_REFERENCES = {
-    "adversaries_vs_random_prey": {"random": 9.3, "scripted": 907.2, "model-free, 25k": 70.7},
-    "adversaries_vs_fleeing_prey": {"random": 0.5, "scripted": 212.2, "model-free, 25k": 7.6},
+    "adversaries_vs_random_prey": {"random": 9.3, "scripted": 907.2, "model-free, 25k": 71.5},
+    "adversaries_vs_fleeing_prey": {"random": 0.5, "scripted": 212.2, "model-free, 25k": 12.8},
     "prey_vs_chasing_adversaries": {"random": 896.6, "scripted": 225.4, "model-free, 25k": 602.8},
 }
 """The same of VMAS's pursuers."""
