@@ -380,7 +380,7 @@ def _draw_errors(axis: Any, scene: _Scene, agent: int, quantity: str, trivial: s
     axis.set_xlim(min(1, horizon - 1), horizon)
     axis.legend(fontsize=7, frameon=False, loc="upper center", ncols=2, columnspacing=1.0, handlelength=1.5)
     axis.set_title(f"error of {quantity}s", fontsize=9)
-    axis.set_ylabel(f"root mean square, {scene.num_windows} window{'s' * (scene.num_windows > 1)}", fontsize=7)
+    axis.set_ylabel(f"RMS of {scene.num_windows} window{'s' * (scene.num_windows > 1)}", fontsize=7)
     axis.set_xlabel("steps ahead", fontsize=8)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if not scene.errors["count"][:, agent].any():

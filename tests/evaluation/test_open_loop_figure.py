@@ -75,7 +75,7 @@ def test_errors_grow_with_the_horizon_beside_trivial_ones(tmp_path: Path) -> Non
     figure = plot_open_loop(model, rollout, tmp_path / "a.png", layout=env.layout, agents=["agent_0"], horizon=4)
     assert torch.equal(torch.random.get_rng_state(), state), "a run would go on differently"
     axis = panels(figure)["error of observations"]
-    assert axis.get_ylabel() == "root mean square, 6 windows"  # two of 12 steps in each of three episodes
+    assert axis.get_ylabel() == "RMS of 6 windows"  # two of 12 steps in each of three episodes
     assert line(axis, "model")[0] == [1, 2, 3, 4]
     windows = episode_windows(rollout, 12)
     observation = windows["next", "agents", "observation"][:, 7:, 3]
