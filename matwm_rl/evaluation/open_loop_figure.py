@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,16 @@ from matwm_rl import keys
 from matwm_rl.arguments import check_ints
 from matwm_rl.data import add_agent_entries
 from matwm_rl.envs import AgentLayout
-from matwm_rl.evaluation.figures import COLORS, new_figure, plain, widen_constant
-from matwm_rl.evaluation.open_loop import as_float, episode_windows, open_loop, open_loop_errors, still_running
+from matwm_rl.evaluation.figures import COLORS, new_figure, plain
+from matwm_rl.evaluation.open_loop import as_float, episode_windows, open_loop, open_loop_errors
+from matwm_rl.evaluation.open_loop_panels import Scene, draw_entry, draw_errors, draw_reward, draw_teammates, legend_of
 from matwm_rl.functional import agents_first, segment_ids
 from matwm_rl.modules import WorldModel
 
-REAL, IMAGINED, TRIVIAL = "black", COLORS[1], "0.45"
 COLUMNS = 4
 MAX_DEFAULT_AGENTS = 3
 """Of so many groups the first agent is drawn, unless the user says which."""
 MAX_FRAMES = 10
-MAX_TEAMMATES = 6
-"""Of more teammates than that, the mean and the range are drawn."""
 
 
 def plot_open_loop(
@@ -56,8 +53,8 @@ def plot_open_loop(
 
     Args:
         world_model: the shared world model.
-        rollout: one plain rollout ``[T]`` of one or several episodes. The first window that fits into an episode is
-            drawn; errors are means over all windows that do.
+        rollout: one plain rollout ``[T]`` of one or several episodes. Of all windows that fit into an episode, the one
+            is drawn in which the agents live longest; errors are means over all of them.
         path: file of the picture, for example ``imagination.png``.
         layout: layout of the environment, for names.
         agents: names or indices of the agents to draw; by default the first agent of each group, of three groups at
@@ -111,42 +108,16 @@ def plot_open_loop(
     for part, agent in zip(parts, shown, strict=True):
         draw = _image_panels if layout.is_image else _vector_panels
         panels = draw(part, scene, agent, num_dims, names[agent])
-        _draw_reward(panels[0], scene, agent)
+        draw_reward(panels[0], scene, agent)
         if layout.is_image:
-            _legend(part, panels[0])
-        _draw_teammates(panels[1], scene, agent)
-        _draw_errors(panels[2], scene, agent, "observation", "last observation")
-        _draw_errors(panels[3], scene, agent, "reward", "best constant")
+            legend_of(part, panels[0])
+        draw_teammates(panels[1], scene, agent)
+        draw_errors(panels[2], scene, agent, "observation", "last observation")
+        draw_errors(panels[3], scene, agent, "reward", "best constant")
         title = f"{layout.agent_names[agent]}: {given}, {horizon} imagined from its real actions"
         part.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.savefig(path, dpi=120)
     return figure
-
-
-@dataclass(frozen=True)
-class _Scene:
-    """What is drawn, of all agents: T = C + H steps, the first C of them given."""
-
-    layout: AgentLayout
-    real: Tensor
-    """``[T+1, N, *O]``"""
-    decoded: Tensor
-    """Reconstructions of the real observations, ``[T+1, N, *O]``."""
-    window: TensorDictBase
-    result: TensorDictBase
-    errors: TensorDictBase
-    num_windows: int
-
-    @property
-    def context(self) -> int:
-        return len(self.window) - self.result.shape[1]
-
-    def alive(self, agent: int) -> Tensor:
-        """Return in which of the T+1 observations the agent is alive."""
-        first = torch.ones_like(self.window.get(keys.AGENT_DONE)[..., 0], dtype=torch.bool)
-        before = self.window.get(keys.ALIVE, first)[:, agent]
-        after = self.window.get(keys.NEXT_ALIVE, first)[:, agent]
-        return torch.cat([before, after[-1:]])
 
 
 def _indices(agents: Sequence[int | str] | None, layout: AgentLayout) -> list[int]:
@@ -192,7 +163,7 @@ def _imagine(
     context_length: int,
     horizon: int,
     num_samples: int,
-) -> _Scene:
+) -> Scene:
     """Imagine from the window in which the agents to be drawn live longest, and measure errors on all windows."""
     windows = episode_windows(rollout, context_length + horizon)
     every = torch.ones_like(windows.get(keys.ACTION_MASK)[..., 0], dtype=torch.bool)
@@ -206,9 +177,7 @@ def _imagine(
         real = torch.cat([window[0][keys.OBSERVATION], window[0][keys.NEXT_OBSERVATION][-1:]])
         latent = world_model.encode(agents_first(real, world_model.observation_dims))
         decoded = world_model.decode(latent).movedim(0, 1)
-    return _Scene(
-        layout, as_float(real).cpu(), decoded.cpu(), window[0].cpu(), result.cpu(), errors.cpu(), len(windows)
-    )
+    return Scene(layout, as_float(real).cpu(), decoded.cpu(), window[0].cpu(), result.cpu(), errors.cpu(), len(windows))
 
 
 def _dim_rows(layout: AgentLayout, agent: int, num_dims: int) -> int:
@@ -226,7 +195,7 @@ def _axes(part: Any, rows: int) -> list[Any]:
     return axes
 
 
-def _vector_panels(part: Any, scene: _Scene, agent: int, num_dims: int, names: Sequence[str]) -> list[Any]:
+def _vector_panels(part: Any, scene: Scene, agent: int, num_dims: int, names: Sequence[str]) -> list[Any]:
     """Draw entries of the observation, those that vary most first; return the axes of the other panels."""
     real = scene.real[scene.alive(agent), agent, : scene.layout.observation_sizes[agent]]
     spread = real.std(0, correction=0)
@@ -239,32 +208,12 @@ def _vector_panels(part: Any, scene: _Scene, agent: int, num_dims: int, names: S
     for axis in axes[len(shown) :]:
         axis.remove()
     for axis, dim in zip(axes, shown, strict=False):
-        _draw_entry(axis, scene, agent, dim, names[dim] if names else f"observation {dim}")
-    _legend(part, axes[0])
+        draw_entry(axis, scene, agent, dim, names[dim] if names else f"observation {dim}")
+    legend_of(part, axes[0])
     return [reward, teammates, observation_error, reward_error]
 
 
-def _draw_entry(axis: Any, scene: _Scene, agent: int, dim: int, name: str) -> None:
-    context, alive = scene.context, scene.alive(agent)
-    real = scene.real[:, agent, dim].masked_fill(~alive, torch.nan)
-    decoded = scene.decoded[: context + 1, agent, dim]
-    imagined = scene.result["imagined", *keys.NEXT_OBSERVATION][:, :, agent, dim]
-    # Every future starts from the reconstruction of the last real observation.
-    imagined = torch.cat([decoded[-1].expand(len(imagined), 1), imagined], 1)
-    imagined = imagined.masked_fill(~alive[context:], torch.nan)
-    steps = range(context, context + imagined.shape[1])
-    _time_axis(axis, scene)
-    for index, sample in enumerate(imagined):
-        axis.plot(steps, sample.tolist(), color=IMAGINED, alpha=0.4, linewidth=0.8, label=None if index else "imagined")
-    axis.plot(steps, imagined.mean(0).tolist(), color=IMAGINED, linewidth=2, label="imagined, mean")
-    axis.plot(range(context + 1), decoded.tolist(), ":", color=IMAGINED, label="reconstructed")
-    axis.plot(real.tolist(), color=REAL, linewidth=1.5, label="real")
-    constant = widen_constant(axis, real[alive].numpy())
-    axis.set_title(f"{name} (constant)" if constant else name, fontsize=9)
-    _mark_death(axis, alive)
-
-
-def _image_panels(part: Any, scene: _Scene, agent: int, num_dims: int, names: Sequence[str]) -> list[Any]:
+def _image_panels(part: Any, scene: Scene, agent: int, num_dims: int, names: Sequence[str]) -> list[Any]:
     """Draw rows of frames over the steps; return the axes of the other panels."""
     context, length = scene.context, len(scene.window)
     # Two of the given steps, then steps at equal distances over the horizon.
@@ -308,103 +257,3 @@ def paint(frames: Tensor, real: Tensor) -> Tensor:
     hues = [[int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)] for color in COLORS]
     colors = torch.tensor([hues[channel % len(hues)] for channel in range(channels)], dtype=frames.dtype)
     return (frames.unsqueeze(2) * colors.view(1, channels, 3, 1, 1)).amax(1)
-
-
-def _draw_reward(axis: Any, scene: _Scene, agent: int) -> None:
-    imagined = scene.result["imagined", *keys.REWARD][:, :, agent, 0]
-    running = still_running(scene.result["real"])[0, :, agent]
-    imagined = imagined.masked_fill(~running, torch.nan)
-    steps = range(scene.context + 1, len(scene.window) + 1)
-    _time_axis(axis, scene)
-    for index, sample in enumerate(imagined):
-        axis.plot(steps, sample.tolist(), color=IMAGINED, alpha=0.4, linewidth=0.8, label=None if index else "imagined")
-    axis.plot(steps, imagined.mean(0).tolist(), color=IMAGINED, linewidth=2, label="imagined, mean")
-    alive = scene.alive(agent)[:-1]
-    real = scene.window.get(keys.REWARD)[:, agent, 0].masked_fill(~alive, torch.nan)
-    axis.plot(range(1, len(real) + 1), real.tolist(), color=REAL, linewidth=1.5, label="real")
-    constant = widen_constant(axis, real[alive].numpy())
-    axis.set_title("reward (constant)" if constant else "reward", fontsize=9)
-    _mark_death(axis, scene.alive(agent))
-
-
-def _draw_teammates(axis: Any, scene: _Scene, agent: int) -> None:
-    """Draw the predicted probability, a mean over the futures, of the action that each teammate took."""
-    logits = scene.result["imagined", *keys.TEAMMATE_LOGITS][:, :, agent]
-    others = [index for index in range(scene.layout.num_agents) if index != agent]
-    if logits.shape[2] == 0:
-        axis.set_title("no teammate predictor" if others else "no teammates", fontsize=9)
-        axis.set_axis_off()
-        return
-    real = scene.result["real"]
-    action = real[keys.TEAMMATE_ACTION][:, :, agent].unsqueeze(-1)
-    probability = logits.softmax(-1).gather(-1, action).squeeze(-1).mean(0)
-    there = still_running(real)[0, :, agent].unsqueeze(-1).expand_as(probability)
-    if (alive := real.get(keys.TEAMMATE_ALIVE, None)) is not None:
-        there = there & alive[0, :, agent]
-    probability = probability.masked_fill(~there, torch.nan)
-    steps = range(scene.context, scene.context + len(probability))
-    counts = [scene.layout.action_counts[other] for other in others]
-    if len(others) > MAX_TEAMMATES:
-        low, high = probability.nan_to_num(torch.inf).amin(-1), probability.nan_to_num(-torch.inf).amax(-1)
-        axis.fill_between(steps, low, high, where=there.any(-1), color=COLORS[0], alpha=0.2, linewidth=0)
-        label = f"mean of {len(others)}, and range"
-        axis.plot(steps, probability.nanmean(-1).tolist(), color=COLORS[0], linewidth=1.5, label=label)
-    else:
-        for place, other in enumerate(others):
-            color, name = COLORS[place % len(COLORS)], scene.layout.agent_names[other]
-            axis.plot(steps, probability[:, place].tolist(), color=color, linewidth=1.5, label=name)
-    # A teammate is guessed among the actions that it has; those of equal numbers share a line.
-    for style, count in zip(("--", ":", "-.") * len(counts), sorted(set(counts)), strict=False):
-        whose = [place for place, own in enumerate(counts) if own == count]
-        color = COLORS[whose[0] % len(COLORS)] if len(whose) == 1 and len(others) > 1 else TRIVIAL
-        axis.axhline(1 / count, color=color, linestyle=style, linewidth=1, label=f"guess among {count}")
-    axis.set_ylim(0, 1.45)
-    axis.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    axis.set_title("teammates' actions", fontsize=9)
-    axis.set_ylabel("predicted probability", fontsize=7)
-    axis.legend(fontsize=6.5, frameon=False, loc="upper center", ncols=2, columnspacing=1.0, handlelength=1.5)
-    _time_axis(axis, scene)
-
-
-def _draw_errors(axis: Any, scene: _Scene, agent: int, quantity: str, trivial: str) -> None:
-    """Draw the error at every step ahead, and that of the trivial predictor."""
-    horizon = scene.result.shape[1]
-    largest = 0.0
-    for source, label, color, style in (("model", "model", IMAGINED, "-"), ("trivial", trivial, TRIVIAL, "--")):
-        error = scene.errors[source, quantity][:, agent].sqrt()
-        marker = "o" if horizon == 1 else None
-        axis.plot(range(1, horizon + 1), error.tolist(), style, color=color, linewidth=1.5, label=label, marker=marker)
-        largest = max(largest, *error.nan_to_num(0.0).tolist())
-    # No zoom into the rounding errors of what never changes.
-    axis.set_ylim(0, 1.35 * largest if largest > 1e-6 else 1.0)
-    axis.set_xlim(min(1, horizon - 1), horizon)
-    axis.legend(fontsize=7, frameon=False, loc="upper center", ncols=2, columnspacing=1.0, handlelength=1.5)
-    axis.set_title(f"error of {quantity}s", fontsize=9)
-    axis.set_ylabel(f"RMS of {scene.num_windows} window{'s' * (scene.num_windows > 1)}", fontsize=7)
-    axis.set_xlabel("steps ahead", fontsize=8)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    if not scene.errors["count"][:, agent].any():
-        axis.text(0.5, 0.5, "not alive", transform=axis.transAxes, ha="center", fontsize=7, color=TRIVIAL)
-
-
-def _legend(part: Any, axis: Any) -> None:
-    """Explain above an agent's panels the lines that several of them have."""
-    handles, labels = axis.get_legend_handles_labels()
-    part.legend(handles, labels, loc="outside upper right", ncols=4, fontsize=7, frameon=False)
-
-
-def _time_axis(axis: Any, scene: _Scene) -> None:
-    """Show all steps, and in grey those that the model was given."""
-    axis.axvspan(0, scene.context, color="0.93", linewidth=0)
-    axis.set_xlim(0, len(scene.window))
-    axis.set_xlabel("step", fontsize=8)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-
-
-def _mark_death(axis: Any, alive: Tensor) -> None:
-    if not alive.all() and alive[0]:
-        step = int(alive.long().argmin())
-        axis.axvline(step, color=TRIVIAL, linestyle=":", linewidth=1)
-        side = "right" if step > len(alive) / 2 else "left"
-        where = axis.get_xaxis_transform()
-        axis.text(step, 0.02, " not alive ", transform=where, ha=side, fontsize=7, color=TRIVIAL)

@@ -41,6 +41,7 @@ def test_learning_curves_show_what_was_logged(run_dir: Path) -> None:
     assert {axis.get_xlabel() for axis in figure.axes} == {"env steps"}
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_only_curves_over_magnitudes_have_a_logarithmic_axis(run_dir: Path) -> None:
     shown = panels(plot_learning_curves(run_dir / "metrics.csv", run_dir / "curves.png", title="mine"))
     scales = {name: axis.get_yscale() for name, axis in shown.items()}
@@ -48,6 +49,7 @@ def test_only_curves_over_magnitudes_have_a_logarithmic_axis(run_dir: Path) -> N
     assert scales == expected
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_returns_without_a_match_share_a_panel(tmp_path: Path) -> None:
     with RunLog(tmp_path, total_steps=1, progress=False, tensorboard=False) as log:
         log.log({"evaluation/hunter": 1.0, "evaluation/prey": 2.0}, 1)
@@ -98,6 +100,7 @@ def test_a_sweep_is_drawn_as_median_and_range_of_the_steps_that_all_have_reached
     assert figure.get_suptitle() == f"{tmp_path.name}: median of 3 runs, and from the lowest to the highest"
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_runs_evaluated_at_other_steps_are_compared_between_them(tmp_path: Path) -> None:
     runs = sweep(tmp_path, ends=(30, 30))
     other = tmp_path / "other"
@@ -109,6 +112,7 @@ def test_runs_evaluated_at_other_steps_are_compared_between_them(tmp_path: Path)
 
 
 @pytest.mark.parametrize("num_runs", [1, 3])
+@pytest.mark.usefixtures("unsaved")
 def test_a_single_point_is_a_mark(tmp_path: Path, num_runs: int) -> None:
     runs = sweep(tmp_path, ends=(10,) * num_runs)
     for axis in plot_learning_curves(runs, tmp_path / "curves.png").axes:
@@ -118,6 +122,7 @@ def test_a_single_point_is_a_mark(tmp_path: Path, num_runs: int) -> None:
         assert low == 0 and high > 10
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_runs_without_a_common_step_are_marks(tmp_path: Path) -> None:
     runs = []
     for seed, step in enumerate((30, 10)):
@@ -131,6 +136,7 @@ def test_runs_without_a_common_step_are_marks(tmp_path: Path) -> None:
     assert [text.get_text() for text in shown["loss: reward"].texts] == ["no finite value"]
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_what_never_changes_is_not_magnified(tmp_path: Path) -> None:
     (run,) = sweep(tmp_path, ends=(30,))
     low, high = panels(plot_learning_curves(run, tmp_path / "curves.png"))["entropy"].get_ylim()

@@ -67,6 +67,7 @@ def test_open_loop_of_vectors_shows_reality_and_imagination(tmp_path: Path) -> N
         assert all(0 < value < 1 for value in values)
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_errors_grow_with_the_horizon_beside_trivial_ones(tmp_path: Path) -> None:
     env = make_env(TAG, seed=0)
     model = WorldModel.from_env(env, replace(SMALL, latent=LATENTS["gaussian"]))
@@ -83,6 +84,7 @@ def test_errors_grow_with_the_horizon_beside_trivial_ones(tmp_path: Path) -> Non
     assert line(axis, "last observation")[1] == pytest.approx(kept.tolist(), rel=1e-4)
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_every_group_shows_its_first_agent_unless_the_user_chooses(tmp_path: Path) -> None:
     env = make_env("mock", seed=0, death_step=None)
     model = WorldModel.from_env(env, SMALL)
@@ -98,6 +100,7 @@ def test_every_group_shows_its_first_agent_unless_the_user_chooses(tmp_path: Pat
     assert drawn(agents=["hunter_1", 2], num_samples=1) == [f"hunter_1: {given}", f"prey_0: {given}"]
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_names_constants_and_guesses_of_unequal_actions(tmp_path: Path) -> None:
     env = make_env("mock", seed=0, death_step=None)
     model = WorldModel.from_env(env, SMALL)
@@ -124,6 +127,7 @@ def test_names_constants_and_guesses_of_unequal_actions(tmp_path: Path) -> None:
     assert colors["guess among 4"] == colors["hunter_1"] != colors["guess among 3"] == colors["prey_0"]
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_what_happens_after_an_agents_death_is_not_drawn(tmp_path: Path) -> None:
     env = make_env("mock", seed=0, death_step=4)
     model = WorldModel.from_env(env, SMALL)
@@ -137,6 +141,7 @@ def test_what_happens_after_an_agents_death_is_not_drawn(tmp_path: Path) -> None
     assert np.isnan(line(panels(figure)["reward"], "real")[1][4:]).all()
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_many_teammates_are_drawn_as_one(tmp_path: Path) -> None:
     layout = make_layout([3] * 9, [0] * 9, (4,))
     model = WorldModel.from_env(layout, SMALL)
@@ -204,6 +209,7 @@ def test_channels_are_read_as_grey_colours_stacked_frames_or_planes() -> None:
     assert corner(shades(0, 3)) == pytest.approx([0.9 * part for part in orange])
 
 
+@pytest.mark.usefixtures("unsaved")
 def test_open_loop_without_teammate_predictor(tmp_path: Path) -> None:
     env = make_env("mock", seed=0)
     model = WorldModel.from_env(env, replace(SMALL, teammate_predictor=False))
