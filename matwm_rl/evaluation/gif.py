@@ -235,8 +235,8 @@ def _few_colors(frames: list[Any]) -> list[Any]:
     own = [mix(color, share / 4) for color in (TEXT, EVENT) for share in range(4)] + [PAPER]
     quantized = together.quantize(MAX_COLORS - len(own), method=image_module.Quantize.MEDIANCUT).getpalette()
     found = [tuple(quantized[place : place + 3]) for place in range(0, len(quantized), 3)]
-    # Pillow looks colours up to within 4 shades: one that is so near to white would be taken for it.
-    found = [color for color in found if max(abs(a - b) for a, b in zip(color, PAPER, strict=True)) > 4]
+    # Pillow looks colours up roughly: one that is so near to white would be taken for it.
+    found = [color for color in found if max(abs(a - b) for a, b in zip(color, PAPER, strict=True)) > 9]
     palette = image_module.new("P", (1, 1))
     palette.putpalette([part for color in (*own, *found) for part in color])
     return [frame.quantize(palette=palette, dither=image_module.Dither.NONE) for frame in frames]

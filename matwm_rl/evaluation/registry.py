@@ -46,7 +46,7 @@ class Evaluation:
         play: called as ``play(env, policy, episodes=..., exploration=...)``, returns a :class:`Matches`. ``env.layout``
             tells which agents there are.
         draw: given the environment's layout, returns what :func:`record_gif` takes as ``draw``, for environments that
-            cannot render themselves.
+            cannot render themselves, or not well.
         references: known returns for :func:`plot_learning_curves`, as ``{match: {label: value}}``.
         observation_names: given the environment's layout, returns the names of the entries of the observations for
             :func:`plot_open_loop`, as ``{agent or group: names}``; see :func:`observation_names`.
@@ -57,7 +57,7 @@ class Evaluation:
     """
 
     play: Play = self_play
-    draw: Callable[[AgentLayout], Callable[[TensorDictBase], Frame]] | None = None
+    draw: Callable[[AgentLayout], Callable[[TensorDictBase], Frame] | None] | None = None
     references: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     observation_names: Callable[[AgentLayout], Mapping[str, Sequence[str]]] | None = None
 

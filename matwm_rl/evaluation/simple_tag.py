@@ -5,9 +5,6 @@ Importing this module registers them, see :func:`~matwm_rl.evaluation.register_e
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
@@ -20,11 +17,10 @@ from matwm_rl.arguments import check_ints, check_numbers
 from matwm_rl.checks import read_entry
 from matwm_rl.envs import AgentLayout
 from matwm_rl.evaluation.gif import Frame
-from matwm_rl.evaluation.mpe import known_sizes
+from matwm_rl.evaluation.mpe import Disc, draw_discs, first_observation, known_sizes
 from matwm_rl.evaluation.opponents import CrossPlay, RandomActions
 from matwm_rl.evaluation.registry import Evaluation, register_evaluation, self_play
 from matwm_rl.evaluation.returns import EvaluationConfig, Matches, evaluate
-from matwm_rl.files import import_optional
 
 ARENA = 0.9
 """Half width of simple_tag's arena: beyond it, mpe2 punishes the evader."""
@@ -192,29 +188,13 @@ class DrawTag:
 
     def __call__(self, tensordict: TensorDictBase) -> Frame:
         """Return the picture ``[size, size, 3]`` of a step's tensordict, the first environment of a batch."""
-        # Drawn twice as large and reduced, which makes edges smooth.
-        large = 2 * self.size
-        image = import_optional("PIL.Image").new("RGB", (large, large), "white")
-        pen = import_optional("PIL.ImageDraw").Draw(image)
-        observation = tensordict.get(keys.OBSERVATION)
-        observation = observation.reshape(-1, *observation.shape[-2:])[0].cpu()
+        observation = first_observation(tensordict)
         positions = observation[:, 2:4]
         obstacles = observation[0, 4 : 4 + 2 * self.num_obstacles].view(-1, 2) + positions[0]
-        low, high = ((side + self.arena) * large / (2 * self.arena) for side in (-1, 1))
-        pen.rectangle([low, low, high, high], outline=(200, 200, 200), width=2)
-        for position in obstacles:
-            self._disc(pen, position.tolist(), 0.2, (170, 170, 170))
-        for index, position in enumerate(positions):
-            if index < self.num_pursuers:
-                self._disc(pen, position.tolist(), 0.075, (213, 94, 0))
-            else:
-                self._disc(pen, position.tolist(), 0.05, (0, 158, 115))
-        return np.asarray(image.reduce(2), dtype=np.uint8)
-
-    def _disc(self, pen: Any, position: list[float], radius: float, color: tuple[int, int, int]) -> None:
-        scale = self.size / self.arena
-        x, y = (position[0] + self.arena) * scale, (self.arena - position[1]) * scale
-        pen.ellipse([x - radius * scale, y - radius * scale, x + radius * scale, y + radius * scale], fill=color)
+        discs: list[Disc] = [(place, 0.2, (170, 170, 170)) for place in obstacles.tolist()]
+        for index, place in enumerate(positions.tolist()):
+            discs.append((place, 0.075, (213, 94, 0)) if index < self.num_pursuers else (place, 0.05, (0, 158, 115)))
+        return draw_discs(discs, size=self.size, arena=self.arena)
 
 
 def _num_obstacles(layout: AgentLayout) -> int:

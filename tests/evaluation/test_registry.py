@@ -14,7 +14,7 @@ from torchrl.envs.utils import ExplorationType
 
 from matwm_rl.envs import MultiAgentEnv, make_env
 from matwm_rl.envs.families import wrap_pettingzoo
-from matwm_rl.evaluation import registry
+from matwm_rl.evaluation import mpe, registry
 from matwm_rl.evaluation.opponents import RandomActions
 from matwm_rl.evaluation.registry import (
     Evaluation,
@@ -24,6 +24,7 @@ from matwm_rl.evaluation.registry import (
     register_evaluation,
 )
 from matwm_rl.evaluation.returns import Matches, Returns
+from matwm_rl.torchrl_internals import simulator
 from tests.envs.population import Population
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,3 +148,20 @@ def test_reference_lines_are_those_of_the_stored_comparison(name: str, environme
         found = [value for both in model_free for value in both.values()]
         best = min if match == "prey_vs_chasing_adversaries" else max  # there, the pursuers' return is to be low
         assert lines["model-free, 25k"] == round(best(found), 1)
+
+
+def test_simple_spread_is_drawn_with_everybody_and_all_landmarks_in_place() -> None:
+    name = "mpe2/simple_spread_v3"
+    env = make_env(name, seed=0)
+    draw = find_evaluation(name).draw
+    assert draw is not None
+    picture = draw(env.layout)
+    assert picture is not None
+    frame = picture(env.reset())
+    world = simulator(env.base_env).unwrapped.world
+    pixels = [
+        tuple(frame[round((1.4 - y) * 320 / 2.8), round((x + 1.4) * 320 / 2.8)])
+        for x, y in (entity.state.p_pos for entity in (*world.landmarks, *world.agents))
+    ]
+    assert pixels == [mpe.DARK] * 3 + [mpe.BLUE] * 3
+    assert draw(make_env(name, num_agent_neighbors=1).layout) is None
