@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent
 def index_description(readme: str, repository: str | None) -> str:
     """Return README for the package index, which has none of the repository's files.
 
-    Links and pictures get the repository's public address ahead of them. Without one, links become plain text and
-    pictures are left out. Code is not changed.
+    Links and pictures get the repository's public address ahead of them. Without one, links become plain text, and
+    paragraphs with pictures are left out. Code is not changed.
 
     Args:
         readme: the text in Markdown.
@@ -27,13 +27,13 @@ def index_description(readme: str, repository: str | None) -> str:
         if re.match(r"[a-z]+:", target):
             return link[0]
         if repository is None:
-            return "" if picture else text
+            return text
         return f"{picture}[{text}]({repository.rstrip('/')}/{'raw' if picture else 'blob'}/HEAD/{target})"
 
     parts = re.split(r"(^```.*?^```$)", readme, flags=re.DOTALL | re.MULTILINE)
+    if repository is None:
+        parts[::2] = [re.sub(r"^!\[.+?(\n\n|\Z)", "", part, flags=re.DOTALL | re.MULTILINE) for part in parts[::2]]
     parts[::2] = [re.sub(r"(!?)\[([^]]*)\]\(([^)\s]+)\)", replace, part) for part in parts[::2]]
-    # Where a picture was, one empty line is left.
-    parts[::2] = [re.sub(r"\n{3,}", "\n\n", part) for part in parts[::2]]
     return "".join(parts)
 
 

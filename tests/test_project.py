@@ -86,12 +86,14 @@ def index_description(readme: str, repository: str | None) -> str:
 
 def test_the_description_on_the_package_index_links_to_what_is_there() -> None:
     code = "```md\n[code](d.md)\n```\n"
-    readme = f"![a dream](docs/a.png)\n\nSee [`this`](docs/b.md#part), [that](https://c.org).\n\n{code}"
+    readme = (
+        f"Title\n\n![a dream](docs/a.png)\n*A dream*\n\nSee [`this`](docs/b.md#part), [that](https://c.org).\n\n{code}"
+    )
     assert index_description(readme, "https://e.org/f/g") == (
-        "![a dream](https://e.org/f/g/raw/HEAD/docs/a.png)\n\n"
+        "Title\n\n![a dream](https://e.org/f/g/raw/HEAD/docs/a.png)\n*A dream*\n\n"
         f"See [`this`](https://e.org/f/g/blob/HEAD/docs/b.md#part), [that](https://c.org).\n\n{code}"
     )
-    assert index_description(readme, None) == f"\n\nSee `this`, [that](https://c.org).\n\n{code}"
+    assert index_description(readme, None) == f"Title\n\nSee `this`, [that](https://c.org).\n\n{code}"
 
 
 @pytest.mark.parametrize("repository", [None, "https://example.org/somebody/matwm_rl"])
