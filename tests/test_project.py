@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -77,3 +78,31 @@ def test_only_one_distribution_provides_pygame() -> None:
 def test_torch_is_pinned_without_a_local_version() -> None:
     # A pin such as 2.13.0+cpu could not be had from the package index, nor met by a CUDA build.
     assert re.fullmatch(r"[\d.]+", pins()["torch"])
+
+
+def index_description(readme: str, repository: str | None) -> str:
+    return str(runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["index_description"](readme, repository))
+
+
+def test_the_description_on_the_package_index_links_to_what_is_there() -> None:
+    code = "```md\n[code](d.md)\n```\n"
+    readme = (
+        f"Title\n\n![a dream](docs/a.png)\n*A dream*\n\nSee [`this`](docs/b.md#part), [that](https://c.org).\n\n{code}"
+    )
+    assert index_description(readme, "https://e.org/f/g") == (
+        "Title\n\n![a dream](https://e.org/f/g/raw/HEAD/docs/a.png)\n*A dream*\n\n"
+        f"See [`this`](https://e.org/f/g/blob/HEAD/docs/b.md#part), [that](https://c.org).\n\n{code}"
+    )
+    assert index_description(readme, None) == f"Title\n\nSee `this`, [that](https://c.org).\n\n{code}"
+
+
+@pytest.mark.parametrize("repository", [None, "https://example.org/somebody/matwm_rl"])
+def test_no_link_of_the_readme_is_relative_on_the_package_index(repository: str | None) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = index_description(readme, repository)
+    targets = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", shown, flags=re.DOTALL))
+    assert targets and all(target.startswith("https://") for target in targets)
+    assert PROJECT["dynamic"] == ["readme"] and "readme" not in PROJECT
+    assert re.findall(r"^```.*?^```$", shown, flags=re.DOTALL | re.MULTILINE) == re.findall(
+        r"^```.*?^```$", readme, flags=re.DOTALL | re.MULTILINE
+    ), "code is changed"

@@ -41,8 +41,9 @@ def render_frame(env: EnvBase, env_index: int = 0) -> NDArray[np.uint8]:
     if render is None:
         raise NotImplementedError(
             f"there is no renderer for {type(env).__name__}; registered: {', '.join(renderers.names())}. Register one "
-            "with matwm_rl.envs.register_renderer. Of a batched environment, draw one that make_env made with "
-            "num_envs=1."
+            "with matwm_rl.envs.register_renderer, or a function that draws what is observed with "
+            "matwm_rl.evaluation.register_evaluation(..., Evaluation(draw=...)). Of a batched environment, draw one "
+            "that make_env made with num_envs=1."
         )
     return render(env, env_index)
 
@@ -51,7 +52,10 @@ def _render_pettingzoo(env: EnvBase, env_index: int) -> NDArray[np.uint8]:
     raw = simulator(env)
     mode = getattr(raw, "render_mode", None)
     if mode != "rgb_array":
-        raise RuntimeError(f'the environment was made with render_mode={mode!r}; make it with render_mode="rgb_array".')
+        raise RuntimeError(
+            f"the environment was made with render_mode={mode!r}; make it with "
+            'render_mode="rgb_array", as make_env(..., render_mode="rgb_array") does if its constructor takes that.'
+        )
     picture = raw.render()
     if picture is None:
         raise RuntimeError(f"the environment {raw} drew nothing: its render() returned None.")

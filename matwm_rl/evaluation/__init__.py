@@ -6,7 +6,13 @@ from matwm_rl.evaluation.loggers import LoggerName, make_logger
 from matwm_rl.evaluation.open_loop import episode_windows, open_loop, open_loop_errors
 from matwm_rl.evaluation.open_loop_figure import plot_open_loop
 from matwm_rl.evaluation.opponents import CrossPlay, RandomActions
-from matwm_rl.evaluation.registry import Evaluation, evaluate_matches, find_evaluation, register_evaluation
+from matwm_rl.evaluation.registry import (
+    Evaluation,
+    evaluate_matches,
+    find_evaluation,
+    observation_names,
+    register_evaluation,
+)
 from matwm_rl.evaluation.returns import EvaluationConfig, Matches, Returns, evaluate, report_episodes
 from matwm_rl.evaluation.run_log import RunLog, read_metrics
 from matwm_rl.evaluation.simple_tag import DrawTag, TagScript, evaluate_tag
@@ -28,6 +34,7 @@ __all__ = [
     "evaluate_tag",
     "find_evaluation",
     "make_logger",
+    "observation_names",
     "open_loop",
     "open_loop_errors",
     "plot_learning_curves",

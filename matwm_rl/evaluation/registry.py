@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Protocol
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torchrl.envs import EnvBase
+from torch import Size
+from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 
 from matwm_rl.arguments import check_kinds, read_text
-from matwm_rl.envs import AgentLayout
+from matwm_rl.envs import AgentLayout, MultiAgentEnv
+from matwm_rl.envs.entries import agent_specs, observation_keys
 from matwm_rl.evaluation.gif import Frame
 from matwm_rl.evaluation.returns import EvaluationConfig, Matches, evaluate
 
@@ -43,8 +46,10 @@ class Evaluation:
         play: called as ``play(env, policy, episodes=..., exploration=...)``, returns a :class:`Matches`. ``env.layout``
             tells which agents there are.
         draw: given the environment's layout, returns what :func:`record_gif` takes as ``draw``, for environments that
-            cannot render themselves.
+            cannot render themselves, or not well.
         references: known returns for :func:`plot_learning_curves`, as ``{match: {label: value}}``.
+        observation_names: given the environment's layout, returns the names of the entries of the observations for
+            :func:`plot_open_loop`, as ``{agent or group: names}``; see :func:`observation_names`.
 
     Examples:
         >>> Evaluation(references={"self_play": {"random": -1.0}}).play.__name__
@@ -52,8 +57,9 @@ class Evaluation:
     """
 
     play: Play = self_play
-    draw: Callable[[AgentLayout], Callable[[TensorDictBase], Frame]] | None = None
+    draw: Callable[[AgentLayout], Callable[[TensorDictBase], Frame] | None] | None = None
     references: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    observation_names: Callable[[AgentLayout], Mapping[str, Sequence[str]]] | None = None
 
 
 _REGISTERED: list[tuple[str, Evaluation]] = []
@@ -137,3 +143,53 @@ def evaluate_matches(
         dict_keys(['hunter', 'prey'])
     """
     return find_evaluation(env_name).play(env, policy, episodes=episodes, exploration=exploration)
+
+
+def observation_names(env_name: str, env: EnvBase) -> dict[str, Sequence[str]]:
+    """Return the names of the entries of the agents' vector observations, where they are known.
+
+    They are those that are registered for the environment (:class:`Evaluation`). Else they are read from its specs: an
+    observation of several named entries, or with several dimensions, tells what its numbers are.
+
+    Args:
+        env_name: as given to :func:`~matwm_rl.envs.make_env`.
+        env: the environment, with any transforms around it.
+
+    Returns:
+        ``{agent or group: names}``, for :func:`plot_open_loop`; nothing for those of which nothing is known.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> names = observation_names("mpe2/simple_tag_v3", make_env("mpe2/simple_tag_v3"))
+        >>> names["adversary_0"][:5]
+        ['own velocity x', 'own velocity y', 'own position x', 'own position y', 'obstacle 1 x']
+        >>> observation_names("mock", make_env("mock"))
+        {}
+    """
+    registered = find_evaluation(env_name).observation_names
+    if registered is not None:
+        return dict(registered(env.layout))
+    while isinstance(env, TransformedEnv) and not isinstance(env, MultiAgentEnv):
+        env = env.base_env
+    if not isinstance(env, MultiAgentEnv) or env.layout.is_image:
+        return {}
+    names: dict[str, Sequence[str]] = {}
+    spec = env.base_env.full_observation_spec
+    for group, agents in env.layout.group_map.items():
+        keys = observation_keys(spec.keys(True, True), group)
+        shapes = {key: [entry.shape for entry in agent_specs(env.base_env, spec, key, agents)] for key in keys}
+        if len(keys) == 1 and all(len(shape) == 1 for shape in shapes[keys[0]]):
+            continue
+        for agent, name in enumerate(agents):
+            entries = [_entry_names(key[1:], shapes[key][agent]) for key in keys]
+            names[name] = [name for entry in entries for name in entry]
+    return names
+
+
+def _entry_names(key: Sequence[str], shape: Size) -> list[str]:
+    """Return a name for every number of an entry: ``position 1``, or ``observation 3, 4`` of several dimensions."""
+    name = " ".join(key[1:] or key)
+    if shape == (1,):
+        return [name]
+    places = product(*(range(side) for side in shape))
+    return [f"{name} {', '.join(map(str, place))}" for place in places]

@@ -5,9 +5,6 @@ Importing this module registers them, see :func:`~matwm_rl.evaluation.register_e
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
@@ -20,10 +17,10 @@ from matwm_rl.arguments import check_ints, check_numbers
 from matwm_rl.checks import read_entry
 from matwm_rl.envs import AgentLayout
 from matwm_rl.evaluation.gif import Frame
+from matwm_rl.evaluation.mpe import Disc, draw_discs, first_observation, known_sizes
 from matwm_rl.evaluation.opponents import CrossPlay, RandomActions
 from matwm_rl.evaluation.registry import Evaluation, register_evaluation, self_play
 from matwm_rl.evaluation.returns import EvaluationConfig, Matches, evaluate
-from matwm_rl.files import import_optional
 
 ARENA = 0.9
 """Half width of simple_tag's arena: beyond it, mpe2 punishes the evader."""
@@ -36,6 +33,12 @@ REFERENCES = {
 
 They are those of benchmarks/results/sample_efficiency; in the last match, lower is better.
 """
+VMAS_REFERENCES = {
+    "adversaries_vs_random_prey": {"random": 9.3, "scripted": 907.2, "model-free, 25k": 71.5},
+    "adversaries_vs_fleeing_prey": {"random": 0.5, "scripted": 212.2, "model-free, 25k": 12.8},
+    "prey_vs_chasing_adversaries": {"random": 896.6, "scripted": 225.4, "model-free, 25k": 602.8},
+}
+"""The same of VMAS's pursuers."""
 
 
 class TagScript(TensorDictModuleBase):
@@ -180,35 +183,38 @@ class DrawTag:
         if list(groups) != ["adversary", "agent"]:
             raise ValueError(f"DrawTag draws simple_tag, got the groups {groups}")
         self.num_pursuers = groups["adversary"]
-        # An observation is: velocity 2, position 2, obstacles 2 each, other agents 2 each, evaders' velocities 2 each.
-        # The last evader sees the velocities of the other evaders only.
-        others = 2 * (layout.num_agents - 1) + 2 * (groups["agent"] - 1)
-        self.num_obstacles = (layout.observation_sizes[-1] - 4 - others) // 2
+        self.num_obstacles = _num_obstacles(layout)
         self.size, self.arena = size, arena
 
     def __call__(self, tensordict: TensorDictBase) -> Frame:
         """Return the picture ``[size, size, 3]`` of a step's tensordict, the first environment of a batch."""
-        image = import_optional("PIL.Image").new("RGB", (self.size, self.size), "white")
-        pen = import_optional("PIL.ImageDraw").Draw(image)
-        observation = tensordict.get(keys.OBSERVATION)
-        observation = observation.reshape(-1, *observation.shape[-2:])[0].cpu()
+        observation = first_observation(tensordict)
         positions = observation[:, 2:4]
         obstacles = observation[0, 4 : 4 + 2 * self.num_obstacles].view(-1, 2) + positions[0]
-        low, high = ((side + self.arena) * self.size / (2 * self.arena) for side in (-1, 1))
-        pen.rectangle([low, low, high, high], outline=(200, 200, 200))
-        for position in obstacles:
-            self._disc(pen, position.tolist(), 0.2, (170, 170, 170))
-        for index, position in enumerate(positions):
-            if index < self.num_pursuers:
-                self._disc(pen, position.tolist(), 0.075, (213, 94, 0))
-            else:
-                self._disc(pen, position.tolist(), 0.05, (0, 158, 115))
-        return np.asarray(image, dtype=np.uint8)
+        discs: list[Disc] = [(place, 0.2, (170, 170, 170)) for place in obstacles.tolist()]
+        for index, place in enumerate(positions.tolist()):
+            discs.append((place, 0.075, (213, 94, 0)) if index < self.num_pursuers else (place, 0.05, (0, 158, 115)))
+        return draw_discs(discs, size=self.size, arena=self.arena)
 
-    def _disc(self, pen: Any, position: list[float], radius: float, color: tuple[int, int, int]) -> None:
-        scale = self.size / (2 * self.arena)
-        x, y = (position[0] + self.arena) * scale, (self.arena - position[1]) * scale
-        pen.ellipse([x - radius * scale, y - radius * scale, x + radius * scale, y + radius * scale], fill=color)
+
+def _num_obstacles(layout: AgentLayout) -> int:
+    # An observation is: velocity 2, position 2, obstacles 2 each, other agents 2 each, evaders' velocities 2 each. The
+    # last evader sees the velocities of the other evaders only.
+    others = 2 * (layout.num_agents - 1) + 2 * (len(layout.group_map["agent"]) - 1)
+    return (layout.observation_sizes[-1] - 4 - others) // 2
+
+
+def _observation_names(layout: AgentLayout) -> dict[str, list[str]]:
+    """Return the names of what each agent observes; others and obstacles are relative to it."""
+    names: dict[str, list[str]] = {}
+    if list(layout.group_map) != ["adversary", "agent"]:
+        return names
+    for agent in layout.agent_names:
+        others = [name for name in layout.agent_names if name != agent]
+        seen = ["own velocity", "own position", *(f"obstacle {i + 1}" for i in range(_num_obstacles(layout)))]
+        seen += [*others, *(f"{name} velocity" for name in others if name in layout.group_map["agent"])]
+        names[agent] = [f"{what} {axis}" for what in seen for axis in "xy"]
+    return known_sizes(layout, names)
 
 
 def _play(
@@ -219,5 +225,5 @@ def _play(
     return (evaluate_tag if one_evader else self_play)(env, policy, episodes=episodes, exploration=exploration)
 
 
-register_evaluation("*/simple_tag*", Evaluation(_play, DrawTag))
-register_evaluation("mpe2/simple_tag*", Evaluation(_play, DrawTag, REFERENCES))
+for pattern, references in (("*", {}), ("mpe2", REFERENCES), ("vmas", VMAS_REFERENCES)):
+    register_evaluation(f"{pattern}/simple_tag*", Evaluation(_play, DrawTag, references, _observation_names))

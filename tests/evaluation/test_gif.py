@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -12,6 +14,7 @@ from torchrl.envs import TransformedEnv
 
 from matwm_rl import presets
 from matwm_rl.envs import make_env
+from matwm_rl.evaluation import gif
 from matwm_rl.evaluation.gif import record_gif
 from matwm_rl.evaluation.opponents import RandomActions
 from matwm_rl.evaluation.simple_tag import DrawTag
@@ -42,10 +45,10 @@ class First(TensorDictModuleBase):
 def read_gif(path: Path) -> list[tuple[int, int]]:
     """Shade and duration in milliseconds of every frame."""
     frames = []
-    with Image.open(path) as gif:
-        for index in range(gif.n_frames):
-            gif.seek(index)
-            frames.append((gif.convert("RGB").getpixel((4, 4))[0], gif.info["duration"]))
+    with Image.open(path) as found:
+        for index in range(found.n_frames):
+            found.seek(index)
+            frames.append((found.convert("RGB").getpixel((4, 4))[0], found.info["duration"]))
     return frames
 
 
@@ -83,9 +86,78 @@ def test_gif_of_what_the_environment_renders(tmp_path: Path) -> None:
     env = make_env(TAG, seed=0, render_mode="rgb_array")
     path = tmp_path / "tag.gif"
     record_gif(env, RandomActions(), path, episodes=1, max_steps=3)
-    with Image.open(path) as gif:
-        assert gif.size == (700, 700)
-        assert np.asarray(gif.convert("L")).std() > 5
+    with Image.open(path) as found:
+        # Reduced, with three lines of text below.
+        assert found.size == (gif.SIDE, gif.SIDE + 3 * gif.LINE + 4)
+        assert np.asarray(found.convert("L"))[: gif.SIDE].std() > 5
+    assert path.stat().st_size < 4 * 4096
+
+
+def captions(path: Path, height: int) -> list[np.ndarray]:
+    """What stands below the picture of every frame."""
+    with Image.open(path) as found:
+        frames = []
+        for index in range(found.n_frames):
+            found.seek(index)
+            frames.append(np.asarray(found.convert("RGB"), dtype=int)[height:])
+    return frames
+
+
+def test_texts_stand_below_the_picture_and_events_in_their_colour(tmp_path: Path) -> None:
+    env = make_env("mock", seed=0, episode_length=6, death_step=3)
+    path = tmp_path / "a.gif"
+    record_gif(env, First(), path, episodes=2, draw=Shades())
+    frames = captions(path, gif.SIDE)
+    assert len(frames) == 2 * 7
+    for before, after in zip(frames, frames[1:], strict=False):
+        assert (before != after).any(), "the number of the step changes"
+    in_color = [(np.abs(frame - gif.EVENT).max(-1) < 8).sum() for frame in frames]
+    # A reward in every episode's first step, of the prey in the fourth too; a death; the end.
+    assert [count > 0 for count in in_color] == [False, True, False, True, True, False, True] * 2
+
+
+def test_events_are_large_rewards_deaths_and_ends() -> None:
+    layout = make_env("mock", seed=0).layout  # two hunters, one prey
+    rewards = torch.tensor([[0.0, 0.0, -8.0], [10.0, 10.0, -3.0], [2.0, 6.0, 0.0], [0.0, 0.0, 0.0]])
+    alive = torch.ones(5, 3, dtype=torch.bool)
+    alive[3:, 1] = False
+    episode = gif.Episode([], rewards=list(rewards), alive=list(alive), end="time limit")
+    large = gif.large_from(rewards), gif.large_from(-rewards)
+    assert large == (5.0, 4.0)
+    assert [gif.events(episode, step, large, layout) for step in range(5)] == [
+        [],
+        ["prey -8"],
+        ["hunter +10"],
+        ["hunter +6", "hunter_1 is out"],
+        ["end: time limit"],
+    ]
+
+
+def test_rewards_of_many_sizes_are_no_events() -> None:
+    distances = torch.linspace(0.5, 2.0, 25).unsqueeze(-1).expand(25, 3)
+    assert gif.large_from(distances) == gif.large_from(-distances) == gif.large_from(torch.zeros(25, 3)) == math.inf
+    # But a goal beside them is.
+    distances = distances.clone()
+    distances[-1] = 10.0
+    assert gif.large_from(distances) == 5.0
+
+
+def test_long_episodes_are_shown_in_larger_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gif, "MAX_FRAMES", 3)
+    env = make_env("mock", seed=0, episode_length=7, death_step=None)
+    path = tmp_path / "a.gif"
+    state = torch.random.get_rng_state()
+    (returns,) = record_gif(env, RandomActions(), path, episodes=1, draw=Shades())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len(returns) == 3
+    assert [shade for shade, _ in read_gif(path)] == [0, 90, 180, 210]
+
+
+def test_texts_that_do_not_fit_are_cut() -> None:
+    tall = np.zeros((64, 8, 3), np.uint8)
+    frame = np.asarray(gif.captioned(tall, ["step 1", "return: " + "many groups " * 20], ""))
+    assert frame.shape == (64 * 5 + 3 * gif.LINE + 4, gif.TEXT_WIDTH, 3)
+    assert (frame[320:, -3:] == 255).all()
 
 
 @pytest.mark.parametrize(

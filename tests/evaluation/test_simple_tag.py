@@ -170,9 +170,10 @@ def test_several_evaders_play_with_themselves() -> None:
     assert set(evaluate_matches(MPE, env, RandomActions(), episodes=1).returns) == {"self_play"}
 
 
-def test_references_are_of_matches_that_are_played_in_mpe2() -> None:
+def test_references_are_of_matches_that_are_played() -> None:
     found = find_evaluation(MPE)
     matches = found.play(make_env(MPE, seed=0), RandomActions(), episodes=1, exploration=ExplorationType.RANDOM)
     assert found.references.keys() <= matches.returns.keys()
-    assert found.references and not find_evaluation(VMAS).references
+    assert found.references.keys() == find_evaluation(VMAS).references.keys()
+    assert not find_evaluation("mine/simple_tag").references
     assert found.draw is find_evaluation(VMAS).draw is DrawTag
