@@ -6,16 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from matwm_rl.envs import AgentLayout
-from matwm_rl.evaluation import plot_learning_curves, plot_open_loop, record_gif
-from matwm_rl.evaluation.gif import Frame
+from matwm_rl.evaluation import find_evaluation, observation_names, plot_learning_curves, plot_open_loop, record_gif
 from matwm_rl.modules import WorldModelPolicy
 
-Draw = Callable[[TensorDictBase], Frame]
 HORIZON = 15
 """Steps that the world model is drawn to imagine."""
 
@@ -25,7 +21,7 @@ def draw_pictures(
     env: EnvBase,
     policy: WorldModelPolicy,
     *,
-    draw: Callable[[AgentLayout], Draw] | None,
+    env_name: str,
     references: Mapping[str, Mapping[str, float]],
     context_length: int,
     note: Callable[[str], Any],
@@ -36,19 +32,25 @@ def draw_pictures(
         run_dir: folder of the run, which gets ``learning_curves.png``, ``episodes.gif`` and ``imagination.png``.
         env: one environment, with the policy's primer.
         policy: plays the episodes.
-        draw: how to draw the environment, see :class:`~matwm_rl.evaluation.Evaluation`.
+        env_name: as given to :func:`~matwm_rl.envs.make_env`; what is registered for it is drawn so.
         references: returns to compare with, see :func:`~matwm_rl.evaluation.plot_learning_curves`.
         context_length: steps before those that are imagined.
         note: is told if the environment cannot be drawn.
     """
     plot_learning_curves(run_dir, run_dir / "learning_curves.png", references=references)
+    draw = find_evaluation(env_name).draw
     try:
         record_gif(env, policy, run_dir / "episodes.gif", episodes=4, draw=draw and draw(env.layout))
     except Exception as error:  # whatever a renderer raises: results are saved, and the other picture is to come
         note(f"no GIF: {type(error).__name__}: {error}")
     with set_exploration_type(ExplorationType.RANDOM):  # as the world model has seen them play
         episode = env.rollout(1000, policy).reshape(-1)
-    context = min(context_length, len(episode) // 2)
-    horizon = min(HORIZON, len(episode) - context)
-    picture, how = run_dir / "imagination.png", {"context_length": context, "horizon": horizon}
-    plot_open_loop(policy.world_model, episode, picture, layout=env.layout, **how)
+    plot_open_loop(
+        policy.world_model,
+        episode,
+        run_dir / "imagination.png",
+        layout=env.layout,
+        observation_names=observation_names(env_name, env),
+        context_length=context_length,
+        horizon=HORIZON,
+    )

@@ -16,7 +16,7 @@ from torchrl.envs import TransformedEnv
 
 from matwm_rl.data import Replay
 from matwm_rl.envs import make_env
-from matwm_rl.evaluation import Matches, RunLog, find_evaluation
+from matwm_rl.evaluation import Matches, RunLog
 from matwm_rl.files import write_text
 from matwm_rl.modules import WorldModelPolicy
 from matwm_rl.presets import TrainConfig
@@ -232,7 +232,7 @@ class TrainingRun:
             self.run_dir,
             self._make_env(cfg.seed + 2),
             self.policy,
-            draw=find_evaluation(cfg.env).draw,
+            env_name=cfg.env,
             references=self._evaluator.references,
             context_length=cfg.replay.context_length,
             note=self.log.note,
