@@ -11,6 +11,7 @@ The run folder gets summary.json, metrics.csv, TensorBoard events, a checkpoint 
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ from matwm_rl.modules import WorldModel, WorldModelPolicy, make_actor, make_crit
 from matwm_rl.settings import to_plain
 from matwm_rl.training import (
     Learner,
+    PolicyCard,
     ResumableCollector,
     has_checkpoint,
     load_checkpoint,
@@ -132,7 +134,9 @@ def main(overridden: DictConfig) -> None:
             if env_steps not in log.evaluated:
                 log.log(matches.metrics(), env_steps)
             log.note(f"{env_steps} steps: {matches}")
-            save_policy(run_dir / "policy.pt", policy)
+            command = shlex.join(["python", *sys.argv])
+            card = {"env": cfg.env, "seed": cfg.seed, "env_steps": env_steps, "returns": matches.summary()}
+            save_policy(run_dir / "policy.pt", policy, card=PolicyCard(**card, command=command))
             keep_policy(cfg, run_dir, policy, env_steps)
             log.write_summary(
                 {

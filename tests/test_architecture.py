@@ -47,7 +47,7 @@ OURS = ("examples", "benchmarks", "tests", PACKAGE)
 # Import names, torch.utils.tensorboard because it imports tensorboard at once.
 OPTIONAL = (
     *("PIL", "gymnasium", "hydra", "imageio", "matplotlib", "mpe2", "omegaconf", "pettingzoo", "pygame", "ray"),
-    *("tensorboard", "torch.utils.tensorboard", "tqdm", "vmas"),
+    *("onnx", "onnxruntime", "onnxscript", "tensorboard", "torch.utils.tensorboard", "tqdm", "vmas"),
 )
 
 
