@@ -294,10 +294,11 @@ def test_a_name_that_is_not_on_the_shelf_is_refused_with_those_that_are() -> Non
 
 
 def test_a_policy_of_the_shelf_plays_well() -> None:
-    policy = load_policy("simple_spread")
-    env = policy.make_env(seed=0, num_envs=10)
-    trained, chance = (evaluate(env, acting, episodes=10).per_group()["agent"] for acting in (policy, RandomActions()))
-    assert trained > chance + 5  # -16 and -26 over many episodes
+    policy, returns = load_policy("simple_spread"), []
+    for acting in (policy, RandomActions()):  # in the same episodes
+        env = policy.make_env(seed=0, num_envs=10)
+        returns.append(evaluate(env, acting, episodes=10).per_group()["agent"])
+    assert returns[0] > returns[1] + 5  # -18.1 and -27.9
 
 
 def test_the_shelf_is_small_and_tells_where_it_is_from() -> None:
