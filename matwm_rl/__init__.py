@@ -5,7 +5,7 @@ from matwm_rl.data import RecencySliceSampler, Replay, ReplayConfig, add_agent_e
 from matwm_rl.envs import ImaginationEnv, MultiAgentEnv, make_env
 from matwm_rl.modules import Imagination, WorldModel, WorldModelConfig, WorldModelPolicy, make_actor, make_critic
 from matwm_rl.objectives import ActorLoss, CriticLoss, LambdaReturn, WorldModelLoss, WorldModelLossWeights
-from matwm_rl.training import Learner, LearnerConfig
+from matwm_rl.training import Learner, LearnerConfig, load_policy
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "WorldModelLossWeights",
     "WorldModelPolicy",
     "add_agent_entries",
+    "load_policy",
     "make_actor",
     "make_critic",
     "make_env",

@@ -344,13 +344,14 @@ def random_index(mask: Tensor) -> Tensor:
     return torch.multinomial(mask.flatten(0, -2).float(), 1).view(mask.shape[:-1])
 
 
-def sample_index(weights: Tensor) -> Tensor:
+def sample_index(weights: Tensor, uniform: Tensor | None = None) -> Tensor:
     """Draw category indices by the inverse of the cumulative distribution.
 
     One uniform number per draw: ten to thirty times faster than ``OneHotCategorical.sample`` on CPU.
 
     Args:
         weights: ``[..., C]``, probabilities up to a factor.
+        uniform: the uniform numbers ``[..., 1]``; by default new ones.
 
     Returns:
         int64 ``[...]``.
@@ -360,8 +361,9 @@ def sample_index(weights: Tensor) -> Tensor:
         [1, 0]
     """
     cumulative = weights.detach().cumsum(-1)
+    uniform = torch.rand_like(cumulative[..., :1]) if uniform is None else uniform
     # Scaled by the rounded total and not by 1, so that no draw lies beyond the last class.
-    threshold = torch.rand_like(cumulative[..., :1]) * cumulative[..., -1:]
+    threshold = uniform * cumulative[..., -1:]
     # Compared in place: sums of numbers take a third of the time that sums of booleans take on CPU.
     return cumulative.le_(threshold).sum(-1).long().clamp_(max=weights.shape[-1] - 1)
 

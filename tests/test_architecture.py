@@ -49,7 +49,8 @@ OURS = ("examples", "benchmarks", "tests", PACKAGE)
 # Import names, torch.utils.tensorboard because it imports tensorboard at once.
 OPTIONAL = (
     *("PIL", "gymnasium", "hydra", "imageio", "lbforaging", "magent2", "matplotlib", "mlflow", "mpe2", "omegaconf"),
-    *("pettingzoo", "pygame", "ray", "rware", "tensorboard", "torch.utils.tensorboard", "tqdm", "vmas", "wandb"),
+    *("onnx", "onnxruntime", "onnxscript", "pettingzoo", "pygame", "ray", "rware", "tensorboard"),
+    *("torch.utils.tensorboard", "tqdm", "vmas", "wandb"),
 )
 
 

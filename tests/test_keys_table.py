@@ -47,6 +47,7 @@ INNER = {
     "MultiAgentEnv": "what make_env makes",
     "ParallelMultiAgentEnv": "what make_env makes",
     "SerialMultiAgentEnv": "what make_env makes",
+    "TrainedPolicy": "a WorldModelPolicy",
 }
 """Public modules, transforms and environments that have no row, and why."""
 PLACES = ("agents", "next agents", "", "next", "history", "next history")

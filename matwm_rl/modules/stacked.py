@@ -169,7 +169,8 @@ class LatentLinear(StackedLinear):
 
     def forward(self, latent: Tensor, extra: Tensor | None = None) -> Tensor:
         """Map z ``[N, *batch, Z]`` and what is read beside it ``[N, *batch, R]`` to ``[N, *batch, out]``."""
-        if self.num_classes is None or may_need_gradient(latent):
+        # An exported program multiplies too: in ONNX a sum of rows is a loop over them.
+        if self.num_classes is None or may_need_gradient(latent) or torch.compiler.is_exporting():
             return super().forward(latent if extra is None else torch.cat([latent, extra], -1))
         first = torch.arange(0, self.latent_size, self.num_classes, device=latent.device)
         return self.forward_multi_hot(one_hot_classes(latent, self.num_classes) + first, extra)

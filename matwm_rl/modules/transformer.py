@@ -273,6 +273,9 @@ class Transformer(nn.Module):
             the output at the last position ``[M, D]``, and the cache.
         """
         check_ints(0, room=room)
+        if torch.compiler.is_exporting() and not room:
+            # An exported program reads no cache afterwards, and writing one would be most of its work.
+            return self._last_output(x, mask, visible), self.empty_cache(x.shape[0], 0)
         cache = self.empty_cache(x.shape[0], x.shape[1] + room)
         length = cache.length = x.shape[1]
         bias = _score_bias(mask, x)
@@ -290,6 +293,17 @@ class Transformer(nn.Module):
                 # Only the last position of the last block's output is needed.
                 x = block.finish(x[:, -1], self._attend_cached(query[:, -1], cache, layer))
         return self.norm(x), cache
+
+    def _last_output(self, x: Tensor, mask: Tensor, visible: Tensor | None) -> Tensor:
+        """Return the output ``[M, D]`` of :meth:`prefill`, without a cache."""
+        bias = _score_bias(mask, x)
+        rotary = self._rotary(x.shape[1], x)[:, :, None, None]
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block.finish(x, _attend(*block.project(x, rotary), bias))
+        query, key, value = last.project(x, rotary)
+        bias = bias[..., -1:, :] if visible is None else _score_bias(visible.unsqueeze(-2), x)
+        return self.norm(last.finish(x[:, -1], _attend(query[:, -1:], key, value, bias)[:, 0]))
 
     def step(self, x: Tensor, cache: KVCache) -> Tensor:
         """Append one position to the cache, in place.

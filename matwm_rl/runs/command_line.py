@@ -133,6 +133,11 @@ def to_config(composed: Any) -> presets.TrainConfig:
     return cfg
 
 
+def this_command() -> str:
+    """Return the command line of this process."""
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+
+
 def resume_command(run_dir: Path) -> str:
     """Return the command line of this process, with what makes it go on in a folder."""
     words = [word for word in sys.argv[1:] if not word.startswith("hydra.sweep.")]

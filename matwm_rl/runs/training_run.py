@@ -20,13 +20,14 @@ from matwm_rl.evaluation import Matches, RunLog
 from matwm_rl.files import write_text
 from matwm_rl.modules import WorldModelPolicy
 from matwm_rl.presets import TrainConfig
-from matwm_rl.runs.command_line import resume_command
+from matwm_rl.runs.command_line import resume_command, this_command
 from matwm_rl.runs.evaluator import Evaluator, due
 from matwm_rl.runs.pictures import draw_pictures
 from matwm_rl.runs.time_left import TimeLeft
 from matwm_rl.settings import to_plain
 from matwm_rl.training import (
     Learner,
+    PolicyCard,
     ResumableCollector,
     has_checkpoint,
     load_checkpoint,
@@ -170,8 +171,9 @@ class TrainingRun:
     def _evaluate_if_due(self, new_steps: int) -> None:
         # Before the first update, every evaluation would be that of before the first step.
         if self._evaluator.is_due(self.env_steps, new_steps) and (self._learner.updates or not self.env_steps):
-            if self._evaluator.evaluate(self.policy, self.env_steps) and self.env_steps:
-                self._keep_policy()
+            matches = self._evaluator.evaluate(self.policy, self.env_steps)
+            if matches is not None and self.env_steps:
+                self._keep_policy(matches)
 
     def _ends(self) -> bool:
         return bool(self._stop) or self._time.is_up or self.env_steps >= self.cfg.total_steps
@@ -211,8 +213,8 @@ class TrainingRun:
         matches = self._evaluator.evaluate(self.policy, self.env_steps, final=True)
         if matches is None:
             self._end_by_signal()
-        save_policy(self.run_dir / "policy.pt", self.policy)
-        self._keep_policy()
+        save_policy(self.run_dir / "policy.pt", self.policy, card=self._card(matches))
+        self._keep_policy(matches)
         summary = {
             "env": cfg.env,
             "seed": cfg.seed,
@@ -283,11 +285,23 @@ class TrainingRun:
         extra = {"random": self._evaluator.random}
         save_checkpoint(self.run_dir, **self._parts, env_steps=self.env_steps, extra=extra)
 
-    def _keep_policy(self) -> None:
+    def _keep_policy(self, matches: Matches) -> None:
         """Save the policy as ``policies/STEPS.pt``, if all are to be kept."""
         if self.cfg.evaluation.keep_policies:
             (self.run_dir / "policies").mkdir(exist_ok=True)
-            save_policy(self.run_dir / "policies" / f"{self.env_steps:08d}.pt", self.policy)
+            path = self.run_dir / "policies" / f"{self.env_steps:08d}.pt"
+            save_policy(path, self.policy, card=self._card(matches))
+
+    def _card(self, matches: Matches) -> PolicyCard:
+        cfg = self.cfg
+        return PolicyCard(
+            env=cfg.env,
+            env_kwargs=cfg.env_kwargs,
+            seed=cfg.seed,
+            env_steps=self.env_steps,
+            returns=matches.summary(),
+            command=this_command(),
+        )
 
     def _make_env(self, seed: int, num_envs: int = 1) -> TransformedEnv:
         cfg = self.cfg

@@ -7,14 +7,19 @@ from typing import Any
 
 import torch
 
+from matwm_rl.arguments import check_kinds
 from matwm_rl.envs import AgentLayout
 from matwm_rl.finite import check_finite
 from matwm_rl.modules import ActorCriticConfig, StateMLP, WorldModel, WorldModelConfig, WorldModelPolicy, make_actor
 from matwm_rl.settings import from_plain, to_plain
 from matwm_rl.state_files import check_entries, check_same, read_state, write_state
 from matwm_rl.training.learner_state import check_built, describe
+from matwm_rl.training.trained_policy import PolicyCard, TrainedPolicy, check_layout
 
-VERSION = 5
+VERSION = 6
+
+SHELF = Path(__file__).parents[1] / "policies"
+"""Trained policies that come with the package: ``NAME.pt``."""
 
 
 def save_world_model(path: str | Path, world_model: WorldModel) -> None:
@@ -75,16 +80,19 @@ def load_world_model(
     return _build(path, saved)["world_model"].to(device).eval()
 
 
-def save_policy(path: str | Path, policy: WorldModelPolicy) -> None:
+def save_policy(path: str | Path, policy: WorldModelPolicy, *, card: PolicyCard | None = None) -> None:
     """Save what it takes to act, and to imagine: no critics, optimizers or data.
 
     Args:
         path: the file; replaced as a whole if it exists.
         policy: of a world model built by :meth:`~matwm_rl.modules.WorldModel.from_env` and an actor built by
             :func:`~matwm_rl.modules.make_actor`.
+        card: how it came to be, so that :meth:`TrainedPolicy.make_env` knows its environment; by default the card
+            that the policy was loaded with.
 
     Raises:
         ValueError: if the world model has parts of your own, the actor is another, or weights are not finite.
+        TypeError: if ``env_kwargs`` of the card are not plain values.
         OSError: if the file cannot be written, because the disk is full for one; an older one stays.
 
     Examples:
@@ -94,60 +102,96 @@ def save_policy(path: str | Path, policy: WorldModelPolicy) -> None:
         >>> env = make_env("mock", seed=0)
         >>> model = WorldModel.from_env(env, presets.tiny().world_model)
         >>> path = Path(tempfile.mkdtemp()) / "policy.pt"
-        >>> save_policy(path, WorldModelPolicy(model, make_actor(model), history_length=4))
-        >>> acting = load_policy(path, layout=env.layout)
-        >>> env.append_transform(acting.make_tensordict_primer()).rollout(3, acting)["agents", "action"].shape
+        >>> save_policy(path, WorldModelPolicy(model, make_actor(model), history_length=4), card=PolicyCard(env="mock"))
+        >>> policy = load_policy(path)
+        >>> policy.make_env(seed=0).rollout(3, policy)["agents", "action"].shape
         torch.Size([3, 3])
     """
-    networks = [module for module in policy.actor.modules() if isinstance(module, StateMLP)]
-    if len(networks) != 1:
-        raise ValueError(
-            f"save_policy saves actors of make_actor, got a {type(policy.actor).__name__}; save "
-            "policy.state_dict() and build the policy yourself"
-        )
+    network = actor_network(policy)
+    if card is None:
+        card = getattr(policy, "card", None)
+    else:
+        check_kinds(PolicyCard, card=card)
     recipe = {
         **_recipe(policy.world_model),
-        "actor": to_plain(networks[0].config),
+        "actor": to_plain(network.config),
         "history_length": policy.history_length,
+        "card": to_plain(card),
     }
     _save(path, recipe, {"world_model": policy.world_model, "actor": policy.actor})
 
 
 def load_policy(
     path: str | Path, *, layout: AgentLayout | None = None, device: torch.device | str = "cpu"
-) -> WorldModelPolicy:
-    """Build the policy that :func:`save_policy` saved, ready to act.
+) -> TrainedPolicy:
+    """Build the policy that :func:`save_policy` saved, ready to act; or one of those that come with the package.
 
-    Append its ``make_tensordict_primer()`` to the environment; ``policy.world_model`` is the world model. The file may
-    be a stranger's: no code of it is run, and no link followed.
+    ``policy.make_env()`` makes its environment; to another one append ``policy.make_tensordict_primer()``.
+    ``policy.world_model`` is the world model. The file may be a stranger's: no code of it is run, and no link followed.
 
     Args:
-        path: the file.
+        path: the file; or a name from the table in docs/policies.md, such as ``"simple_tag"``.
         layout: of the environment it shall act in; an error tells early if they do not fit.
         device: where the weights go.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is no such file, and no policy of such a name.
         ValueError: if it is damaged or of another version, was trained with other agents than ``layout``'s, or holds a
             world model alone.
 
     Examples:
+        Play, and draw what happens:
+
         >>> import tempfile
-        >>> from matwm_rl import presets
-        >>> from matwm_rl.envs import make_env
-        >>> world_model = WorldModel.from_env(make_env("mock", seed=0), presets.tiny().world_model)
-        >>> policy = WorldModelPolicy(world_model, make_actor(world_model), history_length=4)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_policy(f"{folder}/policy.pt", policy)
-        ...     load_policy(f"{folder}/policy.pt").history_length
-        4
+        >>> from matwm_rl.evaluation import record_gif
+        >>> policy = load_policy("simple_spread")
+        >>> env = policy.make_env(seed=0)
+        >>> returns = record_gif(env, policy, f"{tempfile.mkdtemp()}/episodes.gif", episodes=1)
+        >>> len(returns[0])
+        3
     """
+    path = _find(path)
     saved = _load(path, layout, device)
     if "actor" not in saved["recipe"]:
         raise ValueError(f"{path} holds a world model and no actor; read it with load_world_model")
     if type(length := saved["recipe"]["history_length"]) is not int or length < 0:
         raise ValueError(f"{path}: history_length must be a number of steps, found {length!r}")
-    return WorldModelPolicy(**_build(path, saved), history_length=length).to(device).eval()
+    card = _read_card(path, saved["recipe"]["card"])
+    return TrainedPolicy(**_build(path, saved), history_length=length, card=card).to(device).eval()
+
+
+def actor_network(policy: WorldModelPolicy) -> StateMLP:
+    """Return the network of a policy's actor.
+
+    Raises:
+        ValueError: if the actor is not one of :func:`~matwm_rl.modules.make_actor`.
+    """
+    networks = [module for module in policy.actor.modules() if isinstance(module, StateMLP)]
+    if len(networks) != 1:
+        raise ValueError(
+            f"only actors of make_actor are saved and exported, got a {type(policy.actor).__name__}; save "
+            "policy.state_dict() and build the policy yourself"
+        )
+    return networks[0]
+
+
+def _find(path: str | Path) -> Path:
+    """Return the path of a file; of a text that is the name of a policy on the shelf, of that policy."""
+    shelf = {file.stem: file for file in sorted(SHELF.glob("*.pt"))}
+    if isinstance(path, str) and path in shelf:
+        return shelf[path]
+    if not Path(path).exists() and Path(path).name == Path(path).stem == str(path):
+        raise FileNotFoundError(f"there is neither a file {path} nor a trained policy of that name: {', '.join(shelf)}")
+    return Path(path)
+
+
+def _read_card(path: Path, card: Any) -> PolicyCard | None:
+    if card is None:
+        return None
+    try:
+        return from_plain(PolicyCard, card)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has a card that cannot be read: {error}") from error
 
 
 def _recipe(world_model: WorldModel) -> dict[str, Any]:
@@ -186,18 +230,13 @@ def _load(path: str | Path, layout: AgentLayout | None, device: torch.device | s
     recipe, networks = saved["recipe"], ["world_model"]
     if isinstance(recipe, dict) and "actor" in recipe:
         networks.append("actor")
-    check_entries(recipe, ["layout", *networks, *(["history_length"] if "actor" in networks else [])], source=str(path))
+    more = ["history_length", "card"] if "actor" in networks else []
+    check_entries(recipe, ["layout", *networks, *more], source=str(path))
     for part in ("built", "state"):
         check_entries(saved[part], networks, source=f"{path}, {part},")
-    trained, here = recipe["layout"], None if layout is None else layout.to_dict()
-    if here is not None:
-        check_entries(trained, list(here), source=f"{path}, layout,")
-        if different := [name for name in trained if here[name] != trained[name]]:
-            name = different[0]
-            raise ValueError(
-                f"{path} was trained in an environment with other {', '.join(different)}: {name} was {trained[name]}, "
-                f"here it is {here[name]}"
-            )
+    if layout is not None:
+        check_entries(recipe["layout"], list(layout.to_dict()), source=f"{path}, layout,")
+        check_layout(recipe["layout"], layout, source=str(path))
     check_finite(saved["state"], str(path))
     return saved
 

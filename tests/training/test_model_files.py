@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from matwm_rl import keys
 from matwm_rl.data import add_agent_entries
 from matwm_rl.envs import make_env
+from matwm_rl.evaluation import RandomActions, evaluate
 from matwm_rl.modules import (
     ActorCriticConfig,
     CoordinateEncoderConfig,
@@ -27,7 +28,15 @@ from matwm_rl.modules import (
     make_actor,
 )
 from matwm_rl.state_files import read_state, write_state
-from matwm_rl.training import load_policy, load_world_model, save_policy, save_world_model
+from matwm_rl.training import (
+    PolicyCard,
+    TrainedPolicy,
+    load_policy,
+    load_world_model,
+    save_policy,
+    save_world_model,
+)
+from matwm_rl.training.model_files import SHELF
 from tests.helpers import LATENTS, mock_env, randomize
 
 CONFIG = WorldModelConfig(hidden_size=16, num_heads=2, latent=LATENTS["categorical"], dropout=0.0)
@@ -76,7 +85,7 @@ def test_an_actor_of_ones_own_is_refused(tmp_path: Path) -> None:
     policy = make_policy()
     network = TensorDictModule(lambda latent: latent[..., :4], in_keys=[keys.LATENT], out_keys=[keys.LOGITS])
     policy.actor = ProbabilisticTensorDictSequential(network, policy.actor[-1])
-    with pytest.raises(ValueError, match="save_policy saves actors of make_actor"):
+    with pytest.raises(ValueError, match="only actors of make_actor are saved and exported"):
         save_policy(tmp_path / "policy.pt", policy)
     assert not list(tmp_path.iterdir())
 
@@ -147,7 +156,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     state = {**torch.load(path, weights_only=True), "version": 0}
     write_state(path, state)
     for load in (load_policy, load_world_model):
-        with pytest.raises(ValueError, match="has version 0; this release reads version 5"):
+        with pytest.raises(ValueError, match="has version 0; this release reads version 6"):
             load(path)
     torch.save({**state, "version": 4}, path)  # files of that version had no checksum
     with pytest.raises(ValueError, match=r"policy.pt has version 4: it does not end with a checksum"):
@@ -198,6 +207,7 @@ def test_a_model_remembers_what_it_was_built_from(tmp_path: Path) -> None:
         (lambda saved: saved.pop("recipe"), r"policy\.pt does not fit: recipe is missing"),
         (lambda saved: saved["state"].pop("actor"), r"policy\.pt, state, does not fit: actor is missing"),
         (lambda saved: saved["state"]["actor"].popitem(), r"policy\.pt, actor, does not fit: .* is missing"),
+        (lambda saved: saved["recipe"].pop("card"), r"policy\.pt does not fit: card is missing"),
         (lambda saved: saved["recipe"].update(history_length="3"), r"policy\.pt: history_length must be"),
         (lambda saved: saved["recipe"]["world_model"].update(num_heads=4), r"num_heads was 2, here it is 4"),
         (lambda saved: saved["recipe"]["world_model"].update(kind="os"), r"policy\.pt describes networks that cannot"),
@@ -212,3 +222,89 @@ def test_entries_that_do_not_fit_are_named(tmp_path: Path, change: Callable[[Any
     write_state(path, saved)
     with pytest.raises(ValueError, match=message):
         load_policy(path)
+
+
+# -- cards, environments and the shelf ---------------------------------------------------------------------------------
+
+CARD = PolicyCard(
+    env="mock", env_kwargs={"episode_length": 3}, seed=2, env_steps=50, returns={"hunter": 1.5}, command="x"
+)
+
+
+def saved_and_loaded(tmp_path: Path, card: PolicyCard | None) -> TrainedPolicy:
+    save_policy(tmp_path / "policy.pt", make_policy(), card=card)
+    return load_policy(tmp_path / "policy.pt")
+
+
+def test_a_policy_knows_its_environment(tmp_path: Path) -> None:
+    policy = saved_and_loaded(tmp_path, CARD)
+    assert policy.card == CARD
+    assert policy.make_env(num_envs=2).rollout(9, policy, break_when_any_done=True).shape == (2, 3)
+    assert policy.make_env(episode_length=5).rollout(9, policy).shape == (5,)
+    save_policy(tmp_path / "copy.pt", policy)
+    assert load_policy(tmp_path / "copy.pt").card == CARD
+
+
+def test_another_environment_has_to_have_the_same_agents(tmp_path: Path) -> None:
+    policy = saved_and_loaded(tmp_path, CARD)
+    assert policy.make_env("matwm_rl.envs:MockEnv", episode_length=2).rollout(9, policy).shape == (2,)
+    with pytest.raises(ValueError, match="the policy was trained in an environment with other agent_names, group_map"):
+        policy.make_env("mpe2/simple_spread_v3")
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        (None, "saved without the name of its environment"),
+        (PolicyCard(env="os:getcwd"), r"names the function 'os:getcwd', which is not called without your word"),
+    ],
+)
+def test_no_environment_is_made_of_what_a_file_cannot_know(
+    tmp_path: Path, card: PolicyCard | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        saved_and_loaded(tmp_path, card).make_env()
+
+
+@pytest.mark.parametrize("change", [{"env": 3}, {"env_steps": -1}, {"returns": []}, {"more": 1}])
+def test_a_card_that_cannot_be_read_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    saved_and_loaded(tmp_path, CARD)
+    saved = read_state(tmp_path / "policy.pt")
+    saved["recipe"]["card"].update(change)
+    write_state(tmp_path / "policy.pt", saved)
+    with pytest.raises(ValueError, match=r"policy\.pt has a card that cannot be read"):
+        load_policy(tmp_path / "policy.pt")
+
+
+def test_a_card_has_plain_values(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"card\.env_kwargs\.device"):
+        save_policy(
+            tmp_path / "policy.pt",
+            make_policy(),
+            card=PolicyCard(env="mock", env_kwargs={"device": torch.device("cpu")}),
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_not_on_the_shelf_is_refused_with_those_that_are() -> None:
+    with pytest.raises(FileNotFoundError, match=r"neither a file simple_tga nor a trained policy .*: .*simple_spread"):
+        load_policy("simple_tga")
+    with pytest.raises(FileNotFoundError, match=r"No such file"):
+        load_policy("runs/simple_tga")
+
+
+def test_a_policy_of_the_shelf_plays_well() -> None:
+    policy, returns = load_policy("simple_spread"), []
+    for acting in (policy, RandomActions()):  # in the same episodes
+        env = policy.make_env(seed=0, num_envs=10)
+        returns.append(evaluate(env, acting, episodes=10).per_group()["agent"])
+    assert returns[0] > returns[1] + 5  # -18.1 and -27.9
+
+
+def test_the_shelf_is_small_and_tells_where_it_is_from() -> None:
+    files = sorted(SHELF.glob("*.pt"))
+    assert sum(path.stat().st_size for path in files) < 12e6
+    for path in files:
+        card = load_policy(path.stem).card
+        assert card is not None and card.env_steps >= 20_000 and card.returns and card.command
+        assert card.env.rpartition("/")[2].startswith(path.stem.removeprefix("vmas_"))

@@ -48,7 +48,8 @@ class CategoricalLatent(LatentSpace):
         # The number 1 in the dtype that the model computes in.
         self.register_buffer("one", torch.ones(()), persistent=False)
 
-    def _probs(self, logits: Tensor) -> Tensor:
+    def probs(self, logits: Tensor) -> Tensor:
+        """Turn logits ``[..., K * C]`` into probabilities ``[..., K, C]`` with unimix."""
         probs = logits.unflatten(-1, (self.num_dims, self.num_classes)).softmax(-1)
         return (1 - self.unimix) * probs + self.unimix / self.num_classes
 
@@ -67,7 +68,7 @@ class CategoricalLatent(LatentSpace):
 
     def sample_prior(self, output: Tensor, latent: Tensor) -> Tensor:
         """Draw one-hots ``[..., Z]``."""
-        return self.from_code(sample_index(self._probs(output)))
+        return self.from_code(sample_index(self.probs(output)))
 
     def draw(self, parameters: Tensor) -> Tensor:
         """Draw one-hots ``[..., Z]`` from log-probabilities ``[..., K, C]``."""
@@ -75,7 +76,7 @@ class CategoricalLatent(LatentSpace):
 
     def sample_posterior(self, features: Tensor) -> Tensor:
         """Draw one-hots; gradients pass to the probabilities (straight-through)."""
-        probs = self._probs(features)
+        probs = self.probs(features)
         sample = self.from_code(sample_index(probs.detach()))
         if not may_need_gradient(probs):
             return sample
