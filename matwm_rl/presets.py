@@ -255,8 +255,7 @@ def store(**hydra_settings: Any) -> None:
     config_store.store(name="train", node={"defaults": defaults, "hydra": hydra_settings}, package="_global_")
     for name, preset in PRESETS.items():
         config_store.store(group="preset", name=name, node=preset(), package="_global_")
-    # The name of before.
-    config_store.store(group="preset", name="cpu", node=vectors(), package="_global_")
+    config_store.store(group="preset", name="cpu", node=vectors(), package="_global_")  # the name of before
 
 
 def compose(overrides: Sequence[str] = ()) -> TrainConfig:
@@ -323,9 +322,8 @@ def open_override(override: str) -> str:
 
 
 def _refuse_added(omegaconf: Any, composed: Any, prefix: str = "") -> None:
-    names = [entry.name for entry in fields(omegaconf.get_type(composed))]
     for name, value in composed.items():
-        if name not in names:
+        if name not in [entry.name for entry in fields(omegaconf.get_type(composed))]:
             raise ValueError(_unknown(prefix + name))
         if omegaconf.is_dict(value) and is_dataclass(omegaconf.get_type(value)):
             _refuse_added(omegaconf, value, f"{prefix}{name}.")

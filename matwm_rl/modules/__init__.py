@@ -38,7 +38,8 @@ from matwm_rl.modules.reward import (
     Transition,
 )
 from matwm_rl.modules.rollout import Rollout
-from matwm_rl.modules.stacked import LatentLinear, StackedLinear, StackedMLP, StackedNormSiLU
+from matwm_rl.modules.stacked import LatentLinear, StackedLinear
+from matwm_rl.modules.stacked_mlp import StackedMLP, StackedNormSiLU
 from matwm_rl.modules.state import STATE_KEYS, Caches, State
 from matwm_rl.modules.state_estimator import HISTORY_KEYS, PolicyConfig, StateEstimator
 from matwm_rl.modules.teammates import TeammatePredictor, TeammatePredictorBase

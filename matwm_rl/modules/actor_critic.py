@@ -18,7 +18,8 @@ from matwm_rl.arguments import check_ints, check_kinds
 from matwm_rl.checks import check_reads, check_shape, check_writes, read_output
 from matwm_rl.finite import is_finite
 from matwm_rl.functional import agents_first, agents_last, at_least_float32
-from matwm_rl.modules.stacked import LatentLinear, StackedMLP, StackedNormSiLU, StackedSequential
+from matwm_rl.modules.stacked import LatentLinear
+from matwm_rl.modules.stacked_mlp import StackedMLP, StackedNormSiLU, StackedSequential
 from matwm_rl.modules.state import STATE_KEYS
 from matwm_rl.modules.two_hot import TwoHot
 from matwm_rl.modules.world_model import WorldModel

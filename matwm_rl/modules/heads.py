@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from matwm_rl.action_space import ActionSpace
 from matwm_rl.arguments import check_ints, check_kinds, check_switches
 from matwm_rl.functional import at_least_float32
-from matwm_rl.modules.stacked import LatentLinear, StackedLinear, mlp
+from matwm_rl.modules.stacked import LatentLinear, StackedLinear
+from matwm_rl.modules.stacked_mlp import mlp
 
 
 class ActionMixer(nn.Module):

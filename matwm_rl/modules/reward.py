@@ -16,7 +16,8 @@ from matwm_rl.arguments import check_ints, check_kinds
 from matwm_rl.functional import at_least_float32
 from matwm_rl.modules.encoders.features import MAX_DISTANCES, MAX_FREQUENCIES, FourierFeatures, PointDistances
 from matwm_rl.modules.heads import Head
-from matwm_rl.modules.stacked import StackedLinear, mlp
+from matwm_rl.modules.stacked import StackedLinear
+from matwm_rl.modules.stacked_mlp import mlp
 from matwm_rl.settings import Settings, setting
 
 

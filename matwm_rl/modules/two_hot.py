@@ -68,20 +68,18 @@ class TwoHot(SymExpTwoHot):
         value = super().decode(logits)
         return value if self.interpolation == Interpolation.raw else symexp(value)
 
-    def loss(self, logits: Tensor, *targets: Tensor) -> Tensor:
-        """Cross-entropy ``[...]`` of logits against raw targets; of several targets the sum, in one pass.
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy ``[...]`` of logits ``[..., num_bins]`` against raw targets, ``[...]`` or ``[..., 1]``.
 
         The same as TorchRL's over the two bins alone: the other bins' targets are zeros, and this takes half the time.
-
-        Args:
-            logits: ``[..., num_bins]``.
-            targets: each ``[...]`` or ``[..., 1]``.
         """
+        return self.joint_loss(logits, target)
+
+    def joint_loss(self, logits: Tensor, *targets: Tensor) -> Tensor:
+        """Sum of the cross-entropies against several targets, see :meth:`loss`, in one pass over the logits."""
         targets = tuple(target.squeeze(-1) if target.ndim == logits.ndim else target for target in targets)
-        for target in targets:
-            if target.shape != logits.shape[:-1]:
-                shapes = f"targets of shape {tuple(target.shape)} do not fit logits of shape {tuple(logits.shape)}"
-                raise ValueError(shapes)
+        for shape in (tuple(target.shape) for target in targets if target.shape != logits.shape[:-1]):
+            raise ValueError(f"targets of shape {shape} do not fit logits of shape {tuple(logits.shape)}")
         upper, weight = self._place(torch.stack(targets, -1), logits.dtype)
         low, high = logits.log_softmax(-1).gather(-1, torch.cat([upper - 1, upper], -1)).chunk(2, -1)
         return -torch.lerp(low, high, weight).sum(-1)

@@ -15,7 +15,6 @@ from matwm_rl import keys
 from matwm_rl.arguments import check_kinds
 from matwm_rl.checks import check_shape, check_writes, read_entry, read_optional, read_output
 from matwm_rl.functional import masked_mean, per_agent_mean
-from matwm_rl.modules.two_hot import TwoHot
 from matwm_rl.objectives.common import KeyedLoss
 
 
@@ -125,8 +124,8 @@ class CriticLoss(KeyedLoss):
         check_shape(logits, f"{type(critic).__name__} must write {k.state_value_logits!r}", bins)
         # The two-hot bins may belong to the critic, and are then among its parameters and buffers.
         with self._using(self.critic_network_params, critic):
-            if isinstance(self.two_hot, TwoHot):  # both in one pass over the logits, TorchRL's takes one target
-                error = self.two_hot.loss(logits, returns, slow_value)
+            if hasattr(self.two_hot, "joint_loss"):  # ours; TorchRL's takes one target at a time
+                error = self.two_hot.joint_loss(logits, returns, slow_value)
             else:
                 error = self.two_hot.loss(logits, returns) + self.two_hot.loss(logits, slow_value)
         read_optional(tensordict, k.alive, self, returns.shape)

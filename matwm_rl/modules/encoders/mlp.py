@@ -13,7 +13,8 @@ from matwm_rl.checks import check_type
 from matwm_rl.functional import at_least_float32
 from matwm_rl.modules.encoders.features import FourierFeatures
 from matwm_rl.modules.latents import LatentSpace
-from matwm_rl.modules.stacked import StackedLinear, mlp
+from matwm_rl.modules.stacked import StackedLinear
+from matwm_rl.modules.stacked_mlp import mlp
 from matwm_rl.settings import Settings, setting
 
 

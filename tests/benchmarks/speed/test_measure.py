@@ -14,7 +14,7 @@ from rows import Row
 from torch import Tensor, nn
 from torch.nn.functional import embedding, embedding_bag, linear, scaled_dot_product_attention
 
-from matwm_rl.modules.stacked import StackedMLP
+from matwm_rl.modules.stacked_mlp import StackedMLP
 
 B, h, T, D = 3, 2, 5, 8
 
