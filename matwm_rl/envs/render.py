@@ -9,6 +9,7 @@ import sys
 import numpy as np
 from numpy.typing import NDArray
 from torchrl.envs import EnvBase
+from torchrl.envs.libs.meltingpot import MeltingpotWrapper
 from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 from torchrl.envs.libs.vmas import VmasWrapper
 
@@ -67,6 +68,10 @@ def _render_vmas(env: EnvBase, env_index: int) -> NDArray[np.uint8]:
     return np.asarray(simulator(env).render(mode="rgb_array", env_index=env_index), dtype=np.uint8)
 
 
+def _render_meltingpot(env: EnvBase, env_index: int) -> NDArray[np.uint8]:
+    return np.asarray(env.get_rgb_image(), dtype=np.uint8)
+
+
 def _check_screen() -> None:
     # VMAS draws without a screen through EGL and otherwise opens a window, where it fails with errors of its own.
     try:
@@ -81,3 +86,4 @@ def _check_screen() -> None:
 
 register_renderer(PettingZooWrapper, _render_pettingzoo)
 register_renderer(VmasWrapper, _render_vmas)
+register_renderer(MeltingpotWrapper, _render_meltingpot)

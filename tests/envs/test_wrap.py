@@ -179,7 +179,9 @@ def test_smac_units_die_and_share_the_reward(monkeypatch: pytest.MonkeyPatch, co
 
 
 def test_meltingpot_players_see_their_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = MultiAgentEnv(meltingpot(monkeypatch)).rollout(9)
+    env = MultiAgentEnv(meltingpot(monkeypatch))
+    data = env.rollout(9)
+    assert render_frame(env).shape == (144, 192, 3)
     assert data[OBSERVATION][:, :, 0, 0, 0].tolist() == [[10 * step, 10 * step + 1] for step in range(6)]
     assert data[REWARD].squeeze(-1).tolist() == [[step, -step] for step in range(1, 7)]
     assert data[TERMINATED][-1] and not data[TRUNCATED].any()
