@@ -23,6 +23,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Colours of Okabe and Ito, which colour-blind readers can tell apart."""
 WIDTH = 9.2
 """Inches. On a page that is 800 to 900 pixels wide, texts of 8 points can still be read."""
+ROUNDING = 1e-12
+"""Differences that are smaller are none."""
 
 Points = list[tuple[int, float]]
 
@@ -196,9 +198,9 @@ def widen_constant(axis: Any, values: NDArray[np.float64]) -> bool:
     """Keep an axis from magnifying the rounding errors of what never changes; return whether that was so."""
     low, high = float(values.min()), float(values.max())
     largest = max(abs(low), abs(high))
-    if high - low > 1e-5 * largest:
+    if high - low > max(1e-5 * largest, ROUNDING):
         return False
-    margin = largest or 1.0
+    margin = largest if largest > ROUNDING else 1.0
     bottom, top = axis.get_ylim()
     axis.set_ylim(min(bottom, low - margin), max(top, high + margin))
     return True
@@ -232,6 +234,7 @@ def plain(axis: Any) -> None:
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
+    axis.yaxis.get_offset_text().set_fontsize(6.5)
 
 
 def readable(name: str) -> str:

@@ -122,12 +122,13 @@ def _play(
     env: EnvBase, policy: TensorDictModuleBase, max_steps: int, draw: Callable[[TensorDictBase], Frame]
 ) -> Episode:
     tensordict = env.reset()
-    episode = Episode([draw(tensordict)], alive=[_alive(tensordict)], end=f"cut off after {max_steps} steps")
+    # Reduced at once: hundreds of large pictures are a gigabyte.
+    episode = Episode([fitted(draw(tensordict))], alive=[_alive(tensordict)], end=f"cut off after {max_steps} steps")
     for _ in range(max_steps):
         step = env.step(policy(tensordict))
         episode.rewards.append(step.get(keys.REWARD).flatten().cpu())
         tensordict = step_mdp(step)
-        episode.pictures.append(draw(tensordict))
+        episode.pictures.append(fitted(draw(tensordict)))
         episode.alive.append(_alive(tensordict))
         if bool(step.get(keys.DONE).all()):
             episode.end = "terminated" if bool(step.get(keys.TERMINATED).all()) else "time limit"
@@ -198,9 +199,9 @@ def events(episode: Episode, step: int, large: tuple[float, float], layout: Agen
     return [*events, f"end: {episode.end}"] if step == len(episode.rewards) else events
 
 
-def captioned(picture: Frame, lines: list[str], event: str) -> Any:
-    """Return the picture with lines of text below."""
-    image_module, font_module = import_optional("PIL.Image"), import_optional("PIL.ImageFont")
+def fitted(picture: Frame) -> Frame:
+    """Return the picture in the size in which it is shown; see :data:`SIDE`."""
+    image_module = import_optional("PIL.Image")
     image = image_module.fromarray(picture).convert("RGB")
     longer = max(image.size)
     if longer > SIDE:
@@ -208,6 +209,13 @@ def captioned(picture: Frame, lines: list[str], event: str) -> Any:
     elif longer <= SIDE // 2:
         scale = SIDE // longer
         image = image.resize([side * scale for side in image.size], image_module.Resampling.NEAREST)
+    return np.asarray(image)
+
+
+def captioned(picture: Frame, lines: list[str], event: str) -> Any:
+    """Return the picture with lines of text below."""
+    image_module, font_module = import_optional("PIL.Image"), import_optional("PIL.ImageFont")
+    image = image_module.fromarray(picture)
     width, height = max(image.width, TEXT_WIDTH), image.height + LINE * (len(lines) + 1) + 4
     canvas = image_module.new("RGB", (width, height), PAPER)
     canvas.paste(image, ((width - image.width) // 2, 0))

@@ -110,7 +110,9 @@ def draw_teammates(axis: Any, scene: Scene, agent: int) -> None:
     else:
         for place, other in enumerate(others):
             color, name = COLORS[place % len(COLORS)], scene.layout.agent_names[other]
-            axis.plot(steps, probability[:, place].tolist(), color=color, linewidth=1.5, label=name)
+            # A line through one point is invisible.
+            look = {"color": color, "marker": "o" if there[:, place].sum() == 1 else None, "markersize": 3.5}
+            axis.plot(steps, probability[:, place].tolist(), linewidth=1.5, label=name, **look)
     # A teammate is guessed among the actions that it has; those of equal numbers share a line.
     for style, count in zip(("--", ":", "-.") * len(counts), sorted(set(counts)), strict=False):
         whose = [place for place, own in enumerate(counts) if own == count]

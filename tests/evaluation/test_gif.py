@@ -155,7 +155,7 @@ def test_long_episodes_are_shown_in_larger_steps(tmp_path: Path, monkeypatch: py
 
 def test_texts_that_do_not_fit_are_cut() -> None:
     tall = np.zeros((64, 8, 3), np.uint8)
-    frame = np.asarray(gif.captioned(tall, ["step 1", "return: " + "many groups " * 20], ""))
+    frame = np.asarray(gif.captioned(gif.fitted(tall), ["step 1", "return: " + "many groups " * 20], ""))
     assert frame.shape == (64 * 5 + 3 * gif.LINE + 4, gif.TEXT_WIDTH, 3)
     assert (frame[320:, -3:] == 255).all()
 
