@@ -134,5 +134,6 @@ class _MLflowLogger(MLFlowLogger):
     """TorchRL's logger does not end the run."""
 
     def shutdown(self, timeout: float | None = None) -> None:
-        super().shutdown(timeout)
-        import_optional("mlflow").end_run()
+        if self.is_alive:
+            super().shutdown(timeout)
+            import_optional("mlflow").end_run()
