@@ -5,7 +5,8 @@
 A decision is that of all agents of simple_tag, in 1 and in 32 environments: by the policy itself, on tensordicts; by
 the program of torch.export; and by the ONNX file in onnxruntime. The networks are those of the preset ``vectors`` and
 of the preset ``paper``, which reads four times as many steps of history. All take turns, so that drift of the machine
-cancels. Speed does not depend on the weights, which are random.
+cancels. Speed does not depend on the weights, which are random. Counted is the time of the processor, of all threads
+together, so that other processes do not count.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import torch
-from measure import pinned, timed
+from measure import pinned
 from rows import Row, duration, parser, progress, report
 from tensordict import TensorDict
 from torch import Tensor
@@ -29,7 +31,7 @@ from matwm_rl.training import export_policy
 from matwm_rl.training.export import example_inputs
 
 ENV, NUM_ENVS = "mpe2/simple_tag_v3", (1, 32)
-REPEATS = {"vectors": 50, "paper": 5}
+REPEATS = {"vectors": 50, "paper": 3}
 """Runs of every case, by preset."""
 Decide = Callable[[], object]
 
@@ -68,13 +70,15 @@ def decisions(policy: WorldModelPolicy, folder: Path, num_envs: int, threads: in
 
 
 def take_turns(cases: Mapping[str, Decide], repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of every run of all cases, after one run of each that warms up."""
+    """Return the processor's seconds of every run of all cases, after one run of each that warms up."""
     for run in cases.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, run in cases.items():
-            seconds[name].append(timed(run))
+            start = process_time()
+            run()
+            seconds[name].append(process_time() - start)
     return seconds
 
 

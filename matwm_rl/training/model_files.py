@@ -130,7 +130,7 @@ def load_policy(
     ``policy.world_model`` is the world model. The file may be a stranger's: no code of it is run, and no link followed.
 
     Args:
-        path: the file; or a name from the table in docs/policies.md, such as ``"simple_tag"``.
+        path: the file; or a name from the table in docs/policies.md, such as ``"simple_spread"``.
         layout: of the environment it shall act in; an error tells early if they do not fit.
         device: where the weights go.
 

@@ -58,6 +58,9 @@ def test_trains_evaluates_draws_and_resumes(tmp_path: Path) -> None:
         assert (tmp_path / picture).stat().st_size > 1000
     layout = make_env("mpe2/simple_tag_v3").layout
     policy = load_policy(tmp_path / "policy.pt", layout=layout)
+    assert policy.card is not None and set(policy.card.returns) == TAG
+    assert (policy.card.env, policy.card.env_steps) == ("mpe2/simple_tag_v3", 120)
+    assert policy.card.command is not None and "learner.gamma=0.9" in policy.card.command
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     assert kept_policies(tmp_path) == [60, 120]
     kept = [load_policy(tmp_path / "policies" / f"{step:08d}.pt", layout=layout).state_dict() for step in (60, 120)]
