@@ -83,7 +83,7 @@ def sweep(
     runs = []
     for seed, end in enumerate(ends):
         runs.append(folder / f"seed-{seed}")
-        with RunLog(runs[-1], total_steps=1, progress=False, tensorboard=False) as log:
+        with RunLog(runs[-1], total_steps=1, progress=False, logger=None) as log:
             for step in (step for step in evaluations if step <= end):
                 log.log({"evaluation/self_play/hunter": seed * step, "entropy": 2.0}, step)
     return runs
@@ -104,7 +104,7 @@ def test_a_sweep_is_drawn_as_median_and_range_of_the_steps_that_all_have_reached
 def test_runs_evaluated_at_other_steps_are_compared_between_them(tmp_path: Path) -> None:
     runs = sweep(tmp_path, ends=(30, 30))
     other = tmp_path / "other"
-    with RunLog(other, total_steps=1, progress=False, tensorboard=False) as log:
+    with RunLog(other, total_steps=1, progress=False, logger=None) as log:
         log.log({"evaluation/self_play/hunter": 0.0}, 10)
         log.log({"evaluation/self_play/hunter": 40.0}, 30)
     axis = panels(plot_learning_curves([*runs, other], tmp_path / "curves.png"))["self play"]
@@ -127,7 +127,7 @@ def test_runs_without_a_common_step_are_marks(tmp_path: Path) -> None:
     runs = []
     for seed, step in enumerate((30, 10)):
         runs.append(tmp_path / f"{seed}")
-        with RunLog(runs[-1], total_steps=1, progress=False, tensorboard=False) as log:
+        with RunLog(runs[-1], total_steps=1, progress=False, logger=None) as log:
             log.log({"evaluation/hunter": float(seed), "loss_reward": float("nan")}, step)
     shown = panels(plot_learning_curves(runs, tmp_path / "curves.png"))
     (drawn,) = shown["evaluation"].get_lines()
@@ -139,7 +139,7 @@ def test_runs_without_a_common_step_are_marks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("values", "least", "most"), [((2.0, 2.0), 0, 4), ((1e-18, 2e-18), -1, 1)])
 @pytest.mark.usefixtures("unsaved")
 def test_what_never_changes_is_not_magnified(tmp_path: Path, values: list[float], least: float, most: float) -> None:
-    with RunLog(tmp_path, total_steps=1, progress=False, tensorboard=False) as log:
+    with RunLog(tmp_path, total_steps=1, progress=False, logger=None) as log:
         for step, value in enumerate(values):
             log.log({"entropy": value}, step)
     (axis,) = plot_learning_curves(tmp_path, tmp_path / "curves.png").axes
