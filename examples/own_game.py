@@ -1,4 +1,4 @@
-"""A walker goes to and fro past a door that a keeper opens, at a price: train.py env=own_game:Corridor."""
+"""A walker has to pass a door that a keeper opens, at a price: `python examples/train.py env=own_game:Corridor`."""
 
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete
@@ -31,8 +31,8 @@ class Corridor(ParallelEnv):
         self.cell = self.cell if to == self.door and not actions["keeper"] else to
         arrived, late = self.cell == self.flag, self.time == self.steps
         reward = before - abs(self.cell - self.flag) + 5 * arrived - 0.5 * actions["keeper"]
-        given = [dict.fromkeys(self.agents, value) for value in (reward, False, late, {})]
-        self.flag, self.agents = 8 - self.flag if arrived else self.flag, [] if late else self.agents
+        given = [dict.fromkeys(self.agents, value) for value in (reward, arrived, late, {})]
+        self.agents = [] if arrived or late else self.agents
         return self.observe(), *given
 
     def render(self):

@@ -87,7 +87,7 @@ def named(name: str, **kwargs: Any) -> Callable[[pytest.MonkeyPatch], Any]:
 
 
 def own(make: Callable[..., Any], **kwargs: Any) -> Callable[[pytest.MonkeyPatch], Any]:
-    return lambda monkeypatch: wrap_env(make(monkeypatch, **kwargs) if make in (smac, meltingpot) else make(**kwargs))
+    return lambda monkeypatch: wrap_env(make(**kwargs))
 
 
 ROWS = {
@@ -135,8 +135,22 @@ ROWS = {
         counts=[6] * 2,
         observation=(9,),
     ),
-    "SMACv2": Row(make=own(smac), groups=[3], counts=[9] * 3, observation=(10,), masks=True, deaths=True, varies=False),
-    "MeltingPot": Row(make=own(meltingpot), groups=[2], counts=[8] * 2, observation=(3, 64, 64), varies=False),
+    "SMACv2": Row(
+        make=lambda monkeypatch: wrap_env(smac(monkeypatch)),
+        groups=[3],
+        counts=[9] * 3,
+        observation=(10,),
+        masks=True,
+        deaths=True,
+        varies=False,
+    ),
+    "MeltingPot": Row(
+        make=lambda monkeypatch: wrap_env(meltingpot(monkeypatch), image_size=16),
+        groups=[2],
+        counts=[8] * 2,
+        observation=(3, 16, 16),
+        varies=False,
+    ),
     "own PettingZoo": Row(make=own(Corridor), groups=[1, 1], counts=[3, 2], observation=(2,), masks=True),
     "own Gymnasium": Row(make=own(Fruit), groups=[1, 1], counts=[3, 4], observation=(5,), masks=True, deaths=True),
     "own TorchRL": Row(make=own(Meeting, num_envs=2), groups=[1, 1], counts=[5, 5], observation=(4,)),

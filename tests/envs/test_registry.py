@@ -244,5 +244,8 @@ def test_an_own_renderer_is_used() -> None:
     env.step(env.rand_action(env.reset()))
     assert render_frame(TransformedEnv(env), 1).tolist() == [[[11] * 3] * 3] * 2
     assert env.render_frame()[0, 0, 0] == 10
-    with pytest.raises(NotImplementedError, match="no renderer for MockEnv; registered: Duel, MeltingpotWrapper, PettingZooWrapper, Vmas"):
+    with pytest.raises(
+        NotImplementedError,
+        match="no renderer for MockEnv; registered: Duel, MeltingpotWrapper, PettingZooWrapper, Vmas",
+    ):
         make_env("mock").render_frame()
