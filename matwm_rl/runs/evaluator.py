@@ -33,11 +33,13 @@ class Evaluator:
 
     Attributes:
         last: the newest evaluation.
+        last_steps: env steps after which it was.
         random: returns of random agents, ``{match: {label: value}}``, where the environment's references have none.
     """
 
     def __init__(self, cfg: TrainConfig, env: EnvBase, *, log: RunLog, time_left: TimeLeft, stop: StopRequest) -> None:
         self.last: Matches | None = None
+        self.last_steps = 0
         self.random: dict[str, dict[str, float]] = {}
         self._known = find_evaluation(cfg.env).references
         self._cfg, self._env, self._log, self._time, self._stop = cfg, env, log, time_left, stop
@@ -70,7 +72,7 @@ class Evaluator:
         matches = self._play(policy, episodes, f"{'final ' if final else ''}evaluation {when}")
         if matches is None:
             return None
-        self.last = matches
+        self.last, self.last_steps = matches, env_steps
         if not is_logged:
             self._log.log(matches.metrics(), env_steps)
         self._log.note(f"{env_steps:,} steps: {matches}{'' if env_steps else ' (untrained)'}")

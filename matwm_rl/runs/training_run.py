@@ -273,7 +273,7 @@ class TrainingRun:
         cfg, note = self.cfg, self.log.note
         note(f"stopped by {self._stop} after {self.env_steps:,} of {cfg.total_steps:,} steps")
         if self._evaluator.last is not None:
-            note(f"last evaluation: {self._evaluator.last}")
+            note(f"last evaluation, after {self._evaluator.last_steps:,} steps: {self._evaluator.last}")
         if has_checkpoint(self.run_dir):
             note(f"checkpoint: {self.run_dir / 'checkpoints'}")
             note(f"to go on: {resume_command(self.run_dir)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert f"no checkpoint in {stopped}: the run begins anew" in output
     if process.returncode:  # else it was quicker
         assert process.returncode == 128 + signal.SIGINT and "stopped by SIGINT" in output
-        assert "last evaluation: adversaries_vs_random_prey" in output
+        assert re.search(r"last evaluation, after \d+ steps: adversaries_vs_random_prey", output)
         words = " ".join([*SMALL, *settings])
         assert f"to go on: python examples/simple_tag.py {words} run_dir={stopped} resume=true" in output
         assert call(f"run_dir={stopped}", *settings, "resume=true").returncode == 0

@@ -101,7 +101,7 @@ def test_ctrl_c_ends_an_evaluation_at_once_and_costs_nothing(
     assert first_code == last_code == 128 + signal.SIGINT
     # At first there was nothing to save.
     assert "stopped by SIGINT after 0 of 60 steps" in first and "to go on" not in first
-    assert "stopped by SIGINT after 60 of 60 steps\nlast evaluation: hunter " in last
+    assert "stopped by SIGINT after 60 of 60 steps\nlast evaluation, after 50 steps: hunter " in last
     assert f"\ncheckpoint: {stopped / 'checkpoints'}\nto go on: python " in last
     assert "summary.json" in files(stopped)
     assert (whole / "metrics.csv").read_text() == (stopped / "metrics.csv").read_text()
