@@ -243,7 +243,8 @@ def _few_colors(frames: list[Any]) -> list[Any]:
         together.paste(frame, (0, height * place))
     # Smooth letters have shades between their colour and the paper's.
     own = [mix(color, share / 4) for color in (TEXT, EVENT) for share in range(4)] + [PAPER]
-    quantized = together.quantize(MAX_COLORS - len(own), method=image_module.Quantize.MEDIANCUT).getpalette()
+    # An octree keeps colours of few pixels, such as those of small agents, which the median cut joins.
+    quantized = together.quantize(MAX_COLORS - len(own), method=image_module.Quantize.FASTOCTREE).getpalette()
     found = [tuple(quantized[place : place + 3]) for place in range(0, len(quantized), 3)]
     # Pillow looks colours up roughly: one that is so near to white would be taken for it.
     found = [color for color in found if max(abs(a - b) for a, b in zip(color, PAPER, strict=True)) > 9]
