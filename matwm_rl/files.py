@@ -17,12 +17,8 @@ LOCK = ".lock"
 """Name of the file that a process holds while it writes into a folder."""
 
 
-def import_optional(name: str, *, install: str = "matwm_rl[train]") -> ModuleType:
-    """Import a module that the package itself does not depend on.
-
-    Args:
-        name: of the module.
-        install: what has to be installed if it is not there: an extra of ours, or a package.
+def import_optional(name: str) -> ModuleType:
+    """Import a module of the extra ``matwm_rl[train]``.
 
     Raises:
         ImportError: if the package is not installed; the message says how to install it.
@@ -35,7 +31,7 @@ def import_optional(name: str, *, install: str = "matwm_rl[train]") -> ModuleTyp
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f'this needs the package {name.partition(".")[0]!r}: pip install "{install}" ({error})'
+            f'this needs the package {name.partition(".")[0]!r}: pip install "matwm_rl[train]" ({error})'
         ) from error
 
 

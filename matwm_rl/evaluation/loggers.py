@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 from enum import StrEnum
@@ -39,7 +40,11 @@ def read_logger(name: LoggerName | str) -> LoggerName:
         case LoggerName.tensorboard:
             import_optional("tensorboard")
         case LoggerName.wandb | LoggerName.mlflow:
-            import_optional(logger.value, install=logger.value)
+            try:
+                importlib.import_module(logger)
+            except ImportError as error:
+                message = f"logger={logger} needs the package {logger.value!r}: pip install {logger} ({error})"
+                raise ImportError(message) from error
     return logger
 
 
@@ -113,7 +118,7 @@ def _drop_rows(folder: Path, resume_from: int) -> None:
 
 def _mlflow_logger(run_dir: Path, *, resumes: bool) -> Logger:
     # Not by get_logger, which gives MLflow a folder to write to: from 3.10 on, MLflow refuses folders.
-    mlflow = import_optional("mlflow", install="mlflow")
+    mlflow = importlib.import_module("mlflow")
     folder = run_dir / "mlflow"
     folder.mkdir(exist_ok=True)
     run_id = folder / "run_id"
@@ -136,4 +141,4 @@ class _MLflowLogger(MLFlowLogger):
     def shutdown(self, timeout: float | None = None) -> None:
         if self.is_alive:
             super().shutdown(timeout)
-            import_optional("mlflow").end_run()
+            importlib.import_module("mlflow").end_run()
