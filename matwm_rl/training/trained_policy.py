@@ -79,7 +79,8 @@ class TrainedPolicy(WorldModelPolicy):
         Args:
             name: of an environment with the same agents; by default that of the training. A function,
                 ``"package.module:factory"``, has to be named here even so: none is called because a file says so.
-            kwargs: for :func:`~matwm_rl.envs.make_env`, before those of the training: ``seed``, ``num_envs``, ...
+            kwargs: for :func:`~matwm_rl.envs.make_env`, such as ``seed`` and ``num_envs``. Without a name, those of the
+                card are given too, where these do not replace them.
 
         Raises:
             ValueError: if the file does not tell the name of the environment, or names a function; or if the
