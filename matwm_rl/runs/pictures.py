@@ -14,6 +14,8 @@ from matwm_rl.modules import WorldModelPolicy
 
 HORIZON = 15
 """Steps that the world model is drawn to imagine."""
+PICTURED_STEPS = 500
+"""Steps of real episodes that its errors are means over; the longest window among them is drawn."""
 
 
 def draw_pictures(
@@ -44,10 +46,10 @@ def draw_pictures(
     except Exception as error:  # whatever a renderer raises: results are saved, and the other picture is to come
         note(f"no GIF: {type(error).__name__}: {error}")
     with set_exploration_type(ExplorationType.RANDOM):  # as the world model has seen them play
-        episode = env.rollout(1000, policy).reshape(-1)
+        episodes = env.rollout(PICTURED_STEPS, policy, break_when_any_done=False).reshape(-1)
     plot_open_loop(
         policy.world_model,
-        episode,
+        episodes,
         run_dir / "imagination.png",
         layout=env.layout,
         observation_names=observation_names(env_name, env),
