@@ -17,8 +17,12 @@ LOCK = ".lock"
 """Name of the file that a process holds while it writes into a folder."""
 
 
-def import_optional(name: str) -> ModuleType:
-    """Import a module of the extra ``matwm_rl[train]``.
+def import_optional(name: str, *, extra: str = "train") -> ModuleType:
+    """Import a module of an optional package.
+
+    Args:
+        name: of the module.
+        extra: of this library, which installs the package.
 
     Raises:
         ImportError: if the package is not installed; the message says how to install it.
@@ -31,7 +35,7 @@ def import_optional(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f'this needs the package {name.partition(".")[0]!r}: pip install "matwm_rl[train]" ({error})'
+            f'this needs the package {name.partition(".")[0]!r}: pip install "matwm_rl[{extra}]" ({error})'
         ) from error
 
 

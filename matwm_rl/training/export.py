@@ -80,7 +80,7 @@ def export_policy(policy: WorldModelPolicy, path: str | Path) -> None:
         raise ValueError(f"a policy is exported as 'NAME.onnx' or 'NAME.pt2', got {str(path)!r}")
     if suffix == ".onnx":
         for package in ("onnx", "onnxscript"):
-            import_optional(package, install="matwm_rl[onnx]")
+            import_optional(package, extra="onnx")
     program = trace(policy)
     with new_file(path) as partial:
         if suffix == ".onnx":
