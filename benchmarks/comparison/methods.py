@@ -114,7 +114,9 @@ def configuration(*overrides: str) -> dict[str, Any]:
 def of_every_run(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration of the training script without what tells one run from another."""
     return {
-        name: value for name, value in config.items() if name not in ("run_dir", "seed", "resume", "checkpoint_every")
+        name: value
+        for name, value in config.items()
+        if name not in ("run_dir", "seed", "resume", "checkpoint_every", "logger")
     }
 
 

@@ -61,6 +61,7 @@ def bad_values(kind: str, optional: bool = False) -> SearchStrategy[Any]:
         "choice": TEXT | st.integers() | st.none(),
         "text": st.integers() | st.floats() | st.none() | st.sampled_from(["", " ", "\0"]) | st.just([]),
         "index": TEXT | st.integers() | st.none() | st.just([]) | st.lists(NEGATIVE, min_size=1, max_size=3),
+        "mapping": TEXT | st.integers() | st.none() | st.just([1]),
         "real": NO_NUMBER | NOT_FINITE,
         "object": OBJECTS | st.none(),
     }
@@ -103,6 +104,8 @@ def kind_of(name: str, annotation: str, value: Any) -> str:
         return "choice"
     if annotation.startswith("list"):
         return "list"
+    if annotation.startswith("dict"):
+        return "mapping"
     if annotation.startswith("int"):
         return "count" if name in AT_LEAST_0 else "size"
     if annotation.startswith("float"):

@@ -198,8 +198,8 @@ TARGETS = [
     ),
     Target(
         RunLog,
-        {"run_dir": tempfile.gettempdir(), "total_steps": 3, "progress": False, "tensorboard": False},
-        {"total_steps": "size", "progress": "switch", "tensorboard": "switch", "resume_from": "count?None"},
+        {"run_dir": tempfile.gettempdir(), "total_steps": 3, "progress": False, "logger": None},
+        {"total_steps": "size", "progress": "switch", "logger": "choice?None", "resume_from": "count?None"},
     ),
     Target(
         prepare_process,
