@@ -134,8 +134,9 @@ def to_config(composed: Any) -> presets.TrainConfig:
 
 
 def this_command() -> str:
-    """Return the command line of this process."""
-    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    """Return the command line of this process, without its folder, which is nobody else's."""
+    words = [word for word in sys.argv[1:] if not word.startswith(("run_dir=", "hydra.sweep."))]
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *words])
 
 
 def resume_command(run_dir: Path) -> str:
