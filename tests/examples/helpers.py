@@ -34,6 +34,7 @@ def run_script(name: str, *words: str) -> None:
     # What it would set is the whole process's, and there are other tests in this one.
     changed = [
         patch("matwm_rl.training.prepare_process"),
+        patch("matwm_rl.runs.pictures.PICTURED_STEPS", 40),
         patch.object(sys, "argv", [script, *words]),
         patch.object(sys, "path", [str(EXAMPLES), *sys.path]),
         patch.dict(sys.modules),

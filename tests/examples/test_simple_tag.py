@@ -45,7 +45,7 @@ def kept_policies(run_dir: Path) -> list[int]:
 
 
 def test_trains_evaluates_draws_and_resumes(tmp_path: Path) -> None:
-    settings = [f"run_dir={tmp_path}", "env=mpe2/simple_tag_v3", "learner.gamma=0.9"]
+    settings = [f"run_dir={tmp_path}", "env=mpe2/simple_tag_v3", "env_kwargs.max_cycles=10", "learner.gamma=0.9"]
     settings += ["evaluation.every=60", "evaluation.keep_policies=true"]
     run(*settings, "total_steps=120")
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -92,10 +92,10 @@ def test_trains_evaluates_draws_and_resumes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("env", "matches"),
-    [("vmas/simple_tag", TAG), ("matwm_rl.envs:MockEnv", {"hunter", "prey"})],
+    [("vmas/simple_tag env_kwargs.max_steps=10", TAG), ("matwm_rl.envs:MockEnv", {"hunter", "prey"})],
 )
 def test_other_environments(tmp_path: Path, env: str, matches: set[str]) -> None:
-    run(f"run_dir={tmp_path}", f"env={env}", "total_steps=80")
+    run(f"run_dir={tmp_path}", *f"env={env}".split(), "total_steps=80")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["env_steps"], summary["updates"]) == (80, 2)
     assert set(summary["evaluation"]) == matches
@@ -104,7 +104,8 @@ def test_other_environments(tmp_path: Path, env: str, matches: set[str]) -> None
 
 def test_an_interrupted_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     """Ctrl-C at any moment: the same weights, metrics and evaluation; meanwhile, nobody else writes in the folder."""
-    settings = ["env=mpe2/simple_tag_v3", "num_envs=2", "total_steps=200", "log_every=20", "evaluation.every=100"]
+    settings = ["env=mpe2/simple_tag_v3", "env_kwargs.max_cycles=10", "num_envs=2", "total_steps=200", "log_every=20"]
+    settings += ["evaluation.every=100"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     # Both in processes of their own, which set their threads and precision.
     assert call(f"run_dir={whole}", *settings).returncode == 0
