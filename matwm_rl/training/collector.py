@@ -74,15 +74,16 @@ class ResumableCollector(Collector):
     """
 
     def __init__(self, env: Any, policy: Any, *, seed: int, checkpoint_every: int | None = None, **kwargs: Any) -> None:
-        if checkpoint_every is not None:
-            check_ints(1, checkpoint_every=checkpoint_every)
         if given := [name for name in _CHANGING if kwargs.get(name)]:
             raise ValueError(
                 f"ResumableCollector yields plain batches of running episodes, got {given}. Store what it yields with "
                 "Replay.extend, or use torchrl.collectors.Collector, which begins new episodes when a run is resumed"
             )
-        repeats = checkpoint_every is None or repeats_itself(env, seed)
-        self._restart_every = RESTART_EVERY if repeats or checkpoint_every is None else checkpoint_every
+        self._restart_every = RESTART_EVERY
+        if checkpoint_every is not None:
+            check_ints(1, checkpoint_every=checkpoint_every)
+            if not repeats_itself(env, seed):
+                self._restart_every = checkpoint_every
         super().__init__(env, policy, **kwargs)
         self._seed = seed
         self._env_steps = self._seeded_at = 0
@@ -99,7 +100,8 @@ class ResumableCollector(Collector):
             self._env_steps += batch.numel()
             self._actions.append(batch.get(keys.ACTION).cpu().clone())
             before = self._env_steps - batch.numel()
-            if self._env_steps // self._restart_every > before // self._restart_every:
+            is_due = self._env_steps // self._restart_every > before // self._restart_every
+            if is_due and self._env_steps < self.total_frames:
                 last = batch["next"][..., -1]
                 last["truncated"].logical_or_(~last["done"])
                 last["done"].fill_(True)

@@ -111,6 +111,12 @@ class GlobalRandom(MockEnv):
         return out
 
 
+def test_nothing_is_cut_off_at_the_end_of_the_run() -> None:
+    with patch("matwm_rl.training.collector.RESTART_EVERY", 2 * FRAMES):
+        *_, last = build(make_env("mock", seed=5, episode_length=100), total_frames=4 * FRAMES)
+    assert not last["next", "done"].any()
+
+
 def test_an_environment_that_does_not_repeat_itself_begins_anew_at_checkpoints_in_both_runs() -> None:
     assert not repeats_itself(MultiAgentEnv(GlobalRandom()), 5) and repeats_itself(MultiAgentEnv(MockEnv()), 5)
     make = lambda: build(MultiAgentEnv(GlobalRandom(episode_length=100)), checkpoint_every=3 * FRAMES)  # noqa: E731
