@@ -6,11 +6,27 @@ Dimension letters: N agents, B batch, T time, H horizon, S starts, K code dimens
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+def keep_random_state(device: torch.device | None) -> AbstractContextManager[None]:
+    """Restore torch's random states, of the CPU and of a device, after the block.
+
+    Args:
+        device: that draws random numbers in the block; ``None``: the CPU alone does.
+
+    Examples:
+        >>> with keep_random_state(None):
+        ...     first = torch.rand(3)
+        >>> torch.equal(torch.rand(3), first)
+        True
+    """
+    return torch.random.fork_rng([device] if device is not None and device.type == "cuda" else [])
 
 
 def agents_first(value: Tensor, event_dims: int = 1) -> Tensor:

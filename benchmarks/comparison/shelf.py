@@ -12,6 +12,7 @@ from pathlib import Path
 
 from methods import ROOT
 from report import insert
+from tables import markdown
 
 from matwm_rl.evaluation import evaluate
 from matwm_rl.files import write_text
@@ -38,15 +39,15 @@ def put(name: str, run_dir: Path, shelf: Path = SHELF) -> Path:
 
 def table(shelf: Path = SHELF) -> str:
     """Return the cards of all policies on the shelf, as a table in Markdown."""
-    lines = ["| name | environment | env steps | mean returns | file | trained by |", "|---|---|---|---|---|---|"]
+    rows = []
     for path in sorted(shelf.glob("*.pt")):
         card = load_policy(path).card
         assert card is not None, f"{path} has no card"
         returns = "; ".join(f"{match.replace('_', ' ')} {value:.1f}" for match, value in card.returns.items())
         cells = [f"`{path.stem}`", f"`{card.env}`", f"{card.env_steps:,}", returns]
         cells += [f"{path.stat().st_size / 1e6:.1f} MB", f"`{card.command}`"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(["name", "environment", "env steps", "mean returns", "file", "trained by"], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

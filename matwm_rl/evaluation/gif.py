@@ -20,7 +20,9 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 from matwm_rl import keys
 from matwm_rl.arguments import check_ints
 from matwm_rl.envs import AgentLayout, render_frame
+from matwm_rl.evaluation.returns import Returns
 from matwm_rl.files import import_optional, new_file
+from matwm_rl.functional import keep_random_state
 
 Frame = NDArray[np.uint8]
 LAST_FRAME = 5
@@ -99,8 +101,7 @@ def record_gif(
         # Fail before any episode is played if the environment cannot render.
         env.reset()
         render_frame(env)
-    cuda = [env.device] if env.device is not None and env.device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), set_exploration_type(exploration):
+    with keep_random_state(env.device), set_exploration_type(exploration):
         played = [_play(env, policy, max_steps, draw or (lambda _: render_frame(env))) for _ in range(episodes)]
     frames, durations = _all_frames(played, env.layout, round(1000 / fps))
     with new_file(path) as partial:
@@ -174,11 +175,8 @@ def large_from(rewards: Tensor) -> float:
 def _returns(rewards: list[Tensor], layout: AgentLayout) -> str:
     """Return the text of each group's mean return so far."""
     total = sum(rewards, torch.zeros(layout.num_agents))
-    means = [
-        f"{group} {float(total[[i for i, g in enumerate(layout.group_index) if g == index]].mean()):.1f}"
-        for index, group in enumerate(layout.group_map)
-    ]
-    return f"return: {', '.join(means)}"
+    means = Returns(total.unsqueeze(0), layout).per_group()
+    return f"return: {', '.join(f'{group} {mean:.1f}' for group, mean in means.items())}"
 
 
 def events(episode: Episode, step: int, large: tuple[float, float], layout: AgentLayout) -> list[str]:
@@ -186,10 +184,9 @@ def events(episode: Episode, step: int, large: tuple[float, float], layout: Agen
     if step == 0:
         return []
     events = []
-    rewards = episode.rewards[step - 1].tolist()
-    for index, group in enumerate(layout.group_map):
-        own = [reward for reward, g in zip(rewards, layout.group_index, strict=True) if g == index]
-        highest, lowest = max(own), min(own)
+    of_groups = episode.rewards[step - 1].split([len(names) for names in layout.group_map.values()])
+    for group, own in zip(layout.group_map, of_groups, strict=True):
+        highest, lowest = float(own.max()), float(own.min())
         if highest >= large[0]:
             events.append(f"{group} {highest:+.3g}")
         if -lowest >= large[1]:

@@ -19,7 +19,7 @@ from matwm_rl.envs import AgentLayout
 from matwm_rl.evaluation.figures import COLORS, new_figure, plain
 from matwm_rl.evaluation.open_loop import as_float, episode_windows, open_loop, open_loop_errors
 from matwm_rl.evaluation.open_loop_panels import Scene, draw_entry, draw_errors, draw_reward, draw_teammates, legend_of
-from matwm_rl.functional import agents_first, segment_ids
+from matwm_rl.functional import agents_first, keep_random_state, segment_ids
 from matwm_rl.modules import WorldModel
 
 COLUMNS = 4
@@ -168,8 +168,7 @@ def _imagine(
     windows = episode_windows(rollout, context_length + horizon)
     every = torch.ones_like(windows.get(keys.ACTION_MASK)[..., 0], dtype=torch.bool)
     lives = windows.get(keys.ALIVE, every)[..., shown].sum((1, 2))
-    cuda = [rollout.device] if rollout.device is not None and rollout.device.type == "cuda" else []
-    with torch.random.fork_rng(cuda):  # a run goes on in the same way whether it is drawn or not
+    with keep_random_state(rollout.device):  # a run goes on in the same way whether it is drawn or not
         # The batch is the same window, once for every sample.
         window = add_agent_entries(windows[int(lives.argmax())]).expand(num_samples, context_length + horizon)
         result = open_loop(world_model, window, context_length=context_length, horizon=horizon)

@@ -57,9 +57,7 @@ def draw_entry(axis: Any, scene: Scene, agent: int, dim: int, name: str) -> None
     imagined = imagined.masked_fill(~alive[context:], torch.nan)
     steps = range(context, context + imagined.shape[1])
     _time_axis(axis, scene)
-    for index, sample in enumerate(imagined):
-        axis.plot(steps, sample.tolist(), color=IMAGINED, alpha=0.4, linewidth=0.8, label=None if index else "imagined")
-    axis.plot(steps, imagined.mean(0).tolist(), color=IMAGINED, linewidth=2, label="imagined, mean")
+    _draw_futures(axis, steps, imagined)
     axis.plot(range(context + 1), decoded.tolist(), ":", color=IMAGINED, label="reconstructed")
     axis.plot(real.tolist(), color=REAL, linewidth=1.5, label="real")
     constant = widen_constant(axis, real[alive].numpy())
@@ -74,15 +72,20 @@ def draw_reward(axis: Any, scene: Scene, agent: int) -> None:
     imagined = imagined.masked_fill(~running, torch.nan)
     steps = range(scene.context + 1, len(scene.window) + 1)
     _time_axis(axis, scene)
-    for index, sample in enumerate(imagined):
-        axis.plot(steps, sample.tolist(), color=IMAGINED, alpha=0.4, linewidth=0.8, label=None if index else "imagined")
-    axis.plot(steps, imagined.mean(0).tolist(), color=IMAGINED, linewidth=2, label="imagined, mean")
+    _draw_futures(axis, steps, imagined)
     alive = scene.alive(agent)[:-1]
     real = scene.window.get(keys.REWARD)[:, agent, 0].masked_fill(~alive, torch.nan)
     axis.plot(range(1, len(real) + 1), real.tolist(), color=REAL, linewidth=1.5, label="real")
     constant = widen_constant(axis, real[alive].numpy())
     axis.set_title("reward (constant)" if constant else "reward", fontsize=9)
     _mark_death(axis, scene.alive(agent))
+
+
+def _draw_futures(axis: Any, steps: range, imagined: Tensor) -> None:
+    """Draw imagined futures ``[num_samples, len(steps)]``, and their mean."""
+    for index, sample in enumerate(imagined):
+        axis.plot(steps, sample.tolist(), color=IMAGINED, alpha=0.4, linewidth=0.8, label=None if index else "imagined")
+    axis.plot(steps, imagined.mean(0).tolist(), color=IMAGINED, linewidth=2, label="imagined, mean")
 
 
 def draw_teammates(axis: Any, scene: Scene, agent: int) -> None:

@@ -17,6 +17,7 @@ from matwm_rl import keys
 from matwm_rl.arguments import check_ints
 from matwm_rl.envs import AgentLayout
 from matwm_rl.finite import check_finite
+from matwm_rl.functional import keep_random_state
 from matwm_rl.modules.actor_critic import check_logits
 from matwm_rl.settings import Settings, setting
 
@@ -212,8 +213,7 @@ def evaluate(
     steps = torch.zeros(num_envs, dtype=torch.long)
     all_steps, report = 0, _report.get() or (lambda *_: None)
     report(0, quota * num_envs, all_steps)
-    cuda_devices = [env.device] if env.device is not None and env.device.type == "cuda" else []
-    with torch.random.fork_rng(cuda_devices), set_exploration_type(exploration):
+    with keep_random_state(env.device), set_exploration_type(exploration):
         tensordict = env.reset()
         while bool((played < quota).any()):
             acting = policy(tensordict)

@@ -14,6 +14,7 @@ from torchrl.envs import EnvBase
 from matwm_rl import keys
 from matwm_rl.arguments import check_ints
 from matwm_rl.checks import check_shape
+from matwm_rl.functional import keep_random_state
 from matwm_rl.state_files import check_entries, check_same
 from matwm_rl.torchrl_internals import collector_carrier
 from matwm_rl.training.process import random_states, set_random_states
@@ -168,8 +169,7 @@ class ResumableCollector(Collector):
         carrier = TensorDict(state_dict["carrier"], self.env.batch_size).cpu().unflatten_keys(".")
         self._env_steps, self._seeded_at = int(state_dict["frames"]), state_dict["seeded_at"]
         actions = None if state_dict["actions"] is None else state_dict["actions"].cpu()
-        devices = [self.env.device] if self.env.device is not None and self.env.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with keep_random_state(self.env.device):
             super().load_state_dict({"env_state_dict": {}, **state_dict}, strict=False)
             if 0 < self._env_steps == self._seeded_at:
                 return self._begin_anew()

@@ -81,7 +81,8 @@ def random_states() -> dict[str, Any]:
 def set_random_states(state: Mapping[str, Any]) -> None:
     """Set the global random states to what :func:`random_states` returned; accelerators not in use are left out."""
     # TorchRL refuses states of accelerators that are not there, after it has set the others.
-    usable = {name: value for name, value in state.items() if name in random_states()}
+    here = random_states()
+    usable = {name: value for name, value in state.items() if name in here}
     if "torch_cuda" in usable:
         usable["torch_cuda"] = usable["torch_cuda"][: torch.cuda.device_count()]
     GlobalRNGState().load_state_dict(usable)
