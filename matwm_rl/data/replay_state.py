@@ -26,7 +26,10 @@ def stored_rows(storage: LazyTensorStorage) -> dict[str, Any]:
 
 
 def _own_extent(rows: Any) -> Any:
-    """Give each tensor a memory that ends with it: ``torch.save`` writes all of a memory, here the whole capacity."""
+    """Limit the memory of each tensor to its own elements.
+
+    ``torch.save`` writes the whole memory that a tensor is a view of, which is that of the full capacity here.
+    """
     return {name: _own_extent(rows[name]) for name in rows} if isinstance(rows, dict) else from_dlpack(rows)
 
 

@@ -1,4 +1,4 @@
-"""One call around any multi-agent environment, whatever library it is of."""
+"""One function that wraps a multi-agent environment of any library."""
 
 from __future__ import annotations
 

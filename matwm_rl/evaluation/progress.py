@@ -13,10 +13,10 @@ from typing import Any
 from matwm_rl.files import import_optional
 
 SECONDS_BETWEEN_LINES = 30.0
-"""At least so long is between two lines of progress in a file; results are written when they are there."""
+"""Least time between two lines of progress in a file. Results are written at once."""
 
 Tell = Callable[[int, int, str], None]
-"""Called as ``tell(done, total, detail)`` by what takes part of a run's time, such as an evaluation."""
+"""Called as ``tell(done, total, detail)`` by a task that takes time, such as an evaluation."""
 
 
 class Progress:
@@ -118,14 +118,14 @@ class Bar(Progress):
 
     @contextmanager
     def task(self, name: str, unit: str) -> Iterator[Tell]:
-        """Show a second bar, which goes when the task is done."""
+        """Show a second bar, which disappears when the task is done."""
         shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} " + unit + "s [{elapsed}{postfix}]"
         bar: Any = None
 
         def tell(done: int, total: int, detail: str) -> None:
             nonlocal bar
             if bar is None:
-                # miniters=0: also what makes no episodes for a while is seen to go on.
+                # miniters=0: the bar is also redrawn while no episode ends.
                 kwargs = {"leave": False, "miniters": 0, "dynamic_ncols": True, "bar_format": shape}
                 bar = self._tqdm(desc=name, total=total, postfix=detail, **kwargs)
             bar.total = total

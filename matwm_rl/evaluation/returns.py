@@ -132,7 +132,7 @@ class Matches:
 
 
 ReportEpisodes = Callable[[int, int, int], None]
-"""Told how many episodes are played, how many are to be, and how many steps of the environments that took."""
+"""Called with the number of episodes played, the number of all episodes, and the number of steps so far."""
 _report: ContextVar[ReportEpisodes | None] = ContextVar("report", default=None)
 
 

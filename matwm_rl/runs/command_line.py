@@ -134,7 +134,7 @@ def to_config(composed: Any) -> presets.TrainConfig:
 
 
 def this_command() -> str:
-    """Return the command line of this process, without its folder, which is nobody else's."""
+    """Return the command line of this process without the folder of the run."""
     words = [word for word in sys.argv[1:] if not word.startswith(("run_dir=", "hydra.sweep."))]
     return shlex.join(["python", os.path.relpath(sys.argv[0]), *words])
 

@@ -1,4 +1,4 @@
-"""The evaluations of a run: they are seen to go on, end at a signal, and leave the random states as they were."""
+"""The evaluations of a run. They show their progress, stop at a signal, and do not change the random states."""
 
 from __future__ import annotations
 

@@ -87,8 +87,8 @@ def save_policy(path: str | Path, policy: WorldModelPolicy, *, card: PolicyCard 
         path: the file; replaced as a whole if it exists.
         policy: of a world model built by :meth:`~matwm_rl.modules.WorldModel.from_env` and an actor built by
             :func:`~matwm_rl.modules.make_actor`.
-        card: how it came to be, so that :meth:`TrainedPolicy.make_env` knows its environment; by default the card
-            that the policy was loaded with.
+        card: describes the training, so that :meth:`TrainedPolicy.make_env` knows the environment; by default the
+            card that the policy was loaded with.
 
     Raises:
         ValueError: if the world model has parts of your own, the actor is another, or weights are not finite.

@@ -16,7 +16,7 @@ from matwm_rl.settings import Settings, setting
 
 @dataclass(kw_only=True)
 class PolicyCard(Settings):
-    """How a policy came to be: what its file tells beside the weights.
+    """A description of the training of a policy, stored beside its weights.
 
     Attributes:
         env: name of the environment, see :func:`~matwm_rl.envs.make_env`.
@@ -52,7 +52,7 @@ class TrainedPolicy(WorldModelPolicy):
         world_model: the shared world model.
         actor: see :class:`~matwm_rl.modules.WorldModelPolicy`.
         history_length: W, steps of history that the policy sees at most.
-        card: how it came to be; ``None`` where the file does not tell.
+        card: describes the training; ``None`` where the file has none.
 
     Keys read and written: those of :class:`~matwm_rl.modules.WorldModelPolicy`.
 
@@ -105,7 +105,7 @@ class TrainedPolicy(WorldModelPolicy):
 
 
 def check_layout(trained: dict[str, Any], here: AgentLayout, *, source: str) -> None:
-    """Check that agents are those that a policy or a world model was trained with.
+    """Check that agents are the same as those that a policy or a world model was trained with.
 
     Args:
         trained: their layout as plain values, with all its entries.

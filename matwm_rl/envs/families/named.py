@@ -9,7 +9,7 @@ from inspect import Parameter, isclass, signature
 from typing import Any
 
 SHOWN = 60
-"""So many names at most are listed in an error."""
+"""An error lists at most this many names."""
 
 
 def unknown_environment(name: str, task: str, known: Sequence[str], kind: str = "environments") -> ValueError:
@@ -17,9 +17,9 @@ def unknown_environment(name: str, task: str, known: Sequence[str], kind: str = 
 
     Args:
         name: as the user gave it.
-        task: what there is none of among ``known``.
-        known: what there is.
-        kind: what they are called.
+        task: the part of the name that is not among ``known``.
+        known: the names that exist.
+        kind: what the error calls them.
 
     Examples:
         >>> unknown_environment("vmas/simple_tga", "simple_tga", ["balance", "simple_tag"], "scenarios")
@@ -74,9 +74,10 @@ def unknown_argument(name: str, argument: str, takes: Sequence[str] = ()) -> Typ
 
 
 def _parameters(constructor: Callable[..., Any], error: TypeError, refusing: str) -> list[str]:
-    """Return the arguments of what refused one: the constructor, or what it handed its arguments on to.
+    """Return the argument names of the function that refused an argument: the constructor, or one that it calls.
 
-    Python says what refused by its name alone; it is looked up where it was called, the last place of the traceback.
+    Python's message has the name of that function only. The function itself is looked up where it was called, which is
+    the last frame of the traceback.
     """
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

@@ -90,7 +90,7 @@ def _module(package: ModuleType, task: str, family: str) -> ModuleType:
     if task not in tasks:
         raise unknown_environment(f"{family}/{task}", task, tasks)
     with warnings.catch_warnings():
-        # PettingZoo announces a registry of its environments, which has not come yet.
+        # PettingZoo warns that a registry will replace this import, but no release has one yet.
         warnings.filterwarnings("ignore", message="The old environment creation API")
         return importlib.import_module(f"{package.__name__}.{task}")
 
@@ -136,10 +136,10 @@ class _PettingZoo(PettingZooWrapper):
     """
 
     def _check_kwargs(self, kwargs: dict[str, Any]) -> None:
-        """Take anything that has the methods."""
+        """Accept any object with the right methods; TorchRL asks for PettingZoo's own class."""
 
     def _build_env(self, env: Any) -> CheckedGame:
-        # TorchRL's wrapper also warns of every PettingZoo but the one release that it is tested with.
+        # TorchRL's wrapper also warns about every release of PettingZoo except the one that it is tested with.
         self.parallel = True
         return CheckedGame(env)
 

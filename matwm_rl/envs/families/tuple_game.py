@@ -1,4 +1,4 @@
-"""Gymnasium environments with Tuple spaces, as PettingZoo's parallel environments are."""
+"""Gives Gymnasium environments with Tuple spaces the methods of PettingZoo's parallel environments."""
 
 from __future__ import annotations
 
