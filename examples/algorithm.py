@@ -25,7 +25,7 @@ def main(cfg: presets.TrainConfig) -> tuple[WorldModelPolicy, Matches]:
     actor, critic = make_actor(world_model, cfg.actor_critic), make_critic(world_model, cfg.actor_critic)
     policy = WorldModelPolicy(world_model, actor, history_length=cfg.policy.history_length)
     imagination = Imagination(world_model, actor, horizon=hyper.horizon)
-    returns = LambdaReturn(critic, gamma=hyper.gamma, lmbda=hyper.lmbda)
+    returns = LambdaReturn(critic, gamma=hyper.gamma, lmbda=hyper.lmbda, reward_norm=world_model.two_hot.norm)
     model_loss = WorldModelLoss(world_model, weights=hyper.loss_weights)
     actor_loss, critic_loss = ActorLoss(actor, num_agents=env.num_agents, **hyper.actor.arguments()), CriticLoss(critic)
     slow_critic = SoftUpdate(critic_loss, eps=hyper.critic_decay)

@@ -54,8 +54,7 @@ class TrainConfig(Settings):
         init_random_steps: env steps with random actions, before training begins.
         frames_per_batch: env steps of all environments together, between updates.
         updates_per_batch: updates after every such batch.
-        world_model_warmup: updates of the world model alone before the first update of the agents (ours), so that they
-            do not begin in a model that knows nothing.
+        world_model_warmup: updates of the world model alone before the first update of the agents (ours).
         critic_warmup: updates in which the critics learn and the actors do not yet (ours).
         log_every: env steps between entries of the log.
         checkpoint_every: env steps between checkpoints.
@@ -168,6 +167,7 @@ def vectors() -> TrainConfig:
             reward=ObservationRewardConfig(),
             reward_interpolation=Interpolation.raw,
             reencode=True,
+            normalize=True,
             group_layers=True,
             teammate_hidden_size=64,
         ),

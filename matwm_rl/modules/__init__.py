@@ -38,6 +38,7 @@ from matwm_rl.modules.reward import (
     Transition,
 )
 from matwm_rl.modules.rollout import Rollout
+from matwm_rl.modules.running_norm import RunningNorm
 from matwm_rl.modules.stacked import LatentLinear, StackedLinear
 from matwm_rl.modules.stacked_mlp import StackedMLP, StackedNormSiLU
 from matwm_rl.modules.state import STATE_KEYS, Caches, State
@@ -86,6 +87,7 @@ __all__ = [
     "RewardConfig",
     "RewardHead",
     "Rollout",
+    "RunningNorm",
     "StackedLinear",
     "StackedMLP",
     "StackedNormSiLU",

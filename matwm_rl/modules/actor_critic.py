@@ -160,7 +160,9 @@ def make_critic(
         [('agents', 'state_value_logits'), ('agents', 'state_value')]
     """
     check_kinds(WorldModel, world_model=world_model)
-    two_hot = deepcopy(world_model.two_hot) if two_hot is None else two_hot
+    if two_hot is None:
+        two_hot = deepcopy(world_model.two_hot)
+        two_hot.norm = None  # values come normalised: LambdaReturn(reward_norm=...)
     check_kinds(TwoHot, two_hot=two_hot)
     network = StateMLP(world_model, two_hot.num_bins, ActorCriticConfig() if config is None else config)
     return TensorDictSequential(

@@ -15,6 +15,7 @@ from matwm_rl.modules.encoders import CNNDecoder, CNNEncoder, EncoderConfig, MLP
 from matwm_rl.modules.heads import ActionMixer, Head
 from matwm_rl.modules.latents import CategoricalLatentConfig, LatentConfig, LatentSpace
 from matwm_rl.modules.reward import HiddenRewardConfig, RewardConfig, RewardHead
+from matwm_rl.modules.running_norm import RunningNorm
 from matwm_rl.modules.teammates import TeammatePredictor, TeammatePredictorBase
 from matwm_rl.modules.transformer import Transformer
 from matwm_rl.modules.two_hot import Interpolation, TwoHot
@@ -33,6 +34,7 @@ PARTS = (
     "end_reward",
     "continuation",
     "action_mask",
+    "observation_norm",
 )
 """Names of the parts that may be given, in the order in which they are built (and their weights drawn)."""
 
@@ -57,6 +59,8 @@ class WorldModelConfig(Settings):
         reencode: decode and encode imagined latents of vector observations again (ours). The dimensions of a sample are
             drawn independently; a policy finds combinations that no observation has, and for which the reward head
             predicts rewards that do not exist.
+        normalize: normalise vector observations and rewards by their running mean and spread (ours), see
+            :class:`~matwm_rl.modules.RunningNorm`, so that no setting depends on an environment's units.
         group_layers: give each group of unlike agents its own first encoder layer and its own last layers (ours).
         teammate_predictor: switch of the paper's ablation (Table 5).
         teammate_hidden_size: width of the teammate predictor; ``None``: that of the world model.
@@ -83,6 +87,7 @@ class WorldModelConfig(Settings):
     reward: RewardConfig = field(default_factory=HiddenRewardConfig)
     reward_interpolation: Interpolation = Interpolation.symlog
     reencode: bool = False
+    normalize: bool = False
     group_layers: bool = False
     teammate_predictor: bool = True
     teammate_hidden_size: int | None = setting(None, minimum=1)
@@ -146,7 +151,19 @@ def build_parts(layout: Any, config: WorldModelConfig, **given: Any) -> dict[str
         else:
             built = config.encoder.build(shape[0], latent, group_index=groups, num_cells=width)
         both = {name: made if both[name] is None else both[name] for name, made in zip(both, built, strict=True)}
-    two_hot = part("two_hot", lambda: TwoHot(interpolation=config.reward_interpolation))
+    members = list(layout.group_index)
+
+    def build_two_hot() -> TwoHot:
+        norm = RunningNorm(1, group_index=members) if config.normalize else None
+        return TwoHot(interpolation=config.reward_interpolation, norm=norm)
+
+    def build_observation_norm() -> RunningNorm | None:
+        if image or not config.normalize:
+            return None
+        # The coordinates of an arena from -1 to 1 have this spread. Widths and wavelengths are made for such.
+        return RunningNorm(shape[0], group_index=members, spread=0.75)
+
+    two_hot = part("two_hot", build_two_hot)
     bins = two_hot.num_bins
     reward = part(
         "reward", lambda: config.reward.build(shape, width, bins, group_index=groups, depth=config.head_depth)
@@ -170,8 +187,9 @@ def build_parts(layout: Any, config: WorldModelConfig, **given: Any) -> dict[str
     return {
         "actions": actions,
         "observation_shape": shape,
-        "group_index": list(layout.group_index),
+        "group_index": members,
         "reencode": config.reencode and not image,
+        "observation_norm": part("observation_norm", build_observation_norm),
         **both,
         "latent": latent,
         "two_hot": two_hot,
@@ -203,9 +221,9 @@ def check_parts(model: Any) -> None:
         TypeError: if one is not.
     """
     kinds = {"latent": LatentSpace, "dynamics": Dynamics, "reward": RewardHead, "teammates": TeammatePredictorBase}
-    kinds |= {"transformer": Transformer, "two_hot": TwoHot}
+    kinds |= {"transformer": Transformer, "two_hot": TwoHot, "observation_norm": RunningNorm}
     for name in PARTS:
         part, kind = getattr(model, name), kinds.get(name, nn.Module)
-        absent = part is None and name in ("teammates", "action_mask", "end_reward")
+        absent = part is None and name in ("teammates", "action_mask", "end_reward", "observation_norm")
         if not absent and not isinstance(part, kind):
             raise TypeError(f"{name} must be a {kind.__name__} (subclass it), got a {type(part).__name__}")

@@ -16,6 +16,7 @@ from matwm_rl.arguments import check_ints, check_kinds
 from matwm_rl.functional import at_least_float32
 from matwm_rl.modules.encoders.features import MAX_DISTANCES, MAX_FREQUENCIES, FourierFeatures, PointDistances
 from matwm_rl.modules.heads import Head
+from matwm_rl.modules.running_norm import RunningNorm
 from matwm_rl.modules.stacked import StackedLinear
 from matwm_rl.modules.stacked_mlp import mlp
 from matwm_rl.settings import Settings, setting
@@ -33,6 +34,7 @@ class Transition:
         next_latent: gives z_{t+1}, ``[N, *batch, Z]``.
         observation: gives o_t, ``[N, *batch, *O]``: the true one in training, z_t decoded in imagination.
         next_observation: gives o_{t+1}, the same.
+        norm: by which the world model normalises observations, if it does.
 
     Examples:
         >>> zero = torch.zeros(3, 2, 4)
@@ -49,7 +51,9 @@ class Transition:
         next_latent: Callable[[], Tensor],
         observation: Callable[[], Tensor],
         next_observation: Callable[[], Tensor],
+        norm: RunningNorm | None = None,
     ) -> None:
+        self.norm = norm
         self.latent, self.action, self.hidden = latent, action, hidden
         self._next_latent, self._observation, self._next_observation = next_latent, observation, next_observation
 
@@ -177,11 +181,13 @@ class ObservationReward(RewardHead):
 
     def forward(self, transition: Transition) -> Tensor:
         """Logits ``[N, *batch, bins]``."""
-        observation = transition.next_observation
+        observation = points = transition.next_observation
+        if transition.norm is not None:
+            observation, points = transition.norm.normalize(observation), transition.norm.in_one_unit(points)
         if self.distances is None:
             features = self.features(observation)
         else:
-            features = torch.cat([observation, self.features(self.distances(observation))], -1)
+            features = torch.cat([observation, self.features(self.distances(points))], -1)
         return at_least_float32(self.output(self.trunk(self.input(features))))
 
 

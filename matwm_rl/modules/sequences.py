@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -89,7 +89,11 @@ def in_type_of(module: nn.Module, observation: Tensor) -> Tensor:
 
 
 def encode_with_successors(
-    encoder: nn.Module, observation: Tensor, following: Tensor, done: Tensor, max_boundaries: int | None = None
+    encode: Callable[[Tensor], Tensor],
+    observation: Tensor,
+    following: Tensor,
+    done: Tensor,
+    max_boundaries: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encode o_t and o_{t+1} of every step of ``[N, B, T]``.
 
@@ -97,7 +101,7 @@ def encode_with_successors(
     true final observation, it is encoded apart, in the same call: for every agent as many as the agent with most has.
 
     Args:
-        encoder: observations ``[N, *batch, *O]`` to features ``[N, *batch, F]``.
+        encode: turns observations ``[N, *batch, *O]`` into features ``[N, *batch, F]``.
         observation: o_t, ``[N, B, T, *O]``.
         following: o_{t+1}, ``[N, B, T, *O]``.
         done: bool ``[N, B, T]``, true where an episode ends after the step.
@@ -121,7 +125,7 @@ def encode_with_successors(
     where = boundary.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
     agent = torch.arange(num_agents, device=where.device).unsqueeze(-1)
     flat = torch.cat([observation.flatten(1, 2), following.flatten(1, 2)[agent, where]], 1)
-    features, apart = encoder(flat).split([flat.shape[1] - where.shape[1], where.shape[1]], 1)
+    features, apart = encode(flat).split([flat.shape[1] - where.shape[1], where.shape[1]], 1)
     # For agents with fewer boundaries, `where` also names inner steps. Their successors get the same value as before.
     successors = torch.roll(features, -1, 1).index_put((agent, where), apart)
     shape = (num_agents, sequences, time, -1)

@@ -10,6 +10,8 @@ from torchrl.modules import SymExpTwoHot
 from torchrl.modules.functional import symexp, symlog
 
 from matwm_rl.arguments import check_ints, check_numbers, read_choice
+from matwm_rl.functional import agents_first
+from matwm_rl.modules.running_norm import RunningNorm
 
 
 class Interpolation(StrEnum):
@@ -28,6 +30,8 @@ class TwoHot(SymExpTwoHot):
         num_bins: number of bins.
         limit: the bins span ``symexp(-limit)`` to ``symexp(limit)``; targets beyond saturate.
         interpolation: ``"raw"`` or ``"symlog"``; see :class:`Interpolation`.
+        norm: of one number for each agent. The bins then are those of normalised numbers, and the last dimension of
+            targets is the agents'. :meth:`update` takes in what is seen.
 
     Raises:
         ValueError: if an argument is not among these; by :meth:`loss`, if targets do not fit the logits.
@@ -43,22 +47,35 @@ class TwoHot(SymExpTwoHot):
         tensor(2.3166)
     """
 
-    def __init__(self, num_bins: int = 255, *, limit: float = 20.0, interpolation: str = Interpolation.raw) -> None:
+    def __init__(
+        self,
+        num_bins: int = 255,
+        *,
+        limit: float = 20.0,
+        interpolation: str = Interpolation.raw,
+        norm: RunningNorm | None = None,
+    ) -> None:
         check_ints(2, num_bins=num_bins)
         check_numbers(above=0, maximum=80, limit=limit)  # beyond, symexp is infinite in float32
         super().__init__(num_bins)
         self.interpolation = read_choice("interpolation", interpolation, Interpolation)
         grid = torch.linspace(-limit, limit, num_bins, dtype=torch.float64)
         bins = symexp(grid) if interpolation == Interpolation.raw else grid
+        self.norm = norm
         # Constants, rebuilt by the constructor: kept out of checkpoints, where every head would store them again.
         self.register_buffer("bins", bins.to(torch.get_default_dtype()), persistent=False)
+
+    def update(self, target: Tensor, valid: Tensor) -> None:
+        """Let ``norm``, if there is one, take in targets ``[*batch, N]`` where ``valid [*batch, N]`` is true."""
+        if self.norm is not None:
+            self.norm.update(agents_first(target.unsqueeze(-1)), agents_first(valid, 0))
 
     def encode(self, target: Tensor) -> Tensor:
         """Two-hot probabilities ``[..., num_bins]`` of raw targets ``[...]``.
 
         The same as TorchRL's, which takes twice as long and fails under ``torch.vmap``.
         """
-        upper, weight = self._place(target, target.dtype)
+        upper, weight = self._place(self._normalized(target), target.dtype)
         # Zeros of the weights' own kind, which under vmap are an ensemble's.
         probs = weight.new_zeros(*target.shape, self.num_bins)
         return probs.scatter_(-1, torch.stack([upper - 1, upper], -1), torch.stack([1 - weight, weight], -1))
@@ -66,7 +83,10 @@ class TwoHot(SymExpTwoHot):
     def decode(self, logits: Tensor) -> Tensor:
         """Raw scalars ``[...]`` of logits ``[..., num_bins]``."""
         value = super().decode(logits)
-        return value if self.interpolation == Interpolation.raw else symexp(value)
+        value = value if self.interpolation == Interpolation.raw else symexp(value)
+        if self.norm is None:
+            return value
+        return torch.addcmul(self.norm.agent_mean.squeeze(-1), value, self.norm.agent_scale.squeeze(-1))
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy ``[...]`` of logits ``[..., num_bins]`` against raw targets, ``[...]`` or ``[..., 1]``.
@@ -80,9 +100,14 @@ class TwoHot(SymExpTwoHot):
         targets = tuple(target.squeeze(-1) if target.ndim == logits.ndim else target for target in targets)
         for shape in (tuple(target.shape) for target in targets if target.shape != logits.shape[:-1]):
             raise ValueError(f"targets of shape {shape} do not fit logits of shape {tuple(logits.shape)}")
-        upper, weight = self._place(torch.stack(targets, -1), logits.dtype)
+        upper, weight = self._place(torch.stack([self._normalized(target) for target in targets], -1), logits.dtype)
         low, high = logits.log_softmax(-1).gather(-1, torch.cat([upper - 1, upper], -1)).chunk(2, -1)
         return -torch.lerp(low, high, weight).sum(-1)
+
+    def _normalized(self, target: Tensor) -> Tensor:
+        if self.norm is None:
+            return target
+        return (target - self.norm.agent_mean.squeeze(-1)) / self.norm.agent_scale.squeeze(-1)
 
     def _place(self, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The upper one of the two bins of raw targets ``[...]``, and its weight."""

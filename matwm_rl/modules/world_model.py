@@ -24,8 +24,10 @@ from matwm_rl.functional import agents_last, causal_segment_mask, segment_ids, s
 from matwm_rl.modules.builder import WorldModelConfig, build_parts, check_parts
 from matwm_rl.modules.dynamics import Dynamics
 from matwm_rl.modules.latents import LatentSpace
+from matwm_rl.modules.outcome import continuation_logits, predict_outcome, reward_logits
 from matwm_rl.modules.reward import RewardHead, Transition
 from matwm_rl.modules.rollout import Act, Rollout, imagine
+from matwm_rl.modules.running_norm import RunningNorm
 from matwm_rl.modules.sequences import encode_with_successors, in_type_of, read_sequences, sequence_batch
 from matwm_rl.modules.state import STATE_KEYS, Caches, State
 from matwm_rl.modules.teammates import TeammatePredictorBase
@@ -57,6 +59,7 @@ class WorldModel(TensorDictModuleBase):
         end_reward: head from h for the rewards of an agent's last steps (c_t = 0), with as many outputs as ``reward``;
             needed where ``reward`` reads the successor, which an agent that dies does not have.
         reencode: whether imagined latents are decoded and encoded again; see :class:`WorldModelConfig`.
+        observation_norm: brings vector observations to one scale. The world model's loss lets it take in what is seen.
 
     Raises:
         ValueError: if ``group_index`` does not fit; later, if a head has the wrong number of outputs.
@@ -112,6 +115,7 @@ class WorldModel(TensorDictModuleBase):
         teammates: TeammatePredictorBase | None = None,
         end_reward: nn.Module | None = None,
         reencode: bool = False,
+        observation_norm: RunningNorm | None = None,
     ) -> None:
         super().__init__()
         check_kinds(ActionSpace, actions=actions)
@@ -126,6 +130,7 @@ class WorldModel(TensorDictModuleBase):
         self.action_mixer, self.transformer, self.dynamics = action_mixer, transformer, dynamics
         self.reward, self.continuation, self.reencode = reward, continuation, reencode
         self.action_mask, self.teammates, self.end_reward = action_mask, teammates, end_reward
+        self.observation_norm = observation_norm
         check_parts(self)
         self.max_boundaries: int | None = None
         self.recipe: tuple[Any, WorldModelConfig] | None = None
@@ -168,11 +173,17 @@ class WorldModel(TensorDictModuleBase):
 
     def encode(self, observation: Tensor) -> Tensor:
         """Encode observations ``[N, *batch, *O]`` to posterior latents ``[N, *batch, Z]``."""
-        return self.latent.sample_posterior(self.encoder(in_type_of(self.encoder, observation)))
+        return self.latent.sample_posterior(self.features(observation))
+
+    def features(self, observation: Tensor) -> Tensor:
+        """Turn observations ``[N, *batch, *O]`` into the encoder's features ``[N, *batch, latent.encoder_size]``."""
+        observation, norm = in_type_of(self.encoder, observation), self.observation_norm
+        return self.encoder(observation if norm is None else norm.normalize(observation))
 
     def decode(self, latent: Tensor) -> Tensor:
         """Decode latents ``[N, *batch, Z]`` to observations ``[N, *batch, *O]``."""
-        return self.decoder(latent)
+        decoded = self.decoder(latent)
+        return decoded if self.observation_norm is None else self.observation_norm.restore(decoded)
 
     def legal_actions(self, latent: Tensor) -> Tensor:
         """Predict the legal actions at z ``[N, S, Z]``: bool ``[N, S, A]``, at least one true per row."""
@@ -249,7 +260,7 @@ class WorldModel(TensorDictModuleBase):
         hidden = self.transformer.step(tokens.flatten(0, 1), caches.sequence).view(tokens.shape)
         latent = self.dynamics.sample(hidden, state.latent)
         if self.reencode:
-            latent = self.encode(self.decode(latent))
+            latent = self.latent.sample_posterior(self.encoder(self.decoder(latent)))
         logits = None if self.teammates is None else self.teammates.step(latent, caches.teammates)
         return State(latent, hidden, self._teammate_logits(logits, latent))
 
@@ -262,16 +273,9 @@ class WorldModel(TensorDictModuleBase):
             following: s_{t+1}, ``[N, *batch]``.
 
         Returns:
-            rewards r_t, and probabilities of c_t that the episode goes on, ``[N, *batch]`` each. Where last steps have
-            a reward head of their own, r_t is the expectation over both.
+            r_t, expected over both heads where there are two, and probabilities of c_t, ``[N, *batch]`` each.
         """
-        observations = (lambda: self.decode(state.latent), lambda: self.decode(following.latent))
-        step = Transition(state.latent, action, following.hidden, lambda: following.latent, *observations)
-        reward = self.two_hot.decode(self._reward_logits(self.reward, step))
-        continuation = self._continuation_logits(following.hidden).squeeze(-1).sigmoid()
-        if self.end_reward is not None:
-            reward = self.two_hot.decode(self._reward_logits(self.end_reward, step)).lerp(reward, continuation)
-        return reward, continuation
+        return predict_outcome(self, state, action, following)
 
     def imagine(self, state: State, caches: Caches, act: Act, horizon: int) -> Rollout:
         """Imagine ``horizon`` steps (Algorithm 1).
@@ -292,21 +296,28 @@ class WorldModel(TensorDictModuleBase):
         """Run whole sequences through the model: see the class for keys."""
         shape = sequence_batch(tensordict, self, len(self.actions.action_shape))
         read = partial(read_sequences, tensordict, reader=self, shape=shape, agents=self.num_agents)
-        observation = in_type_of(self.encoder, read(keys.OBSERVATION, event=self.observation_shape))
-        next_observation = in_type_of(self.encoder, read(keys.NEXT_OBSERVATION, event=self.observation_shape))
+        both = (read(key, event=self.observation_shape) for key in (keys.OBSERVATION, keys.NEXT_OBSERVATION))
+        observation, next_observation = (in_type_of(self.encoder, observation) for observation in both)
         action = read(keys.ACTION, event=self.actions.action_shape)
         done = read(keys.AGENT_DONE, event=[1]).squeeze(-1)
         segments = segment_ids(done)
         mask = causal_segment_mask(segments.flatten(0, 1))
         features, next_features = encode_with_successors(
-            self.encoder, observation, next_observation, done, self.max_boundaries
+            self.features, observation, next_observation, done, self.max_boundaries
         )
         latent = self.latent.sample_posterior(features)
         tokens = self.action_mixer(latent, action)
         hidden = self.transformer(tokens.flatten(0, 1), mask).view(tokens.shape)
-        observations = (lambda: observation, lambda: next_observation)
-        step = Transition(latent, action, hidden, lambda: self.latent.sample_posterior(next_features), *observations)
-        reward_logits = self._reward_logits(self.reward, step)
+        step = Transition(
+            latent,
+            action,
+            hidden,
+            lambda: self.latent.sample_posterior(next_features),
+            lambda: observation,
+            lambda: next_observation,
+            self.observation_norm,
+        )
+        logits = reward_logits(self, self.reward, step)
         teammates = None if self.teammates is None else self.teammates(latent, mask)
         posterior = self.latent.posterior(next_features)
         dynamics = self.dynamics.loss(hidden, latent, posterior)
@@ -319,10 +330,10 @@ class WorldModel(TensorDictModuleBase):
             keys.PRIOR: dynamics.prior,
             keys.DYNAMICS_KL: dynamics.dynamics.unsqueeze(-1),
             keys.REPRESENTATION_KL: dynamics.representation.unsqueeze(-1),
-            keys.REWARD_LOGITS: reward_logits,
-            keys.CONTINUATION_LOGITS: self._continuation_logits(hidden),
+            keys.REWARD_LOGITS: logits,
+            keys.CONTINUATION_LOGITS: continuation_logits(self, hidden),
             keys.MASK_LOGITS: None if self.action_mask is None else self.action_mask(latent),
-            keys.END_REWARD_LOGITS: None if self.end_reward is None else self._reward_logits(self.end_reward, step),
+            keys.END_REWARD_LOGITS: None if self.end_reward is None else reward_logits(self, self.end_reward, step),
         }
         for key in self.out_keys:
             value = outputs[key]
@@ -330,15 +341,6 @@ class WorldModel(TensorDictModuleBase):
             value = value.view(value.shape[0], *shape, *value.shape[3:])
             tensordict.set(key, agents_last(value, value.ndim - 1 - len(shape)))
         return tensordict
-
-    def _reward_logits(self, head: nn.Module, step: Transition) -> Tensor:
-        """Logits ``[N, *batch, bins]`` of the reward: of the head of transitions, or of that of last steps."""
-        logits = head(step) if isinstance(head, RewardHead) else head(step.hidden)
-        what = f"the reward head {type(head).__name__} must give logits"
-        return check_shape(logits, what, (*step.hidden.shape[:-1], self.two_hot.num_bins))
-
-    def _continuation_logits(self, hidden: Tensor) -> Tensor:
-        return check_shape(self.continuation(hidden), "the continuation head must give logits", (*hidden.shape[:-1], 1))
 
     def _teammate_logits(self, logits: Tensor | None, latent: Tensor) -> Tensor:
         """Return what the teammate predictor said, if it is of the right shape; of none, logits of no teammates."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase, dispatch
@@ -31,6 +33,10 @@ class LambdaReturn(TensorDictModuleBase):
         critic: writes ``("agents", "state_value")``.
         gamma: discount factor.
         lmbda: lambda of the return.
+        reward_norm: ``world_model.two_hot.norm``, the running mean and spread of each agent's rewards. If given, values
+            and returns are in units of the spread, and relative to what an agent has that gets the mean for ever. So
+            no setting of the losses depends on an environment's units, and critics tell states apart where rewards
+            hardly differ.
 
     Keys read (batch ``[*S, H]``): what the critic reads, at the root and under ``"next"``;
     ``("next", "agents", "reward" | "continuation")``.
@@ -39,8 +45,8 @@ class LambdaReturn(TensorDictModuleBase):
     ``("agents", "weight")``, the probability that the rollout has not ended before t (1 at t = 0).
 
     Raises:
-        ValueError: if ``gamma`` or ``lmbda`` does not lie in [0, 1], the critic does not write state values, or an
-            entry has another shape.
+        ValueError: if ``gamma`` or ``lmbda`` does not lie in [0, 1], or ``gamma`` is 1 with a ``reward_norm``; if the
+            critic does not write state values, or an entry has another shape.
         KeyError: if an entry is missing.
 
     Examples:
@@ -55,12 +61,24 @@ class LambdaReturn(TensorDictModuleBase):
         [1.75, 1.5, 1.0]
     """
 
-    def __init__(self, critic: TensorDictModuleBase, *, gamma: float = GAMMA, lmbda: float = LMBDA) -> None:
+    def __init__(
+        self,
+        critic: TensorDictModuleBase,
+        *,
+        gamma: float = GAMMA,
+        lmbda: float = LMBDA,
+        reward_norm: Any = None,
+    ) -> None:
         super().__init__()
         check_numbers(minimum=0, maximum=1, gamma=gamma, lmbda=lmbda)
+        if reward_norm is not None:
+            check_kinds(nn.Module, reward_norm=reward_norm)
+            check_numbers(below=1, gamma=gamma)
         check_kinds(nn.Module, critic=critic)
         check_writes(critic, [keys.STATE_VALUE], "the critic")
         self.critic = critic
+        # Not registered: it belongs to the world model.
+        self.__dict__["reward_norm"] = reward_norm
         self.gamma, self.lmbda = gamma, lmbda
         self.in_keys = [*critic.in_keys, *map(_next, critic.in_keys), keys.REWARD, keys.CONTINUATION]
         self.out_keys = [keys.STATE_VALUE, keys.LAMBDA_RETURN, keys.WEIGHT]
@@ -89,7 +107,12 @@ class LambdaReturn(TensorDictModuleBase):
             self.critic(states), keys.STATE_VALUE, self.critic, (*states.shape, *reward.shape[time + 1 :])
         )
         reward, continuation, values = (entry.movedim(time, -1) for entry in (reward, continuation, values))
-        returns = lambda_return(reward, continuation, values[..., 1:], self.gamma, self.lmbda)
+        usual = 0.0
+        if (norm := self.reward_norm) is not None:
+            scale = norm.agent_scale.unsqueeze(-1)
+            reward = reward / scale
+            usual = norm.agent_mean.unsqueeze(-1) / scale / (1 - self.gamma)
+        returns = lambda_return(reward, continuation, values[..., 1:] + usual, self.gamma, self.lmbda) - usual
         reached = torch.cat([torch.ones_like(continuation[..., :1]), continuation[..., :-1]], -1).cumprod(-1)
         tensordict.set(keys.STATE_VALUE, values[..., :-1].movedim(-1, time))
         tensordict.set(keys.LAMBDA_RETURN, returns.movedim(-1, time))

@@ -15,7 +15,7 @@ from torchrl.modules import SymExpTwoHot
 from matwm_rl import keys
 from matwm_rl.arguments import check_kinds, check_numbers
 from matwm_rl.checks import read_entry, read_optional, read_output
-from matwm_rl.functional import balanced_kl, masked_mean
+from matwm_rl.functional import agents_first, balanced_kl, masked_mean
 from matwm_rl.objectives.common import KeyedLoss
 from matwm_rl.settings import Settings, setting
 
@@ -149,8 +149,12 @@ class WorldModelLoss(KeyedLoss):
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Return the weighted losses of a batch ``[*B, T]``."""
+        """Return the weighted losses of a batch ``[*B, T]``.
+
+        Norms of a world model in training mode take in the batch first.
+        """
         k = self.tensor_keys
+        self._take_in(tensordict)
         model = self.world_model(tensordict.copy())
         reward_logits = read_output(model, k.reward_logits, self.world_model, None)
         shape = reward_logits.shape[:-1]
@@ -190,6 +194,19 @@ class WorldModelLoss(KeyedLoss):
         out["kl"] = masked_mean(dynamics.detach(), survived)
         return self._written(out)
 
+    def _take_in(self, tensordict: TensorDictBase) -> None:
+        """Let the norms of a model in training take in the observations and rewards of living agents."""
+        norm, two_hot = getattr(self.world_model, "observation_norm", None), getattr(self.two_hot, "norm", None)
+        if not self.world_model.training or (norm is None and two_hot is None):
+            return
+        k = self.tensor_keys
+        reward = read_entry(tensordict, k.reward, self).squeeze(-1)
+        alive = self._valid_mask(tensordict, k.alive, reward)
+        if two_hot is not None:
+            self.two_hot.update(reward, alive)
+        if norm is not None:
+            norm.update(agents_first(read_entry(tensordict, k.observation, self)), agents_first(alive, 0))
+
     def _kl(self, model: TensorDictBase, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """KL ``[*B, T, N]`` of posterior and prior, in nats: once to move the prior only, once the posterior only."""
         k, who = self.tensor_keys, self.world_model
@@ -200,12 +217,15 @@ class WorldModelLoss(KeyedLoss):
         return balanced_kl(posterior, read_output(model, k.prior, who, posterior.shape))
 
     def _reconstruction(self, model: TensorDictBase) -> Tensor:
-        """Squared error ``[*B, T, N]``, summed over the observation; images count from 0 to 1."""
+        """Squared error ``[*B, T, N]``, summed over the observation: normalised, or of images from 0 to 1."""
         k = self.tensor_keys
         target = model[k.observation]
         predicted = read_output(model, k.reconstruction, self.world_model, target.shape)
         target = target.float() / 255 if target.dtype == torch.uint8 else target
-        return (predicted - target).square().flatten(model[self.tensor_keys.reward].ndim - 1).sum(-1)
+        error = predicted - target
+        if (norm := getattr(self.world_model, "observation_norm", None)) is not None:
+            error = error / norm.agent_scale
+        return error.square().flatten(model[self.tensor_keys.reward].ndim - 1).sum(-1)
 
     def _continuation(self, model: TensorDictBase, ended: Tensor) -> Tensor:
         """Binary cross-entropy ``[*B, T, N]`` of c_t."""

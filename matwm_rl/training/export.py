@@ -18,7 +18,6 @@ from matwm_rl.arguments import check_kinds
 from matwm_rl.files import import_optional, new_file
 from matwm_rl.functional import agents_first, agents_last, sample_index
 from matwm_rl.modules import CategoricalLatent, WorldModelPolicy
-from matwm_rl.modules.sequences import in_type_of
 from matwm_rl.settings import to_plain
 from matwm_rl.training.model_files import actor_network
 
@@ -132,7 +131,7 @@ class _Decision(nn.Module):
         if noise is None:
             return model.encode(observation)
         assert isinstance(model.latent, CategoricalLatent), "no other latents are given noise"
-        probs = model.latent.probs(model.encoder(in_type_of(model.encoder, observation)))
+        probs = model.latent.probs(model.features(observation))
         return model.latent.from_code(sample_index(probs, agents_first(noise).unsqueeze(-1)))
 
 

@@ -89,7 +89,7 @@ class Learner:
         self.world_model_loss = WorldModelLoss(world_model, weights=cfg.loss_weights)
         horizon = cfg.horizon or horizon_by_agents(agents)
         self.imagination = Imagination(world_model, actor, horizon=horizon, precision=cfg.precision)
-        self.returns = LambdaReturn(critic, gamma=cfg.gamma, lmbda=cfg.lmbda)
+        self.returns = LambdaReturn(critic, gamma=cfg.gamma, lmbda=cfg.lmbda, reward_norm=world_model.two_hot.norm)
         self.actor_loss = ActorLoss(actor, num_agents=agents, **cfg.actor.arguments())
         self.critic_loss = CriticLoss(critic)
         device = next(world_model.parameters()).device

@@ -193,7 +193,7 @@ def test_coordinates_pass_linearly_through_the_model() -> None:
 
 @pytest.mark.parametrize("name", PARTS)
 def test_a_given_part_takes_the_place_of_the_built_one(name: str) -> None:
-    options = config(reward=ObservationRewardConfig())
+    options = config(reward=ObservationRewardConfig(), normalize=True)
     part = build_parts(make_layout(), options)[name]
     assert isinstance(part, nn.Module)
     parts = build_parts(make_layout(), options, **{name: part})

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl.objectives.value.functional import td_lambda_return_estimate
 
 from matwm_rl import keys
-from matwm_rl.modules import ActorCriticConfig, make_critic
+from matwm_rl.modules import ActorCriticConfig, RunningNorm, make_critic
 from matwm_rl.objectives import LambdaReturn, ReturnScale
 from tests.helpers import COUNTS, make_model, random_imagined, randomize
 from tests.test_functional import slow_lambda_return
@@ -41,6 +41,24 @@ def test_returns_values_and_weights_are_those_of_slow_loops(float64: None) -> No
             weights.append(reached)
             reached *= c
         assert out[keys.WEIGHT][s, :, n, 0].tolist() == pytest.approx(weights, rel=1e-9)
+
+
+def test_with_a_norm_they_are_in_units_of_the_spread_and_relative_to_the_mean_reward_for_ever(float64: None) -> None:
+    gamma, td, values = 0.9, *chained(4, 6)
+    norm = RunningNorm(1, group_index=[0, 0, 1])
+    norm.update(torch.tensor([3.0, 3.0, 0.01]).view(N, 1, 1) * torch.randn(N, 50, 1) - 7)
+    out = LambdaReturn(CRITIC, gamma=gamma, lmbda=0.8, reward_norm=norm)(td.clone())
+    torch.testing.assert_close(out[keys.STATE_VALUE], values[:, :-1])
+    for s, n in itertools.product(range(4), range(N)):
+        mean, spread = float(norm.mean[[0, 0, 1][n]]), float(norm.scale[[0, 0, 1][n]])
+        for_ever = mean / spread / (1 - gamma)
+        reward = [r / spread for r in td[keys.REWARD][s, :, n, 0].tolist()]
+        continuation = td[keys.CONTINUATION][s, :, n, 0].tolist()
+        value = [v + for_ever for v in values[s, 1:, n, 0].tolist()]
+        expected = [g - for_ever for g in slow_lambda_return(reward, continuation, value, gamma, 0.8)]
+        assert out[keys.LAMBDA_RETURN][s, :, n, 0].tolist() == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="gamma"):
+        LambdaReturn(CRITIC, gamma=1.0, reward_norm=norm)
 
 
 def test_agrees_with_torchrl(float64: None) -> None:

@@ -1,0 +1,154 @@
+"""Running mean and spread of what an environment gives, so that networks see every unit alike (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from matwm_rl.arguments import check_ints, check_numbers, read_index
+from matwm_rl.checks import check_shape
+
+RARE = 20.0
+"""A number that is nearly always the same counts as if its spread were its largest deviation over this."""
+NEGLIGIBLE = 1e-4
+"""A spread below this share of the others', or of the mean, is rounding: such a number counts as a constant."""
+LEAST = 0.5
+"""Share of the usual spread that every number gets at least."""
+
+
+class RunningNorm(nn.Module):
+    """Bring the numbers of a group of agents to mean 0 and a common spread, by what has been seen of them (ours).
+
+    Environments measure in units of their own: a package moves 0.002 in a step, an agent 0.1, a reward is 10 or 0.01.
+    Widths of codes, steps of optimizers and weights of losses cannot suit them all. Numbers of a similar spread share
+    one unit, so that the coordinates of points keep their geometry. Those of less than half the usual spread are
+    magnified to half of it. Before the first :meth:`update` nothing is changed.
+
+    TorchRL's ``VecNormV2`` belongs to an environment, where replay would hold what was normalised by statistics of
+    another time, and does not tell groups or dead agents apart. This belongs to a model and its checkpoint.
+
+    Args:
+        size: D, how many numbers there are.
+        group_index: for each of the N agents its group, which has statistics of its own.
+        spread: usual standard deviation of the normalised numbers.
+        min_rate: share of the newest batch in the running statistics. While there are few batches it is larger, so that
+            all count alike.
+
+    Raises:
+        ValueError: if ``size`` or ``spread`` is not positive, ``min_rate`` does not lie in
+            (0, 1], or an input has another shape.
+
+    Attributes:
+        mean: ``[G, D]``, of each group.
+        scale: ``[G, D]``, what one unit of the normalised number stands for.
+        unit: ``[G, 1]``, the scale that numbers of the usual spread have.
+
+    Examples:
+        >>> norm = RunningNorm(1, group_index=[0, 1])
+        >>> seen = torch.tensor([[0.0, 0.2], [10.0, 30.0]]).unsqueeze(-1)  # two agents, two steps
+        >>> norm.update(seen)
+        >>> norm.normalize(seen).squeeze(-1)
+        tensor([[-1.,  1.],
+                [-1.,  1.]])
+    """
+
+    group: Tensor
+    mean: Tensor
+    variance: Tensor
+    reach: Tensor
+    scale: Tensor
+    unit: Tensor
+    batches: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        group_index: Sequence[int],
+        spread: float = 1.0,
+        min_rate: float = 0.005,
+    ) -> None:
+        super().__init__()
+        check_ints(1, size=size)
+        check_numbers(above=0, spread=spread)
+        check_numbers(above=0, maximum=1, min_rate=min_rate)
+        index = read_index("group_index", group_index)
+        self.size, self.spread, self.min_rate = size, spread, min_rate
+        self.num_groups = max(index) + 1
+        self.register_buffer("group", torch.tensor(index), persistent=False)
+        for name in ("mean", "variance", "reach"):
+            self.register_buffer(name, torch.zeros(self.num_groups, size))
+        self.register_buffer("scale", torch.ones(self.num_groups, size))
+        self.register_buffer("unit", torch.ones(self.num_groups, 1))
+        self.register_buffer("batches", torch.zeros(self.num_groups, 1))
+
+    @torch.no_grad()
+    def update(self, value: Tensor, valid: Tensor | None = None) -> None:
+        """Take in a batch.
+
+        Args:
+            value: ``[N, *batch, D]``.
+            valid: bool ``[N, *batch]``, which count; ``None``: all. What is not finite never counts, and a group of
+                which nothing counts keeps its statistics.
+        """
+        check_shape(value, "RunningNorm takes in", (len(self.group), *value.shape[1:-1], self.size))
+        value = value.flatten(1, -2).to(self.mean)
+        finite = value.isfinite().all(-1)
+        weight = (finite if valid is None else finite & valid.flatten(1)).to(value)
+        value = value.masked_fill(~finite.unsqueeze(-1), 0.0)
+        members = nn.functional.one_hot(self.group, self.num_groups).to(value)
+        count = members.T @ weight.sum(1, keepdim=True)
+        seen = count > 0
+
+        def mean_of(numbers: Tensor) -> Tensor:
+            return members.T @ torch.einsum("nbd,nb->nd", numbers, weight) / count.clamp(min=1.0)
+
+        self.batches += seen
+        rate = torch.where(seen, (1 / self.batches.clamp(min=1.0)).clamp(min=self.min_rate), 0.0)
+        before = self.mean.clone()
+        self.mean.lerp_(mean_of(value), rate)
+        deviation = value - self.mean[self.group].unsqueeze(1)
+        moved = self.variance + (self.mean - before).square()
+        self.variance.copy_(torch.where(seen, moved.lerp(mean_of(deviation.square()), rate), self.variance))
+        farthest = (deviation.abs() * weight.unsqueeze(-1)).amax(1)
+        self.reach.scatter_reduce_(0, self.group.unsqueeze(-1).expand_as(farthest), farthest, "amax")
+        self._rescale()
+
+    def _rescale(self) -> None:
+        deviation = torch.maximum(self.variance.sqrt(), self.reach / RARE)
+        deviation = torch.where(deviation > NEGLIGIBLE * self.mean.abs(), deviation, 0.0)
+        varying = (deviation > 0).sum(-1, keepdim=True).clamp(min=1)
+        usual = (deviation.square().sum(-1, keepdim=True) / varying).sqrt()
+        is_constant = deviation <= NEGLIGIBLE * usual
+        deviation = torch.where(is_constant, usual, torch.minimum(deviation / LEAST, usual))
+        for scale, spread in ((self.scale, deviation), (self.unit, usual)):
+            scale.copy_(torch.where(spread > 0, spread / self.spread, 1.0))
+
+    @property
+    def agent_mean(self) -> Tensor:
+        """``[N, D]``, ``mean`` of every agent's group."""
+        return self.mean[self.group]
+
+    @property
+    def agent_scale(self) -> Tensor:
+        """``[N, D]``, ``scale`` of every agent's group."""
+        return self.scale[self.group]
+
+    def normalize(self, value: Tensor) -> Tensor:
+        """Return ``[N, *batch, D]`` less their mean, over their scale."""
+        return (value - _like(value, self.agent_mean)) / _like(value, self.agent_scale)
+
+    def restore(self, normalized: Tensor) -> Tensor:
+        """Return ``[N, *batch, D]`` in the environment's units: the inverse of :meth:`normalize`."""
+        return torch.addcmul(_like(normalized, self.agent_mean), normalized, _like(normalized, self.agent_scale))
+
+    def in_one_unit(self, value: Tensor) -> Tensor:
+        """Return ``[N, *batch, D]`` over ``unit``, one scale for all D, so that distances stay distances."""
+        return value / _like(value, self.unit[self.group])
+
+
+def _like(value: Tensor, statistic: Tensor) -> Tensor:
+    """View ``[N, D]`` such that it can be taken with ``[N, *batch, D]``."""
+    return statistic.view(statistic.shape[0], *[1] * (value.ndim - 2), statistic.shape[-1])
