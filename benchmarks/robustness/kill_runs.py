@@ -31,6 +31,7 @@ RESULT = ROOT / "benchmarks" / "results" / "robustness" / "kill_runs.json"
 CHECKPOINT_EVERY, FRAMES = 40, 20
 SETTINGS = [
     "preset=tiny",
+    "world_model.normalize=true",
     "env=mpe2/simple_tag_v3",
     "num_envs=2",
     "num_threads=1",
