@@ -75,8 +75,8 @@ class LambdaReturn(TensorDictModuleBase):
             check_kinds(nn.Module, reward_norm=reward_norm)
             if gamma == 1:
                 raise ValueError(
-                    f"gamma must be below 1 where rewards are normalised, got {gamma}: values are counted from what the "
-                    "mean reward is worth for ever. Set world_model.normalize to false, or give no reward_norm"
+                    f"gamma must be below 1 where rewards are normalised, got {gamma}: values are counted from what "
+                    "the mean reward is worth for ever. Set world_model.normalize to false, or give no reward_norm"
                 )
         check_kinds(nn.Module, critic=critic)
         check_writes(critic, [keys.STATE_VALUE], "the critic")
