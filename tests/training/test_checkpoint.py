@@ -60,7 +60,11 @@ def assert_same(first: Any, second: Any) -> None:
 
 @pytest.mark.parametrize(
     "switches",
-    [{}, {"latent": LATENTS["gaussian"], "normalize": True}, {"share_by_group": True, "reward": ObservationRewardConfig()}],
+    [
+        {},
+        {"latent": LATENTS["gaussian"], "normalize": True},
+        {"share_by_group": True, "reward": ObservationRewardConfig()},
+    ],
     ids=str,
 )
 def test_a_resumed_run_goes_on_exactly_as_the_uninterrupted_one(tmp_path: Path, switches: dict[str, Any]) -> None:
