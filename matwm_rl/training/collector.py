@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,8 +39,8 @@ class ResumableCollector(Collector):
     An environment that does not repeat itself, such as one with NumPy's global random state, begins new episodes at
     every checkpoint instead, in both runs. Whether it repeats itself is tried before collection begins. Where only a
     later episode shows that it does not, or where the state was saved between checkpoints, :attr:`continues` is False
-    after loading, and new episodes begin in the resumed run alone. What a transform has gathered in a running state of
-    its own, such as means of observations, is no part of the state.
+    after loading, and new episodes begin in the resumed run alone. What transforms have gathered in a
+    running state of their own, such as the means of TorchRL's ``VecNormV2``, is part of the state.
 
     Args:
         env: made with ``seed``, and with the policy's primer if it has one.
@@ -119,6 +119,7 @@ class ResumableCollector(Collector):
             "seeded_at": self._seeded_at,
             "actions": torch.cat(self._actions, dim=self.env.ndim) if self._actions else None,
             "carrier": self._flat_carrier(),
+            "transforms": _tensors(self.env.state_dict()),
         }
 
     def check_state_dict(self, state: Any, *, source: str) -> None:
@@ -171,21 +172,25 @@ class ResumableCollector(Collector):
         actions = None if state_dict["actions"] is None else state_dict["actions"].cpu()
         with keep_random_state(self.env.device):
             super().load_state_dict({"env_state_dict": {}, **state_dict}, strict=False)
-            if 0 < self._env_steps == self._seeded_at:
-                return self._begin_anew()
-            if self._seeded_at:
-                self._restart()
-            try:
-                played = self._play(actions)
-                self.continues = all(torch.equal(carrier[key], played[key].cpu()) for key in _TOLD)
-            except Exception:  # whatever an environment raises if actions do not fit: it does not repeat itself
-                self.continues = False
+            begins_anew = 0 < self._env_steps == self._seeded_at
+            if not begins_anew:
+                self.continues = self._play_again(actions, carrier)
+            self.env.load_state_dict(state_dict["transforms"])
         self._actions = [] if actions is None else [actions]
-        if self.continues:
-            collector_carrier(self).update(carrier.to(self.env.device or "cpu"))
-        else:
+        if begins_anew or not self.continues:
             self._begin_anew()
-        return None
+        else:
+            collector_carrier(self).update(carrier.to(self.env.device or "cpu"))
+
+    def _play_again(self, actions: Tensor | None, carrier: TensorDictBase) -> bool:
+        """Bring the environments to where they were; return whether they got there."""
+        if self._seeded_at:
+            self._restart()
+        try:
+            played = self._play(actions)
+        except Exception:  # whatever an environment raises if actions do not fit: it does not repeat itself
+            return False
+        return all(torch.equal(carrier[key], played[key].cpu()) for key in _TOLD)
 
     @torch.no_grad()
     def _play(self, actions: Tensor | None) -> TensorDictBase:
@@ -210,6 +215,13 @@ class ResumableCollector(Collector):
         """Begin new episodes in all environments, with the seed for the step that they were last seeded at."""
         self.set_seed(self._seed + self._seeded_at)
         self.reset()
+
+
+def _tensors(state: Any) -> Any:
+    """Return a copy of a nested state, on the CPU, in plain dictionaries."""
+    if isinstance(state, Tensor):
+        return state.detach().cpu().clone()
+    return {str(key): _tensors(value) for key, value in state.items()} if isinstance(state, Mapping) else state
 
 
 def repeats_itself(env: EnvBase, seed: int, steps: int = 5) -> bool:

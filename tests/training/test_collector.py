@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDictBase
-from torchrl.envs import TransformedEnv
+from torchrl.envs import TransformedEnv, VecNormV2
 
 from matwm_rl import keys, presets
 from matwm_rl.envs import MockEnv, MultiAgentEnv, make_env
@@ -18,6 +18,7 @@ from matwm_rl.evaluation import RandomActions
 from matwm_rl.modules import WorldModel, WorldModelPolicy, make_actor
 from matwm_rl.training.collector import ResumableCollector, repeats_itself
 from matwm_rl.training.process import random_states, set_random_states
+from tests.training.helpers import assert_same
 
 FRAMES = 8
 
@@ -134,6 +135,33 @@ def test_an_environment_that_does_not_repeat_itself_begins_anew_at_checkpoints_i
         for key in before.exclude("collector", "episode", ("next", "episode")).keys(True, True):
             assert torch.equal(before[key], after[key]), key
     assert expected[0][keys.OBSERVATION][0, 0, 0] == 0
+
+
+@pytest.mark.parametrize("batches", [2, 3], ids=["at a checkpoint", "between checkpoints"])
+def test_running_means_of_transforms_go_on(batches: int) -> None:
+    def make() -> ResumableCollector:
+        torch.manual_seed(0)
+        env = TransformedEnv(make_env("mock", seed=5), VecNormV2(in_keys=[keys.OBSERVATION]))
+        sizes = {"frames_per_batch": FRAMES, "total_frames": 400, "auto_register_policy_transforms": False}
+        return ResumableCollector(env, RandomActions(), seed=5, checkpoint_every=2 * FRAMES, **sizes)
+
+    one = make()
+    stream = iter(one)
+    for _ in range(batches):
+        next(stream)
+    state, random = one.state_dict(), random_states()
+    expected = [next(stream).clone() for _ in range(3)]
+    other = make()
+    other.check_state_dict(state, source="state.pt")
+    other.load_state_dict(state)
+    assert_same(other.state_dict()["transforms"], state["transforms"])
+    if batches == 2:  # where the checkpoint stands at which new episodes begin in both
+        set_random_states(random)
+        for first, second in zip(expected, other, strict=False):
+            assert torch.equal(first[keys.OBSERVATION], second[keys.OBSERVATION])
+    state["transforms"]["_extra_state"].popitem()
+    with pytest.raises(ValueError, match=r"state.pt.*transforms._extra_state.* is missing"):
+        other.check_state_dict(state, source="state.pt")
 
 
 @pytest.mark.parametrize(
