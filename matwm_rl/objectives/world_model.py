@@ -196,16 +196,17 @@ class WorldModelLoss(KeyedLoss):
 
     def _take_in(self, tensordict: TensorDictBase) -> None:
         """Let the norms of a model in training take in the observations and rewards of living agents."""
-        norm, two_hot = getattr(self.world_model, "observation_norm", None), getattr(self.two_hot, "norm", None)
-        if not self.world_model.training or (norm is None and two_hot is None):
+        observation_norm = getattr(self.world_model, "observation_norm", None)
+        reward_norm = getattr(self.two_hot, "norm", None)
+        if not self.world_model.training or (observation_norm is None and reward_norm is None):
             return
         k = self.tensor_keys
         reward = read_entry(tensordict, k.reward, self).squeeze(-1)
         alive = self._valid_mask(tensordict, k.alive, reward)
-        if two_hot is not None:
+        if reward_norm is not None:
             self.two_hot.update(reward, alive)
-        if norm is not None:
-            norm.update(agents_first(read_entry(tensordict, k.observation, self)), agents_first(alive, 0))
+        if observation_norm is not None:
+            observation_norm.update(agents_first(read_entry(tensordict, k.observation, self)), agents_first(alive, 0))
 
     def _kl(self, model: TensorDictBase, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """KL ``[*B, T, N]`` of posterior and prior, in nats: once to move the prior only, once the posterior only."""
@@ -217,7 +218,10 @@ class WorldModelLoss(KeyedLoss):
         return balanced_kl(posterior, read_output(model, k.prior, who, posterior.shape))
 
     def _reconstruction(self, model: TensorDictBase) -> Tensor:
-        """Squared error ``[*B, T, N]``, summed over the observation: normalised, or of images from 0 to 1."""
+        """Squared error ``[*B, T, N]``, summed over the observation.
+
+        It is in normalised units if the model normalises observations. Images count from 0 to 1.
+        """
         k = self.tensor_keys
         target = model[k.observation]
         predicted = read_output(model, k.reconstruction, self.world_model, target.shape)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class ResumableCollector(Collector):
             "seeded_at": self._seeded_at,
             "actions": torch.cat(self._actions, dim=self.env.ndim) if self._actions else None,
             "carrier": self._flat_carrier(),
-            "transforms": _tensors(self.env.state_dict()),
+            "transforms": deepcopy(self.env.state_dict()),
         }
 
     def check_state_dict(self, state: Any, *, source: str) -> None:
@@ -183,7 +184,7 @@ class ResumableCollector(Collector):
             collector_carrier(self).update(carrier.to(self.env.device or "cpu"))
 
     def _play_again(self, actions: Tensor | None, carrier: TensorDictBase) -> bool:
-        """Bring the environments to where they were; return whether they got there."""
+        """Play the stored actions again; return whether the environments then show what they showed."""
         if self._seeded_at:
             self._restart()
         try:
@@ -215,13 +216,6 @@ class ResumableCollector(Collector):
         """Begin new episodes in all environments, with the seed for the step that they were last seeded at."""
         self.set_seed(self._seed + self._seeded_at)
         self.reset()
-
-
-def _tensors(state: Any) -> Any:
-    """Return a copy of a nested state, on the CPU, in plain dictionaries."""
-    if isinstance(state, Tensor):
-        return state.detach().cpu().clone()
-    return {str(key): _tensors(value) for key, value in state.items()} if isinstance(state, Mapping) else state
 
 
 def repeats_itself(env: EnvBase, seed: int, steps: int = 5) -> bool:

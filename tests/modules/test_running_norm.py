@@ -209,6 +209,8 @@ def test_observations_are_decoded_in_their_own_units_and_their_error_is_relative
 
 def test_gradients_do_not_pass_the_statistics() -> None:
     model, batch = make_model(**NORMALIZED).train(), random_batch()
+    for key in (keys.OBSERVATION, keys.REWARD):
+        batch[key] = batch[key].requires_grad_()
     total(WorldModelLoss(model)(batch)).backward()
     assert all(not buffer.requires_grad for buffer in model.buffers())
 
