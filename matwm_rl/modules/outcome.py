@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def reward_logits(model: WorldModel, head: nn.Module, step: Transition) -> Tensor:
-    """Logits ``[N, *batch, bins]`` of the reward: of the head of transitions, or of that of last steps.
+    """Logits ``[N, *batch, bins]`` of the reward, from the head of transitions or from the head of last steps.
 
     Raises:
         ValueError: if the head gives another number of logits.
@@ -58,6 +58,6 @@ def predict_outcome(model: WorldModel, state: State, action: Tensor, following: 
 
 
 def _reward(model: WorldModel, head: nn.Module, step: Transition) -> Tensor:
-    # Two-hot distributions have the agents in the last dimension but one, since each agent may have its own scale.
+    # TwoHot scales each agent's rewards by its own statistics, and expects logits [*batch, N, bins].
     logits = agents_last(reward_logits(model, head, step))
     return agents_first(model.two_hot.decode(logits), 0)

@@ -13,9 +13,9 @@ from matwm_rl.checks import check_shape
 RARE = 20.0
 """A number that is nearly always the same counts as if its spread were its largest deviation over this."""
 NEGLIGIBLE = 1e-4
-"""A spread below this share of the others', or of the mean, is rounding: such a number counts as a constant."""
+"""A number counts as a constant if its spread is below this share of the usual spread, or of its own mean."""
 LEAST = 0.5
-"""Share of the usual spread that every number gets at least."""
+"""A number whose spread is below this share of the usual one is magnified to this share."""
 
 
 class RunningNorm(nn.Module):
@@ -37,8 +37,8 @@ class RunningNorm(nn.Module):
             all count alike.
 
     Raises:
-        ValueError: if ``size`` or ``spread`` is not positive, ``min_rate`` does not lie in
-            (0, 1], or an input has another shape.
+        ValueError: if ``size`` or ``spread`` is not positive, ``min_rate`` does not lie in (0, 1], or an input has
+            another shape.
 
     Attributes:
         mean: ``[G, D]``, of each group.
@@ -145,7 +145,7 @@ class RunningNorm(nn.Module):
         return torch.addcmul(_like(normalized, self.agent_mean), normalized, _like(normalized, self.agent_scale))
 
     def in_one_unit(self, value: Tensor) -> Tensor:
-        """Return ``[N, *batch, D]`` over ``unit``, one scale for all D, so that distances stay distances."""
+        """Return ``[N, *batch, D]`` over ``unit``, one scale for all D, which keeps the ratios of distances."""
         return value / _like(value, self.unit[self.group])
 
 

@@ -81,7 +81,7 @@ class LambdaReturn(TensorDictModuleBase):
         check_kinds(nn.Module, critic=critic)
         check_writes(critic, [keys.STATE_VALUE], "the critic")
         self.critic = critic
-        # Not registered: it belongs to the world model.
+        # Not registered as a submodule, because it is the world model's.
         self.__dict__["reward_norm"] = reward_norm
         self.gamma, self.lmbda = gamma, lmbda
         self.in_keys = [*critic.in_keys, *map(_next, critic.in_keys), keys.REWARD, keys.CONTINUATION]
