@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from matwm_rl.processes import sum_over_processes
+
 
 def keep_random_state(device: torch.device | None) -> AbstractContextManager[None]:
     """Restore torch's random states, of the CPU and of a device, after the block.
@@ -418,10 +420,9 @@ def masked_mean(value: Tensor, mask: Tensor | None) -> Tensor:
         >>> masked_mean(torch.tensor([1.0, 3.0, 100.0]), torch.tensor([True, True, False])).item()
         2.0
     """
-    if mask is None:
-        return value.mean()
-    mask = mask.expand_as(value)
-    return torch.where(mask, value, 0.0).sum() / mask.sum().clamp(min=1)
+    mask = torch.ones_like(value, dtype=torch.bool) if mask is None else mask.expand_as(value)
+    total = sum_over_processes(torch.where(mask, value, 0.0).sum())
+    return total / sum_over_processes(mask.sum()).clamp(min=1)
 
 
 def per_agent_sum(value: Tensor, event_dims: int = 0) -> Tensor:
@@ -435,7 +436,7 @@ def per_agent_sum(value: Tensor, event_dims: int = 0) -> Tensor:
         >>> per_agent_sum(torch.ones(4, 5, 3)).tolist()
         [20.0, 20.0, 20.0]
     """
-    return value.reshape(-1, *value.shape[value.ndim - 1 - event_dims :]).sum(0)
+    return sum_over_processes(value.reshape(-1, *value.shape[value.ndim - 1 - event_dims :]).sum(0))
 
 
 def per_agent_mean(value: Tensor, weight: Tensor, valid: Tensor) -> Tensor:

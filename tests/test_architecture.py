@@ -10,7 +10,7 @@ Read top down, every room may import from the levels below its own, and from no 
     action_space
     state_files
     checks  files  finite  functional  keys  settings  torchrl_internals
-    arguments
+    arguments  processes
 
 so a loss, above all, never knows which network it trains. ``matwm_rl/__init__.py`` gathers the public names: it may
 import any room of the package, and only ``examples`` and ``benchmarks`` may import from it.
@@ -40,7 +40,7 @@ LEVELS = (
         f"{PACKAGE}.{name}"
         for name in ("checks", "files", "finite", "functional", "keys", "settings", "torchrl_internals")
     ),
-    (f"{PACKAGE}.arguments",),
+    (f"{PACKAGE}.arguments", f"{PACKAGE}.processes"),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # The public face stands between the scripts that use it and the rooms that it gathers.

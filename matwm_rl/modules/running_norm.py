@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from matwm_rl.arguments import check_ints, check_numbers, read_index
 from matwm_rl.checks import check_shape
+from matwm_rl.processes import largest_of_processes, sum_over_processes
 
 RARE = 20.0
 """A number that is nearly always the same counts as if its spread were its largest deviation over this."""
@@ -99,11 +100,12 @@ class RunningNorm(nn.Module):
         weight = (finite if valid is None else finite & valid.flatten(1)).to(value)
         value = value.masked_fill(~finite.unsqueeze(-1), 0.0)
         members = nn.functional.one_hot(self.group, self.num_groups).to(value)
-        count = members.T @ weight.sum(1, keepdim=True)
+        count = sum_over_processes(members.T @ weight.sum(1, keepdim=True))
         seen = count > 0
 
         def mean_of(numbers: Tensor) -> Tensor:
-            return members.T @ torch.einsum("nbd,nb->nd", numbers, weight) / count.clamp(min=1.0)
+            total = members.T @ torch.einsum("nbd,nb->nd", numbers, weight)
+            return sum_over_processes(total) / count.clamp(min=1.0)
 
         self.batches += seen
         rate = torch.where(seen, (1 / self.batches.clamp(min=1.0)).clamp(min=self.min_rate), 0.0)
@@ -112,7 +114,7 @@ class RunningNorm(nn.Module):
         deviation = value - self.mean[self.group].unsqueeze(1)
         moved = self.variance + (self.mean - before).square()
         self.variance.copy_(torch.where(seen, moved.lerp(mean_of(deviation.square()), rate), self.variance))
-        farthest = (deviation.abs() * weight.unsqueeze(-1)).amax(1)
+        farthest = largest_of_processes((deviation.abs() * weight.unsqueeze(-1)).amax(1))
         self.reach.scatter_reduce_(0, self.group.unsqueeze(-1).expand_as(farthest), farthest, "amax")
         self._rescale()
 

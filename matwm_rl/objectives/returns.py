@@ -14,6 +14,7 @@ from matwm_rl import keys
 from matwm_rl.arguments import check_ints, check_kinds, check_numbers
 from matwm_rl.checks import batch_shape, check_shape, check_writes, read_entry, read_output
 from matwm_rl.functional import lambda_return
+from matwm_rl.processes import gather_from_processes
 from matwm_rl.torchrl_internals import percentile_levels
 
 GAMMA = 0.985
@@ -154,6 +155,7 @@ class ReturnScale(PercentileValueNorm):
         flat = value_target.detach().reshape(-1, *self.shape)
         if mask is not None:
             flat = torch.where(mask.reshape(flat.shape), flat, torch.nan)
+        flat = gather_from_processes(flat)
         low, high = torch.nanquantile(flat, percentile_levels(self).to(flat), dim=0).to(self.low)
         usable = low.isfinite() & high.isfinite()
         rate = torch.where(self.seen, self.rate, 1.0).to(self.low)

@@ -4,6 +4,7 @@ from matwm_rl.files import lock_folder
 from matwm_rl.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from matwm_rl.training.collector import ResumableCollector
 from matwm_rl.training.config import LearnerConfig
+from matwm_rl.training.distributed import distribute
 from matwm_rl.training.export import export_policy
 from matwm_rl.training.learner import Learner
 from matwm_rl.training.model_files import load_policy, load_world_model, save_policy, save_world_model
@@ -17,6 +18,7 @@ __all__ = [
     "PolicyCard",
     "ResumableCollector",
     "TrainedPolicy",
+    "distribute",
     "export_policy",
     "fail_with_workers",
     "has_checkpoint",

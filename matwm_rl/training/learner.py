@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,7 +15,7 @@ from torchrl.objectives import LossModule, SoftUpdate
 from matwm_rl import keys
 from matwm_rl.arguments import check_kinds, check_switches
 from matwm_rl.finite import is_finite, shorten
-from matwm_rl.functional import autocast
+from matwm_rl.functional import autocast, masked_mean
 from matwm_rl.modules import Imagination, WorldModel
 from matwm_rl.objectives import (
     ActorLoss,
@@ -23,9 +24,13 @@ from matwm_rl.objectives import (
     PolicyObjective,
     WorldModelLoss,
 )
+from matwm_rl.processes import largest_of_processes, learning_together
 from matwm_rl.training import guard
 from matwm_rl.training.config import LearnerConfig, horizon_by_agents
 from matwm_rl.training.learner_state import NETWORKS, check_learner_state, describe, learner_state, load_learner_state
+
+if TYPE_CHECKING:
+    from matwm_rl.training.distributed import LearnerGroup
 
 
 # TorchRL's Trainer does not serve: its update is one loss on one sample. Here the world model and the agents have
@@ -49,6 +54,7 @@ class Learner:
         imagination: makes the imagined rollout.
         returns: writes its lambda-returns.
         updates: number of :meth:`update_agents` calls.
+        group: ``None``, or the processes that learn together, see :func:`~matwm_rl.training.distribute`.
         built: what the networks are made of, see :func:`~matwm_rl.training.learner_state.describe`.
 
     Raises:
@@ -101,6 +107,7 @@ class Learner:
         self.actor_optimizer = self._optimizer(self.actor_loss, cfg.actor_lr)
         self.critic_optimizer = self._optimizer(self.critic_loss, cfg.critic_lr)
         self.updates = 0
+        self.group: LearnerGroup | None = None
         self.built = {name: describe(part) for name, part in zip(NETWORKS, (world_model, actor, critic), strict=True)}
         self._build_callables()
 
@@ -112,7 +119,8 @@ class Learner:
 
     def __getstate__(self) -> dict[str, Any]:
         built = ("target_updater", "_world_model_step", "_agents_step")
-        return {name: value for name, value in self.__dict__.items() if name not in built}
+        state = {name: value for name, value in self.__dict__.items() if name not in built}
+        return {**state, "group": None}  # a copy learns alone
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -145,14 +153,15 @@ class Learner:
         self._decay_learning_rate(self.world_model_optimizer)
         if self.config.cuda_graphs:
             self.world_model.max_boundaries = sequences.numel()
-        return self._world_model_step(sequences)
+        with self._together():
+            return self._world_model_step(sequences)
 
     def _step_world_model(self, sequences: TensorDictBase) -> TensorDict:
         clip, clip_ = self.config.world_model_clip, torch.nn.utils.clip_grad_norm_
         self.world_model.train()
         try:
             with self._autocast():
-                losses = self.world_model_loss(sequences)
+                losses = self._losses(self.world_model_loss, sequences)
             gradient = guard.backward(losses, self.world_model_optimizer, clip_, clip)
             guard.step([gradient], self._diagnosis(sequences, lambda: self.world_model_loss(sequences)))
         finally:
@@ -179,17 +188,20 @@ class Learner:
             raise ValueError("a CUDA graph repeats one update: with cuda_graphs, actors learn from the first update on")
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
             self._decay_learning_rate(optimizer)
-        metrics = self._agents_step(starts) if train_actors else self._step_agents(starts, train_actors=False)
+        with self._together():
+            metrics = self._agents_step(starts) if train_actors else self._step_agents(starts, train_actors=False)
         self.updates += 1
         return metrics
 
     def _step_agents(self, starts: TensorDictBase, *, train_actors: bool = True) -> TensorDict:
         cfg, imagined = self.config, self._imagine(starts)
         diagnosis = self._diagnosis(starts, lambda: self._losses_of_agents(starts))
-        if guard.can_wait(imagined.get(keys.LAMBDA_RETURN).device) and not is_finite(imagined.get(keys.LAMBDA_RETURN)):
+        returns = imagined.get(keys.LAMBDA_RETURN)
+        # An error in one process is one in all of them, which would otherwise wait for it.
+        if guard.can_wait(returns.device) and largest_of_processes(torch.tensor(not is_finite(returns)).int()):
             problem = shorten(list(guard.bad_entries(imagined, diagnosis.agents)))
             raise FloatingPointError(diagnosis.explain(f"what was imagined is not finite: {problem}"))
-        metrics = TensorDict({"imagined_reward": imagined["next", "agents", "reward"].mean()})
+        metrics = TensorDict({"imagined_reward": masked_mean(imagined["next", "agents", "reward"], None)})
         learning = [(self.actor_loss, self.actor_optimizer)] if train_actors else []
         learning.append((self.critic_loss, self.critic_optimizer))
         for epoch in range(cfg.agent_epochs):
@@ -198,13 +210,19 @@ class Learner:
             gradients = []
             for loss, optimizer in learning:
                 with self._autocast():
-                    losses = loss(imagined)
+                    losses = self._losses(loss, imagined)
                 gradients.append(guard.backward(losses, optimizer, guard.clip_agents_, cfg.actor_critic_clip))
                 metrics.update(losses.detach())
             guard.step(gradients, diagnosis)
         self.actor_loss.train()
         self.target_updater.step()
         return metrics
+
+    def _together(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.group is None else self.group.together()
+
+    def _losses(self, loss: LossModule, batch: TensorDictBase) -> TensorDictBase:
+        return loss(batch) if self.group is None else self.group.losses(loss, batch)
 
     def _imagine(self, starts: TensorDictBase) -> TensorDictBase:
         """Return an imagined rollout with all that the agents' losses read."""
@@ -230,7 +248,12 @@ class Learner:
     def _diagnosis(self, batch: TensorDictBase, run: Callable[[], object]) -> guard.Diagnosis:
         networks = {"world_model": self.world_model, "actor": self.actor, "critic": self.critic}
         recipe, agents = self.world_model.recipe, [str(index) for index in range(self.world_model.num_agents)]
-        return guard.Diagnosis(batch, networks, agents if recipe is None else recipe[0].agent_names, run)
+
+        def run_alone() -> None:
+            with learning_together(None):  # other processes may find a cause before they get here
+                run()
+
+        return guard.Diagnosis(batch, networks, agents if recipe is None else recipe[0].agent_names, run_alone)
 
     @torch.no_grad()
     def _log_prob(self, imagined: TensorDictBase) -> Tensor:

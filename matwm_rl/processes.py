@@ -1,0 +1,110 @@
+"""Sums over the batch of all processes that learn together, where a loss or a statistic needs the whole of it.
+
+Each process has a part of every batch. DistributedDataParallel averages their gradients, which equals the gradient of
+the whole batch only if every loss is a mean over the whole batch: parts differ in their numbers of living agents.
+Within :func:`learning_together` the functions below therefore count over all processes. Outside of it they change
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)
+
+
+@contextmanager
+def learning_together(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Let sums in this block run over all processes of a group; ``None``: over this process alone.
+
+    All processes of the group have to compute the same things in the same order, or they wait for each other.
+
+    Args:
+        group: processes that each have a part of the batch.
+
+    Examples:
+        >>> with learning_together(None):
+        ...     sum_over_processes(torch.tensor(3))
+        tensor(3)
+    """
+    token = _group.set(group)
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """Sum of a tensor of all processes, for a loss that is the same number in every process.
+
+    Its gradient is that of the whole loss once DistributedDataParallel has averaged it.
+
+    Args:
+        value: of the same shape in every process.
+
+    Examples:
+        >>> sum_over_processes(torch.tensor([1.0, 2.0]))
+        tensor([1., 2.])
+    """
+    group = _group.get()
+    return value if group is None else _Sum.apply(value, group)
+
+
+def largest_of_processes(value: Tensor) -> Tensor:
+    """Elementwise maximum over all processes, without a gradient.
+
+    Args:
+        value: of the same shape in every process.
+
+    Examples:
+        >>> largest_of_processes(torch.tensor([1.0, 2.0]))
+        tensor([1., 2.])
+    """
+    if (group := _group.get()) is None:
+        return value
+    value = value.detach().clone()
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
+    return value
+
+
+def gather_from_processes(value: Tensor) -> Tensor:
+    """Concatenation of the tensors of all processes along the first dimension, without a gradient.
+
+    Args:
+        value: of the same shape in every process.
+
+    Examples:
+        >>> gather_from_processes(torch.tensor([1.0, 2.0]))
+        tensor([1., 2.])
+    """
+    if (group := _group.get()) is None:
+        return value
+    parts = [torch.empty_like(value) for _ in range(group.size())]
+    dist.all_gather(parts, value.detach().contiguous(), group=group)
+    return torch.cat(parts)
+
+
+class _Sum(torch.autograd.Function):
+    """An all-reduce whose gradient needs no communication.
+
+    The all-reduce of ``torch.distributed.nn`` sums the gradients of all processes. Here they are equal, since the loss
+    is the same number everywhere.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.processes = group.size()
+        value = value.clone()
+        dist.all_reduce(value, group=group)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.processes, None

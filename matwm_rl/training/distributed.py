@@ -1,0 +1,141 @@
+"""A learner in several processes: each has a part of every batch, and all have the same weights."""
+
+from __future__ import annotations
+
+import zlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchrl.objectives import LossModule
+
+from matwm_rl.arguments import check_kinds
+from matwm_rl.processes import learning_together
+from matwm_rl.training.learner import Learner
+from matwm_rl.training.learner_state import check_built
+
+
+def distribute(learner: Learner, group: dist.ProcessGroup | None = None) -> Learner:
+    """Let a learner learn together with those of other processes, as one learner with the batches of all of them.
+
+    Call it in every process of the group, after ``torch.distributed.init_process_group``. All processes begin with
+    the state of the first one, which is sent once. From then on each gives a part of every batch, of the same size, to
+    ``update_world_model`` and ``update_agents``. PyTorch's ``DistributedDataParallel`` averages the gradients before
+    they are clipped; losses, return scales and the norms of the world model count over all parts. So weights, moments
+    of the optimizers, EMA critics and metrics are the same everywhere after every update.
+
+    Each process needs random numbers of its own, ``torch.manual_seed(seed + rank)``, and its own data:
+    :func:`matwm_rl.runs.split_run` gives its part of the settings. Save checkpoints in one of them.
+
+    Args:
+        learner: has the same networks and settings in every process.
+        group: the processes; by default all.
+
+    Returns:
+        the same learner.
+
+    Raises:
+        RuntimeError: if the processes have not been connected.
+        ValueError: if a process has another learner, two of them draw the same random numbers, or the settings ask for
+            ``cuda_graphs``.
+
+    Examples:
+        >>> import tempfile
+        >>> from matwm_rl import presets
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.modules import WorldModel, make_actor, make_critic
+        >>> world_model = WorldModel.from_env(make_env("mock", seed=0), presets.tiny().world_model)
+        >>> learner = Learner(world_model, make_actor(world_model), make_critic(world_model), presets.tiny().learner)
+        >>> file = f"file://{tempfile.mkdtemp()}/init"  # torchrun does this with a port
+        >>> dist.init_process_group("gloo", init_method=file, rank=0, world_size=1)
+        >>> distribute(learner).group.size
+        1
+        >>> dist.destroy_process_group()
+    """
+    check_kinds(Learner, learner=learner)
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "distribute needs connected processes: start the script with `torchrun --nproc-per-node=2 SCRIPT` and call "
+            "torch.distributed.init_process_group() first"
+        )
+    if learner.config.cuda_graphs:
+        raise ValueError("cuda_graphs=True captures the update of one process: set it to False to distribute a learner")
+    group = dist.group.WORLD if group is None else group
+    assert group is not None
+    _check_alike(learner, group)
+    states = [_on_cpu(learner.state_dict())]
+    dist.broadcast_object_list(states, group=group, group_src=0)
+    learner.load_state_dict(states[0])
+    learner.group = LearnerGroup(learner, group)
+    return learner
+
+
+class LearnerGroup:
+    """The processes of a learner: their gradients are averaged, and their sums run over the batches of all.
+
+    Args:
+        learner: of this process.
+        group: the processes.
+
+    Attributes:
+        size: their number.
+    """
+
+    def __init__(self, learner: Learner, group: dist.ProcessGroup) -> None:
+        self.size = group.size()
+        self._group = group
+        # The state is the same already. Buffers are statistics over all processes, never those of the first.
+        options: dict[str, Any] = {"process_group": group, "forward_sync_buffers": False, "init_sync": False}
+        self._averaged = {
+            loss: DistributedDataParallel(_Losses(loss), **options)
+            for loss in (learner.world_model_loss, learner.actor_loss, learner.critic_loss)
+        }
+
+    def together(self) -> AbstractContextManager[None]:
+        """Let sums in a block run over all processes."""
+        return learning_together(self._group)
+
+    def losses(self, loss: LossModule, batch: TensorDictBase) -> TensorDictBase:
+        """Return the losses of a batch; their gradients are averaged over the processes during the backward pass."""
+        return TensorDict(self._averaged[loss](batch))
+
+
+class _Losses(nn.Module):
+    """A loss for DistributedDataParallel, which finds the tensors of a plain dict, but not those of a TensorDict."""
+
+    def __init__(self, loss: LossModule) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = self.loss(batch).to_dict()
+        return losses
+
+
+def _check_alike(learner: Learner, group: dist.ProcessGroup) -> None:
+    """Refuse different learners, and equal random numbers."""
+    here = (learner.built, learner.config, zlib.crc32(torch.get_rng_state().numpy().tobytes()))
+    everywhere: list[Any] = [None] * group.size()
+    dist.all_gather_object(everywhere, here, group=group)
+    first, seen = everywhere[0], {}
+    for rank, (built, config, random) in enumerate(everywhere):
+        check_built(built, first[0], source=f"the learner of process {rank}")
+        if config != first[1]:
+            raise ValueError(f"process {rank} has other settings of the learner than process 0: {config}, {first[1]}")
+        if random in seen:
+            raise ValueError(
+                f"processes {seen[random]} and {rank} draw the same random numbers, and would imagine the same: call "
+                "torch.manual_seed(seed + rank) before distribute"
+            )
+        seen[random] = rank
+
+
+def _on_cpu(state: Any) -> Any:
+    """Return a state whose tensors can be sent to a process with another device."""
+    if isinstance(state, Tensor):
+        return state.cpu()
+    return {name: _on_cpu(value) for name, value in state.items()} if isinstance(state, dict) else state

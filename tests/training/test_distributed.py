@@ -1,0 +1,99 @@
+"""A distributed learner is one learner: the same weights in every process, and those of the whole batch."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from matwm_rl.training import distribute
+from tests.training import processes
+from tests.training.helpers import leaves
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two connected processes returned."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(processes.run, (str(folder),), nprocs=processes.WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes.WORLD)]
+
+
+def assert_close(one: Any, other: Any) -> None:
+    one, other = leaves(one), leaves(other)
+    assert one.keys() == other.keys()
+    for path, value in one.items():
+        same = torch.allclose(value, other[path], 1e-7, 1e-9) if isinstance(value, Tensor) else value == other[path]
+        assert same, path
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", processes.CASES)
+def test_two_processes_with_half_of_a_batch_each_learn_as_one_with_the_whole(
+    results: list[dict[str, Any]], name: str
+) -> None:
+    cfg = processes.CASES[name]()
+    living = [part["agents", "alive"].sum() for part in processes.make_batches(cfg)[0][0]]
+    assert living[0] != living[1]  # else means of the parts would have the mean of the whole
+    whole = processes.learn(processes.make_learner(cfg), cfg, None)
+    for part in (result["learn_in_parts"][name] for result in results):
+        assert_close(part["state"], whole["state"])
+        assert_close(part["metrics"], whole["metrics"])
+
+
+@pytest.mark.parametrize("name", processes.CASES)
+def test_after_every_update_the_state_is_the_same_in_every_process(results: list[dict[str, Any]], name: str) -> None:
+    first, second = (result["learn_in_parts"][name]["checksums"] for result in results)
+    assert first == second
+    assert len(set(first)) == 2 * processes.UPDATES  # and every update has changed it
+
+
+def test_a_number_that_is_not_finite_in_one_process_is_an_error_in_all_of_them(results: list[dict[str, Any]]) -> None:
+    for messages, changed in (result["fail_in_one"] for result in results):
+        assert len(messages) == 2 and not changed
+    (good, _), (bad, _) = (result["fail_in_one"] for result in results)
+    assert all("the batch holds nan" in message for message in bad)
+    assert not any("the batch holds" in message for message in good)
+
+
+def test_learners_that_cannot_learn_together_are_refused(results: list[dict[str, Any]]) -> None:
+    assert results[0]["refuse"] == results[1]["refuse"]
+    random, settings, networks = results[0]["refuse"]
+    assert "processes 0 and 1 draw the same random numbers" in random and "manual_seed(seed + rank)" in random
+    assert "process 1 has other settings" in settings
+    assert "the learner of process 1 does not fit" in networks
+
+
+def test_processes_must_be_connected() -> None:
+    with pytest.raises(RuntimeError, match="torchrun"):
+        distribute(processes.make_learner(processes.paper()))
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Any:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_copy_of_a_distributed_learner_learns_alone() -> None:
+    learner = distribute(processes.make_learner(processes.paper()))
+    learner_of_its_own = copy.deepcopy(learner)
+    assert learner.group is not None and learner_of_its_own.group is None
+    learner_of_its_own.update_world_model(processes.make_batches(processes.paper())[0][0][0])
+
+
+@pytest.mark.usefixtures("one_process")
+def test_cuda_graphs_are_refused() -> None:
+    learner = processes.make_learner(processes.paper())
+    learner.config = replace(learner.config, cuda_graphs=True)
+    with pytest.raises(ValueError, match="cuda_graphs"):
+        distribute(learner)
