@@ -1,4 +1,4 @@
-"""Updates per second of a learner in one process, with one thread and two, and in two processes, with half a batch each.
+"""Updates per second of a learner in one process, with one thread or two, and in two with half of a batch each.
 
     PYTHONPATH=. python benchmarks/speed/learner_processes.py [--rounds 3] [--updates 15] [OVERRIDE ...]
 

@@ -51,6 +51,7 @@ def split_run(cfg: TrainConfig, *, rank: int, world_size: int, num_agents: int) 
         frames_per_batch=part("frames_per_batch", cfg.frames_per_batch),
         total_steps=-(-cfg.total_steps // world_size),
         init_random_steps=-(-cfg.init_random_steps // world_size),
+        checkpoint_every=-(-cfg.checkpoint_every // world_size),
         replay=replace(
             cfg.replay,
             capacity=cfg.replay.capacity // world_size,

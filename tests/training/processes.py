@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -126,7 +128,7 @@ def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
-    results = {task.__name__: task(rank) for task in (learn_in_parts, fail_in_one, refuse)}
+    results = {task.__name__: task(rank) for task in (learn_in_parts, fail_in_one, refuse, send)}
     dist.destroy_process_group()
     torch.save(results, Path(folder) / f"{rank}.pt")
 
@@ -163,3 +165,22 @@ def refuse(rank: int) -> list[str]:
         except ValueError as error:
             messages.append(str(error))
     return messages
+
+
+def send(rank: int) -> dict[str, Any]:
+    """Return what is sent to begin with, and how the world model's parameters are listed."""
+    learner = make_learner(vectors(), seed=rank)
+    with patch.object(dist, "broadcast_object_list", wraps=dist.broadcast_object_list) as broadcast:
+        distribute(learner)
+    (sent,) = (call.args[0] for call in broadcast.call_args_list)
+    optimizers = (learner.world_model_optimizer, learner.actor_optimizer, learner.critic_optimizer)
+    listed = [parameter for optimizer in optimizers for parameter in optimizer.param_groups[0]["params"]]
+    world_model = list(learner.world_model.parameters())
+    networks = nn.ModuleList([learner.world_model, learner.actor, learner.critic, learner.critic])  # and its EMA copy
+    return {
+        "sent": len(pickle.dumps(sent)),
+        "state": sum(entry.nbytes for network in networks for entry in network.state_dict().values()),
+        "of the world model": sum(parameter.nbytes for parameter in world_model),
+        "entries": len(leaves(sent)),
+        "listed": [sum(one is other for other in listed) for one in world_model],
+    }

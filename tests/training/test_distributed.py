@@ -71,6 +71,18 @@ def test_learners_that_cannot_learn_together_are_refused(results: list[dict[str,
     assert "the learner of process 1 does not fit" in networks
 
 
+def test_the_world_model_is_sent_once_and_is_in_one_optimizer(results: list[dict[str, Any]]) -> None:
+    for sent in (result["send"] for result in results):
+        assert set(sent["listed"]) == {1}
+        # A pickled tensor has some 400 bytes besides its numbers; another copy of the world model would be more.
+        assert (
+            sent["state"]
+            < sent["sent"]
+            < sent["state"] + 500 * sent["entries"]
+            < sent["state"] + sent["of the world model"]
+        )
+
+
 def test_processes_must_be_connected() -> None:
     with pytest.raises(RuntimeError, match="torchrun"):
         distribute(processes.make_learner(processes.paper()))
