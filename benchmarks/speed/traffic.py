@@ -53,10 +53,8 @@ def traffic(preset: str, env_name: str) -> dict[str, float]:
     collector.shutdown()
     replay.extend(batch)
     stored = replay.sequences.storage[:]
-    steps_by = [learner.world_model_optimizer] + cfg.learner.agent_epochs * [
-        learner.actor_optimizer,
-        learner.critic_optimizer,
-    ]
+    of_agents = [learner.actor_optimizer, learner.critic_optimizer]
+    steps_by = [learner.world_model_optimizer, *cfg.learner.agent_epochs * of_agents]
     updates = cfg.updates_per_batch / cfg.frames_per_batch
     gradients = sum(size(optimizer_parameters(optimizer)) for optimizer in steps_by)
     return {
@@ -124,13 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counted = {preset: traffic(preset, options.env) for preset in options.presets}
     print(f"{options.env:<58}" + "".join(f"{preset:>16}" for preset in counted))
     for name in next(iter(counted.values())):
-        print(
-            f"{name:<58}"
-            + "".join(
-                f"{figures[name]:>16,.5g}" if isinstance(figures[name], float) else f"{figures[name]:>16,}"
-                for figures in counted.values()
-            )
-        )
+        print(f"{name:<58}" + "".join(f"{round(figures[name], 1):>16,}" for figures in counted.values()))
 
 
 if __name__ == "__main__":
