@@ -23,6 +23,7 @@ from matwm_rl.files import LOCK, import_optional, write_text
 from matwm_rl.runs.workers import parallel_run
 
 COLUMNS = ("run", "env", "seed", "env_steps", "updates", "minutes")
+JOBLIB = "hydra_joblib_launcher"
 ALL_SEEDS = "all seeds"
 """The setting of runs that differ in nothing but the seed."""
 
@@ -120,7 +121,7 @@ def make_callback() -> Any:
 
     class SummarizeSweep(import_optional("hydra.experimental.callback").Callback):  # type: ignore[misc]
         def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
-            if "joblib" in config.hydra.launcher["_target_"]:
+            if JOBLIB in config.hydra.launcher["_target_"]:
                 _let_workers_end()
 
         def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
@@ -140,6 +141,8 @@ def make_callback() -> Any:
                         _draw(folder, setting, members)
 
         def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
+            if JOBLIB in config.hydra.launcher["_target_"] and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             folder = _folder(config)
             if not list(_ended(folder)):
                 return  # as with --help

@@ -82,6 +82,7 @@ def test_runs_in_two_processes_and_one_that_fails(
             run_script("train", "-m", *words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     finally:
         get_reusable_executor().shutdown()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the sweep has ended by an error
     shown = capfd.readouterr()
     assert f"the run in {sweep / lengths}=0 has failed; the others go on\nTraceback" in shown.err
     assert f"[{lengths}=3] 60 steps: hunter " in shown.out
