@@ -26,19 +26,21 @@ class Progress:
         phase: what the run is doing: ``"random actions"``, ``"training"``.
         figures: the newest metrics, as text by name.
         time_left: text about the time that the run still takes.
+        name: begins every line, where several runs print to the same screen.
     """
 
     def __init__(self, time_left: Callable[[], str]) -> None:
         self.phase = "training"
         self.figures: dict[str, str] = {}
         self.time_left = time_left
+        self.name = ""
 
     def advance(self, num_steps: int) -> None:
         """Count env steps."""
 
     def note(self, text: str) -> None:
         """Print a line."""
-        print(text, flush=True)
+        print(f"[{self.name}] {text}" if self.name else text, flush=True)
 
     @contextmanager
     def task(self, name: str, unit: str) -> Iterator[Tell]:
@@ -143,9 +145,9 @@ class Bar(Progress):
         self._bar.close()
 
 
-def make_progress(total: int, initial: int, time_left: Callable[[], str]) -> Progress:
-    """Return a bar where the standard error is a terminal, lines elsewhere."""
-    return (Bar if has_screen() else Lines)(total, initial, time_left)
+def make_progress(total: int, initial: int, time_left: Callable[[], str], *, alone: bool = True) -> Progress:
+    """Return a bar where the standard error is a terminal that no other run prints to, lines elsewhere."""
+    return (Bar if alone and has_screen() else Lines)(total, initial, time_left)
 
 
 def has_screen() -> bool:

@@ -49,6 +49,7 @@ class RunLog:
         loggers: further TorchRL loggers, for example one that is shared by several runs.
         shown: names of the metrics that are shown with the progress.
         time_left: returns a text about the time that the run still takes, such as ``"0:02:10 left"``.
+        name: of the run, where several print to the same screen: it begins every line, and there is no bar.
 
     Attributes:
         evaluated: env steps whose evaluation is in the table already, when a run resumes.
@@ -80,6 +81,7 @@ class RunLog:
         loggers: Sequence[Logger] = (),
         shown: Sequence[str] = ("loss_reward", "kl", "entropy", "imagined_reward"),
         time_left: Callable[[], str] = lambda: "time left unknown",
+        name: str = "",
     ) -> None:
         check_ints(1, total_steps=total_steps)
         check_switches(progress=progress)
@@ -100,7 +102,10 @@ class RunLog:
         if self._own is not None:
             self.loggers.append(self._own)
         self._shown = tuple(shown)
-        self._progress = make_progress(total_steps, resume_from or 0, time_left) if progress else Progress(time_left)
+        self._progress = (
+            make_progress(total_steps, resume_from or 0, time_left, alone=not name) if progress else Progress(time_left)
+        )
+        self._progress.name = name
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 

@@ -20,6 +20,7 @@ from matwm_rl.files import import_optional
 
 MULTIRUN = ("-m", "--multirun")
 SWEEP_FOLDER = "hydra.sweep.dir"
+JOBLIB = "hydra/launcher=joblib"
 HELP = """Train MATWM on a multi-agent environment.
 
     python {script} env=mpe2/simple_spread_v3 total_steps=10000 seed=3
@@ -27,6 +28,7 @@ HELP = """Train MATWM on a multi-agent environment.
     python {script} env=my_package.my_module:make_my_env               # an environment of your own
     python {script} preset=paper device=cuda                           # the paper's sizes
     python {script} -m seed=0,1,2                     # a run for each, a table and a picture over seeds
+    python {script} -m seed=0,1,2 hydra/launcher=joblib     # at the same time, as many as there are cores for
     python {script} run_dir=FOLDER resume=true         # go on after Ctrl-C, with the same other settings
     python {script} --cfg job                          # all settings with their values
 
@@ -56,7 +58,8 @@ def command_line(arguments: Sequence[str]) -> list[str]:
     The configuration ``"train"`` is registered with Hydra, with presets, a help text, and a summary of every sweep.
     Where there is a GPU, and neither preset nor device are given, they are ``paper`` and ``cuda``. The runs of a sweep
     (``-m``) are put into one folder: ``run_dir`` if it is given. Each has a folder there that is named after what
-    differs between the runs, so that ``resume=true`` finds it again.
+    differs between the runs, so that ``resume=true`` finds it again. With ``hydra/launcher=joblib``, as many runs go on
+    at the same time as there are cores for, with ``num_threads`` each, unless ``hydra.launcher.n_jobs`` is given.
 
     Args:
         arguments: of the script, without its name.
@@ -91,6 +94,9 @@ def command_line(arguments: Sequence[str]) -> list[str]:
         values = {name: f"hydra.runtime.choices.{name}" if name == "preset" else name for name in swept}
         differs = ",".join(f"{name}=${{last_part:${{{value}}}}}" for name, value in values.items()) or "run"
         words += [f"{SWEEP_FOLDER}='{folder}'", f"hydra.sweep.subdir='{differs}'"]
+    if JOBLIB in words and "hydra.launcher.n_jobs" not in given:
+        cores = import_optional("joblib").cpu_count()
+        words.append(f"hydra.launcher.n_jobs={max(1, cores // cfg.num_threads)}")
     callback = {"_target_": "matwm_rl.runs.sweep.make_callback"}
     presets.store(help={"template": _help()}, callbacks={"summarize_sweep": callback})
     return words

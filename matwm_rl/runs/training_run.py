@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from matwm_rl.runs.command_line import resume_command, this_command
 from matwm_rl.runs.evaluator import Evaluator, due
 from matwm_rl.runs.pictures import draw_pictures
 from matwm_rl.runs.time_left import TimeLeft
+from matwm_rl.runs.workers import is_orphan, parallel_run, wait_for_other_runs
 from matwm_rl.settings import to_plain
 from matwm_rl.training import (
     Learner,
@@ -36,6 +38,7 @@ from matwm_rl.training import (
     save_policy,
     stop_on_signal,
 )
+from matwm_rl.training.signals import StopRequest
 
 CONFIG_FILE = "config.json"
 """Settings of a run that has not ended; then its summary has them."""
@@ -109,6 +112,8 @@ class TrainingRun:
     def __enter__(self) -> Self:
         cfg = self.cfg
         with ExitStack() as stack:
+            self._stop = StopRequest()
+            stack.callback(self._wait_if_stopped)  # first of all: its own lock is free by then
             stack.enter_context(lock_folder(self.run_dir))
             stack.enter_context(_quiet_torchrl())
             self._stop = stack.enter_context(stop_on_signal())
@@ -122,6 +127,7 @@ class TrainingRun:
                 progress=cfg.progress,
                 logger=cfg.logger,
                 time_left=self._time.__str__,
+                name=parallel_run(),
             )
             stack.enter_context(self.log)
             write_text(self.run_dir / CONFIG_FILE, json.dumps(to_plain(cfg), indent=2) + "\n")
@@ -141,6 +147,10 @@ class TrainingRun:
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
 
+    def _wait_if_stopped(self) -> None:
+        if self._stop:
+            wait_for_other_runs(self.run_dir, self._stop.exit_code)
+
     def batches(self) -> Iterator[TensorDictBase]:
         """Yield the collector's batches; between them log, evaluate and save as the settings say.
 
@@ -152,6 +162,8 @@ class TrainingRun:
             new_steps = batch.numel()
             self.env_steps += new_steps
             yield batch
+            if not self._stop and is_orphan():
+                self._stop.receive(signal.SIGTERM)
             if self._learner.updates:
                 self._time.measure(self.env_steps)
             self.log.advance(new_steps, self._phase())

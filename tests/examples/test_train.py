@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from joblib.externals.loky import get_reusable_executor
 
 from matwm_rl.envs import MockEnv, make_env
 from matwm_rl.evaluation import evaluate_matches, read_metrics
@@ -19,6 +20,7 @@ from matwm_rl.training import load_policy
 from tests.examples.helpers import EXAMPLES, run_script
 
 TINY = ["preset=tiny", "num_threads=1"]
+SUMMARIES = {".lock", "summary.md", "summary.csv", "learning_curves.png"}
 
 
 def files(folder: Path) -> set[str]:
@@ -41,7 +43,7 @@ def test_a_sweep_leaves_one_folder_with_a_table_and_a_picture_over_seeds(
     sweep = tmp_path / "sweep"
     run_script("train", "-m", "seed=0,1", *settings, "total_steps=60", f"run_dir={sweep}")
     shown = capsys.readouterr()
-    assert files(sweep) == {"seed=0", "seed=1", "summary.md", "summary.csv", "learning_curves.png"}
+    assert files(sweep) == {"seed=0", "seed=1", *SUMMARIES}
     left = {".lock", "checkpoints", "metrics.csv", "policy.pt", "summary.json", "tensorboard"}
     for seed in (0, 1):
         assert files(sweep / f"seed={seed}") == left
@@ -64,6 +66,29 @@ def test_a_sweep_leaves_one_folder_with_a_table_and_a_picture_over_seeds(
     assert "goes on after 60 of 80 steps" in capsys.readouterr().out
     with (sweep / "summary.csv").open(encoding="utf-8", newline="") as file:
         assert [(row["run"], row["env_steps"]) for row in csv.DictReader(file)] == [("seed=0", "80"), ("seed=1", "80")]
+
+
+def test_runs_in_two_processes_and_one_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # The workers are other processes: what is to be changed there is changed by a module that they import.
+    changes = "from matwm_rl.runs import training_run\ntraining_run.draw_pictures = lambda *_, **__: None\n"
+    (tmp_path / "without_pictures.py").write_text(changes)
+    monkeypatch.syspath_prepend(tmp_path)
+    sweep, lengths = tmp_path / "sweep", "env_kwargs.episode_length"
+    words = [*TINY, f"{lengths}=3,0", "imports=[without_pictures]", f"run_dir={sweep}"]
+    try:
+        with pytest.raises(RuntimeError, match=rf"^run {lengths}=0: ValueError: episode_length must be"):
+            run_script("train", "-m", *words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    finally:
+        get_reusable_executor().shutdown()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the sweep has ended by an error
+    shown = capfd.readouterr()
+    assert f"the run in {sweep / lengths}=0 has failed; the others go on\nTraceback" in shown.err
+    assert f"[{lengths}=3] 60 steps: hunter " in shown.out
+    drawn = f"learning_curves-{lengths}=3.png"
+    assert files(sweep) == {f"{lengths}=3", f"{lengths}=0", drawn, *SUMMARIES} - {"learning_curves.png"}
+    assert [line.split()[1] for line in (sweep / "summary.md").read_text().splitlines()[6:]] == [f"{lengths}=3"]
 
 
 @pytest.fixture

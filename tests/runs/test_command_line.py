@@ -61,6 +61,17 @@ def test_a_folder_that_is_given_to_hydra_stays() -> None:
     assert command_line(["-m", "seed=0,1", "hydra.sweep.dir=mine"]) == ["-m", "seed=0,1", "hydra.sweep.dir=mine"]
 
 
+@pytest.mark.parametrize(("threads", "jobs"), [(1, 6), (2, 3), (8, 1)])
+def test_as_many_runs_at_a_time_as_there_are_cores_for(
+    threads: int, jobs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("joblib.cpu_count", lambda: 6)
+    words = ["-m", "seed=0,1", "hydra/launcher=joblib", f"num_threads={threads}"]
+    assert command_line(words)[-1] == f"hydra.launcher.n_jobs={jobs}"
+    given = command_line([*words, "hydra.launcher.n_jobs=2"])
+    assert [word for word in given if "n_jobs" in word] == ["hydra.launcher.n_jobs=2"]
+
+
 def test_a_gpu_is_used_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert command_line(["seed=1"]) == ["seed=1", "preset=paper", "device=cuda"]
