@@ -1,10 +1,7 @@
-"""Workers of a Ray cluster play with the world model that this process trains, each at its own pace.
-
-python examples/ray_collection.py                 # starts Ray here, with two workers
-python examples/ray_collection.py --address auto  # on the cluster that this machine belongs to
-"""
+"""Two Ray workers play, this process learns, each at its own pace. On a cluster: RAY_ADDRESS=auto, or its address."""
 
 import argparse
+import os
 from dataclasses import replace
 from functools import partial
 
@@ -17,32 +14,33 @@ import matwm_rl as mw
 from matwm_rl.evaluation import RandomActions, evaluate
 from matwm_rl.training import prepare_process
 
+WORKERS = 2
 
-def main(env: str, total_steps: int, seed: int, address: str = "local", episodes: int = 100, **changes) -> None:
-    cfg, workers = replace(mw.presets.vectors(), **changes), 2
-    ray.init(address, include_dashboard=False, **({"num_cpus": workers} if address == "local" else {}))
+
+def main(env: str, total_steps: int, seed: int = 0, episodes: int = 100, **changes) -> None:
+    cfg = replace(mw.presets.vectors(), **changes)
+    address = os.environ.get("RAY_ADDRESS", "local")
+    ray.init(address, num_cpus=WORKERS if address == "local" else None, log_to_driver=False, logging_level="error")
     torch.manual_seed(seed)
     prepare_process(num_threads=cfg.num_threads, matmul_precision=cfg.matmul_precision)
-    make = partial(mw.make_env, env)
-    test_env = make(seed=1_000 + seed)
+    make_env = partial(mw.make_env, env, num_envs=cfg.num_envs // WORKERS)
+    test_env = mw.make_env(env, num_envs=cfg.evaluation.num_envs, seed=seed + 1_000)
     world_model = mw.WorldModel.from_env(test_env, cfg.world_model)
     actor, critic = (make(world_model, cfg.actor_critic) for make in (mw.make_actor, mw.make_critic))
+    policy = mw.WorldModelPolicy(world_model, actor, history_length=cfg.policy.history_length)
     learner = mw.Learner(world_model, actor, critic, cfg.learner)
     replay = mw.make_replay(test_env.num_agents, cfg.replay, seed=seed)
 
-    # The policy is sent to a worker once, when it starts; its weights, the world model's among them, with each batch that
-    # the worker has delivered. Batches are whole episodes, so that those of different workers can follow each other.
-    policy = mw.WorldModelPolicy(world_model, actor, history_length=cfg.policy.history_length)
+    # A worker is sent the policy once, when it starts, and new weights, the world model's among them, after each batch
+    # of its own. A batch is a whole episode, so that those of different workers can follow each other in replay.
     collector = RayCollector(
-        [partial(make, seed=workers * seed + index, num_envs=cfg.num_envs // workers) for index in range(workers)],
+        [partial(make_env, seed=WORKERS * seed + index) for index in range(WORKERS)],
         policy,
-        num_collectors=workers,
-        sync=False,
-        update_after_each_batch=True,
         frames_per_batch=cfg.frames_per_batch,
         trajs_per_batch=1,
+        total_frames=100 * total_steps,  # no limit: TorchRL counts frames_per_batch for an episode of any length
         init_random_frames=cfg.init_random_steps,
-        total_frames=100 * total_steps,  # it counts frames_per_batch for every episode; the loop below counts its steps
+        update_after_each_batch=True,
         collector_kwargs={"traj_format": "cat", "auto_register_policy_transforms": True},
         remote_configs={"num_cpus": 1},
     )
@@ -69,9 +67,7 @@ def main(env: str, total_steps: int, seed: int, address: str = "local", episodes
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", default="mpe2/simple_spread_v3")
-    parser.add_argument("--total-steps", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--address", default="local", help="of the cluster: auto, or ray://HOST:10001")
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in (("env", "mpe2/simple_spread_v3"), ("total_steps", 10_000), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     main(**vars(parser.parse_args()))
