@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -110,13 +111,14 @@ def with_ray(run_dir: Path, *, sync: bool) -> None:
     )
     collector.update_policy_weights_()
     pids = ray.get([worker.__ray_call__.remote(lambda _: os.getpid()) for worker in collector.remote_collectors])
-    training.learn(collector, lambda: pids, collector)
+    with fail_with_workers(collector.remote_collectors):
+        training.learn(collector, lambda: pids, collector)
 
 
 TARGETS: dict[str, tuple[list[str], Callable[[Path], None]]] = {
     "processes": ([sys.executable], with_processes),
     "ray": ([sys.executable], partial(with_ray, sync=False)),
-    "ray, in step": ([sys.executable], partial(with_ray, sync=True)),
+    "ray in step": ([sys.executable], partial(with_ray, sync=True)),
 }
 """What is killed: the command that starts a script, and the training in it."""
 
@@ -146,17 +148,17 @@ def kill_one(target: str, run_dir: Path, rng: random.Random, longest: float) -> 
         # A training that hangs, and what it has left behind.
         if training.poll() is None:
             os.killpg(training.pid, signal.SIGKILL)
-    lines = log.read_text().splitlines()
+    errors = re.split(r"^(?=\S*Error: )", log.read_text(), flags=re.MULTILINE)[1:]
     saved = Training(run_dir)
-    if target == "ray, in step":
+    if target == "ray in step":
         saved.replay = mw.make_replay(3, mw.presets.tiny().replay, num_envs=2, seed=0)
     steps = load_checkpoint(run_dir, learner=saved.learner, replay=saved.replay)["env_steps"]
     return {
         "target": target,
         "exit_code": code,
         "seconds": round(seconds, 1),
-        "names_worker": any(str(pid) in line for line in lines),
-        "error": next((line for line in reversed(lines) if "Error" in line), ""),
+        "names_worker": bool(errors) and str(pid) in errors[-1],
+        "error": errors[-1].strip() if errors else "",
         "checkpoint_steps": steps,
     }
 
@@ -180,7 +182,7 @@ def main() -> None:
     for target in args.targets:
         ends = []
         for number in range(args.kills):
-            ends.append(kill_one(target, folder / f"{target}-{number}".replace(", ", "-"), rng, args.longest))
+            ends.append(kill_one(target, folder / f"{target.replace(' ', '-')}-{number}", rng, args.longest))
             print(json.dumps(ends[-1]), flush=True)
         results[target] = {
             "kills": len(ends),
