@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
@@ -84,6 +85,16 @@ class _WorkerDied(BaseException):
     """Raised by a signal's handler. No ``Exception``: TorchRL, which waits for a worker, logs those and waits on."""
 
 
+def _check(processes: Sequence[BaseProcess], watches: bool, number: int, frame: FrameType | None) -> None:
+    """Raise an error if a process has died; the handler of signals."""
+    for process in processes:
+        if process.exitcode:
+            if watches:
+                # Python ignores what is raised while a finalizer runs: raise it again.
+                signal.alarm(1)
+            raise _WorkerDied(_describe_end(process.name, process.pid, process.exitcode))
+
+
 @contextmanager
 def fail_with_workers(workers: Sequence[Any] | None = None) -> Iterator[None]:
     """Raise an error that names the worker when a worker dies, instead of waiting for it for ever.
@@ -117,15 +128,8 @@ def fail_with_workers(workers: Sequence[Any] | None = None) -> Iterator[None]:
     processes = [worker for worker in workers if isinstance(worker, BaseProcess)]
     actors = [worker for worker in workers if not isinstance(worker, BaseProcess)]
 
-    def check(number: int, frame: FrameType | None) -> None:
-        for process in processes:
-            if process.exitcode:
-                if watches:
-                    # Python ignores what is raised while a finalizer runs: raise it again.
-                    signal.alarm(1)
-                raise _WorkerDied(_describe_end(process.name, process.pid, process.exitcode))
-
     watches = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread() and not actors
+    check = partial(_check, processes, watches)
     before = {number: signal.signal(number, check) for number in (signal.SIGCHLD, signal.SIGALRM)} if watches else {}
     try:
         # One of those given may have died before.
