@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Replay:
     Built by :func:`make_replay`. Both samples are focal batches (:mod:`matwm_rl.data.layouts`). A collector can take
     ``sequences`` as its ``replay_buffer``. If it collects in worker processes, they have to write whole episodes
     (``sync=False, trajs_per_batch=1, traj_format="cat"``), and the functions that make their environments have to add
-    the policy's primer, which TorchRL then does not.
+    the policy's primer, which TorchRL then does not. On a Ray cluster replay lies in an actor, see :func:`make_replay`.
 
     Attributes:
         sequences: recency-weighted slices for the world model, ``[B, T]``; the buffer that is written to.
@@ -250,6 +251,7 @@ def make_replay(
     device: torch.device | str = "cpu",
     seed: int | None = None,
     scratch_dir: str | Path | None = None,
+    remote_config: dict[str, Any] | None = None,
 ) -> Replay:
     """Build replay: one [time, env, agent] storage with a recency-weighted and a uniform buffer.
 
@@ -261,6 +263,11 @@ def make_replay(
         seed: of both samplers. ``None``: they use the global random state, which ``state_dict`` leaves out.
         scratch_dir: folder for memory-mapped data, whose room on the disk is reserved when the first data arrives.
             ``None``: the data is kept in memory.
+        remote_config: options of ``ray.remote``, such as ``{"num_cpus": 1}``: everything above is made in a Ray actor.
+            Then a :class:`~torchrl.collectors.distributed.RayCollector` can take ``sequences`` as its
+            ``replay_buffer``, and its workers write whole episodes (``trajs_per_batch=1``). Random frames at the
+            beginning are those until the steps of *all* workers exceed ``init_random_frames / num_collectors``.
+            ``sequences.shutdown()`` ends the actor. ``None``: replay is made in this process.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -278,6 +285,12 @@ def make_replay(
     if seed is not None:
         check_ints(0, seed=seed)
     device = read_device("device", device)
+    if remote_config is not None:
+        # It imports this module.
+        from matwm_rl.data.ray_replay import RayReplay
+
+        make = partial(make_replay, num_agents, config, num_envs=num_envs, device=device, seed=seed)
+        return RayReplay.start(partial(make, scratch_dir=scratch_dir), remote_config, num_agents, num_envs)
     starts_per_agent = config.starts_per_agent
     if starts_per_agent is None:
         starts_per_agent = starts_per_agent_by_agents(num_agents)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.process import BaseProcess
 from types import FrameType
+from typing import Any
 
 
 class StopRequest:
@@ -71,9 +73,31 @@ def stop_on_signal() -> Iterator[StopRequest]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+def _unwatch(before: Mapping[signal.Signals, Any]) -> None:
+    """Give signals the handlers of before."""
+    if before:
+        signal.alarm(0)
+    for number, handler in before.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+class _WorkerDied(BaseException):
+    """Raised by a signal's handler. No ``Exception``: TorchRL, which waits for a worker, logs those and waits on."""
+
+
+def _check(processes: Sequence[BaseProcess], watches: bool, number: int, frame: FrameType | None) -> None:
+    """Raise an error if a process has died; the handler of signals."""
+    for process in processes:
+        if process.exitcode:
+            if watches:
+                # Python ignores what is raised while a finalizer runs: raise it again.
+                signal.alarm(1)
+            raise _WorkerDied(_describe_end(process.name, process.pid, process.exitcode))
+
+
 @contextmanager
-def fail_with_workers(workers: Sequence[BaseProcess] | None = None) -> Iterator[None]:
-    """Raise an error as soon as a worker process of this one dies, instead of waiting for it for ever.
+def fail_with_workers(workers: Sequence[Any] | None = None) -> Iterator[None]:
+    """Raise an error that names the worker when a worker dies, instead of waiting for it for ever.
 
     TorchRL's collectors in other processes wait without a limit for the answer of a worker, which never comes if the
     operating system has killed it. Enter this when the workers have been started. A worker that ends without an error
@@ -81,11 +105,15 @@ def fail_with_workers(workers: Sequence[BaseProcess] | None = None) -> Iterator[
     killed, so that nothing is left behind and nothing waits for them. On Windows, which does not signal the end of a
     process, and in other threads than the main one, nothing is watched; nor are processes that a fork server started.
 
+    Ray notices the death of an actor by itself: what waits for it fails. But where weights were being sent to it, the
+    error is of a broken connection. It is replaced by one that names the actor.
+
     Args:
-        workers: the processes, such as ``collector.procs``; by default all children of this process that run now.
+        workers: the processes, such as ``collector.procs``; or Ray actors, such as ``collector.remote_collectors``. By
+            default all children of this process that run now.
 
     Raises:
-        RuntimeError: names the process and what ended it.
+        RuntimeError: names the worker and what ended it.
 
     Examples:
         >>> worker = multiprocessing.get_context("fork").Process(target=signal.pause, name="worker 3", daemon=True)
@@ -96,28 +124,60 @@ def fail_with_workers(workers: Sequence[BaseProcess] | None = None) -> Iterator[
         Traceback (most recent call last):
         RuntimeError: the process 'worker 3' (pid ...) was ended by SIGKILL...
     """
-    workers = multiprocessing.active_children() if workers is None else workers
+    workers = multiprocessing.active_children() if workers is None else list(workers)
+    processes = [worker for worker in workers if isinstance(worker, BaseProcess)]
+    actors = [worker for worker in workers if not isinstance(worker, BaseProcess)]
 
-    def check(number: int, frame: FrameType | None) -> None:
-        for worker in workers:
-            if worker.exitcode:
-                raise RuntimeError(_describe_end(worker.name, worker.pid, worker.exitcode))
-
-    watches = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGCHLD, check) if watches else None
+    watches = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread() and not actors
+    check = partial(_check, processes, watches)
+    before = {number: signal.signal(number, check) for number in (signal.SIGCHLD, signal.SIGALRM)} if watches else {}
     try:
         # One of those given may have died before.
         check(0, None)
         yield
-    except BaseException:
-        if watches:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in workers:
-            worker.kill()
+    except BaseException as error:
+        _unwatch(before)
+        death = str(error) if isinstance(error, _WorkerDied) else _death_of_actor(actors, error)
+        for process in processes:
+            process.kill()
+        _kill_actors(actors)
+        if death is not None:
+            raise RuntimeError(death) from error
         raise
     finally:
-        if watches:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+        _unwatch(before)
+
+
+def _death_of_actor(actors: Sequence[Any], error: BaseException) -> str | None:
+    """Return what is known of the death of a Ray actor that an error may be of."""
+    if not actors:
+        return None
+    import ray
+
+    if isinstance(error, ray.exceptions.RayActorError):
+        return _describe_actor(error)
+    # A broken connection is a RuntimeError. Others say what is wrong.
+    if isinstance(error, RuntimeError) and ray.is_initialized():
+        answers = [actor.__ray_ready__.remote() for actor in actors]
+        # One that is at work answers later.
+        for answer in ray.wait(answers, num_returns=len(answers), timeout=10)[0]:
+            try:
+                ray.get(answer)
+            except ray.exceptions.RayActorError as death:
+                return _describe_actor(death)
+    return None
+
+
+def _kill_actors(actors: Sequence[Any]) -> None:
+    if actors:
+        import ray
+
+        for actor in actors if ray.is_initialized() else ():
+            ray.kill(actor)
+
+
+def _describe_actor(death: Exception) -> str:
+    return f"a worker on the Ray cluster has died: resume from the last checkpoint. {' '.join(str(death).split())}"
 
 
 def _describe_end(name: str, pid: int | None, code: int) -> str:

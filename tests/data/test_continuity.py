@@ -61,9 +61,9 @@ def test_padding_is_refused() -> None:
     Continuity().check(td)
 
 
-def collected(frames: int, **kwargs: object) -> Collector:
+def collected(frames: int, env: EnvBase | None = None, **kwargs: object) -> Collector:
     options = {"auto_register_policy_transforms": False, "total_frames": -1} | kwargs
-    return Collector(mock_env(episode_length=5), RandomActions(), frames_per_batch=frames, **options)
+    return Collector(env or mock_env(episode_length=5), RandomActions(), frames_per_batch=frames, **options)
 
 
 def fill(replay: Replay, collector: Collector, batches: int = 4) -> None:
@@ -81,6 +81,25 @@ def test_replay_takes_what_a_collector_yields() -> None:
     replay.end_episodes()
     fill(replay, collected(7))
     assert replay.env_steps == 56
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_workers_that_number_alike_are_told_apart_at_the_first_mixed_batch(num_envs: int) -> None:
+    """As those on a Ray cluster: each counts its own trajectories, from 0."""
+    replay, make = build(num_envs), partial(population, names=("a_0", "a_1", "a_2"), length=9)
+    collectors = [collected(4 * num_envs, SerialMultiAgentEnv(2, make) if num_envs == 2 else make()) for _ in range(2)]
+    one, other = map(iter, collectors)
+    replay.extend(next(one))
+    next(other)
+    mixed = next(other)
+    assert (mixed["collector", "traj_ids"][..., 0] == torch.arange(num_envs)).all()
+    mixed[keys.OBSERVATION][..., 0, 1:, :] += 1  # of another worker, it shows something else
+    with pytest.raises(ValueError, match=r"step 0 of the batch does not show .*another worker.*trajs_per_batch=1"):
+        replay.extend(mixed)
+    assert len(replay) == 4 * num_envs
+    replay.extend(next(one))
+    for collector in collectors:
+        collector.shutdown()
 
 
 def test_environments_reset_in_the_middle_of_an_episode_are_noticed() -> None:

@@ -61,6 +61,32 @@ def test_a_dead_worker_is_an_error_that_names_it() -> None:
     assert other.exitcode == -signal.SIGKILL
 
 
+class Slow:
+    def __del__(self) -> None:
+        # Python ignores what is raised here.
+        time.sleep(1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("where", ["handled", "finalizer"])
+def test_an_error_that_is_swallowed_is_raised_all_the_same(where: str) -> None:
+    """TorchRL logs what is raised while it waits for a worker to take new weights, and waits for the next worker."""
+    worker = sleeper()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="was ended by SIGKILL"), fail_with_workers():
+        threading.Timer(0.1, worker.kill).start()
+        try:
+            if where == "handled":
+                time.sleep(1)
+            else:
+                Slow()
+        except Exception:
+            pass
+        time.sleep(30)
+    assert time.monotonic() - began < 20
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL and signal.alarm(0) == 0
+
+
 def test_a_worker_that_fails_by_itself_is_an_error() -> None:
     worker = FORK.Process(target=os._exit, args=(3,))
     with pytest.raises(RuntimeError, match="exit code 3"):
