@@ -1,6 +1,6 @@
-"""Processes that learn as one: torchrun --nproc-per-node=2 examples/distributed_learning.py --env vmas/simple_tag."""
+"""Processes that learn as one: torchrun --nproc-per-node 2 examples/distributed_learning.py [ENV] [STEPS] [SEED]."""
 
-import argparse
+import sys
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from matwm_rl.runs import split_run
 from matwm_rl.training import distribute, has_checkpoint, load_checkpoint, prepare_process, save_checkpoint
 
 
-def main(env: str, total_steps: int, seed: int = 0, run_dir: str = "", episodes: int = 100, **changes) -> None:
+def main(env="mpe2/simple_spread_v3", total_steps=10_000, seed=0, run_dir="", *, episodes=100, **changes) -> None:
     dist.init_process_group("gloo")  # for GPUs see docs/scaling.md
     rank, world_size, num_agents = dist.get_rank(), dist.get_world_size(), mw.make_env(env, seed=seed).num_agents
     cfg = replace(mw.presets.vectors(), total_steps=total_steps, seed=seed, **changes)
@@ -52,7 +52,4 @@ def main(env: str, total_steps: int, seed: int = 0, run_dir: str = "", episodes:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("env", "mpe2/simple_spread_v3"), ("total_steps", 10_000), ("seed", 0), ("run_dir", "")):
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    main(**vars(parser.parse_args()))
+    main(*(int(word) if word.isdecimal() else word for word in sys.argv[1:]))

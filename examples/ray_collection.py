@@ -1,4 +1,4 @@
-"""Two workers of a Ray cluster play, this process learns, each at its own pace. Arguments: environment, steps, seed."""
+"""Two workers of a Ray cluster play and this process learns: python examples/ray_collection.py [ENV] [STEPS] [SEED]."""
 
 import os
 import sys
@@ -20,7 +20,6 @@ def main(env="mpe2/simple_spread_v3", total_steps=10_000, seed=0, *, workers=2, 
     ray.init("local" if local else None, num_cpus=workers if local else None, log_to_driver=False)
     torch.manual_seed(seed)
     prepare_process(num_threads=cfg.num_threads, matmul_precision=cfg.matmul_precision)
-    make_env = partial(mw.make_env, env, num_envs=cfg.num_envs // workers)
     test_env = mw.make_env(env, num_envs=cfg.evaluation.num_envs, seed=seed + 1_000)
     world_model = mw.WorldModel.from_env(test_env, cfg.world_model)
     actor, critic = (make(world_model, cfg.actor_critic) for make in (mw.make_actor, mw.make_critic))
@@ -28,10 +27,10 @@ def main(env="mpe2/simple_spread_v3", total_steps=10_000, seed=0, *, workers=2, 
     learner = mw.Learner(world_model, actor, critic, cfg.learner)
     replay = mw.make_replay(test_env.num_agents, cfg.replay, seed=seed)
     collector = RayCollector(  # sends the policy to a worker once, then new weights after every batch
-        [partial(make_env, seed=workers * seed + index) for index in range(workers)],
+        [partial(mw.make_env, env, num_envs=cfg.num_envs // workers, seed=workers * seed + i) for i in range(workers)],
         policy,
         frames_per_batch=cfg.frames_per_batch,
-        trajs_per_batch=1,  # whole episodes: those of different workers can follow each other in replay
+        trajs_per_batch=1,  # whole episodes, so that those of different workers can follow each other in replay
         total_frames=sys.maxsize,  # it would count frames_per_batch for an episode of any length
         init_random_frames=cfg.init_random_steps,
         update_after_each_batch=True,
@@ -51,9 +50,9 @@ def main(env="mpe2/simple_spread_v3", total_steps=10_000, seed=0, *, workers=2, 
             if steps >= total_steps - cfg.init_random_steps:
                 break
     collector.shutdown()
+    test_env = TransformedEnv(test_env, policy.make_tensordict_primer())
     for name, acting in (("random", RandomActions()), ("trained", policy)):
-        returns = evaluate(TransformedEnv(test_env, policy.make_tensordict_primer()), acting, episodes=episodes)
-        print(f"{name} agents, mean return: {returns.per_group()}")
+        print(f"{name} agents, mean return: {evaluate(test_env, acting, episodes=episodes).per_group()}")
 
 
 if __name__ == "__main__":

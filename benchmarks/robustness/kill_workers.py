@@ -1,12 +1,12 @@
-"""Kill a worker process of a training at random moments, and look at how the training ends.
+"""Kill a worker or a learner process of a training at random moments, and look at how the training ends.
 
     python benchmarks/robustness/kill_workers.py --kills 20
     python benchmarks/robustness/kill_workers.py --targets ray --kills 5
 
-A training that has lost a worker must end within a minute, with an error that names the worker, and leave a checkpoint
-that loads. Each kill has a training of its own, in the preset `tiny`, which goes on until it fails. The moment is
-uniform over the seconds after its first checkpoint, so that it falls into collection, updates, the sending of weights
-and the writing of checkpoints alike.
+A training that has lost a process must end within a minute, with an error that names the process, and leave a
+checkpoint that loads. Each kill has a training of its own, in the preset `tiny`, which goes on until it fails. The
+moment is uniform over the seconds after its first checkpoint, so that it falls into collection, updates, the sending
+of weights and the writing of checkpoints alike.
 
 A target is a function that trains and calls `checkpoint` between its updates; `TARGETS` says how its process starts.
 """
@@ -29,11 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torchrl.collectors import Collector
+from torchrl.envs import TransformedEnv
 
 import matwm_rl as mw
 from matwm_rl.data import Replay
-from matwm_rl.training import Learner, fail_with_workers, load_checkpoint, save_checkpoint
+from matwm_rl.training import Learner, distribute, fail_with_workers, load_checkpoint, save_checkpoint
 
 RESULT = Path(__file__).parents[1] / "results" / "robustness" / "kill_workers.json"
 LIMIT = 60.0
@@ -115,16 +117,35 @@ def with_ray(run_dir: Path, *, sync: bool) -> None:
         training.learn(collector, lambda: pids, collector)
 
 
+def with_learners(run_dir: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    training = Training(run_dir)
+    torch.manual_seed(rank)
+    distribute(training.learner)
+    pids: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(pids, os.getpid())
+    env = TransformedEnv(training.make(seed=rank), training.policy.make_tensordict_primer())
+    collector = Collector(
+        env, training.policy, frames_per_batch=20, total_frames=-1, auto_register_policy_transforms=False
+    )
+    if rank:
+        training.checkpoint = lambda pids: None  # type: ignore[method-assign]
+    training.learn(collector, lambda: pids, collector)
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TARGETS: dict[str, tuple[list[str], Callable[[Path], None]]] = {
     "processes": ([sys.executable], with_processes),
     "ray": ([sys.executable], partial(with_ray, sync=False)),
     "ray in step": ([sys.executable], partial(with_ray, sync=True)),
+    "learners": (TORCHRUN, with_learners),
 }
 """What is killed: the command that starts a script, and the training in it."""
 
 
 def kill_one(target: str, run_dir: Path, rng: random.Random, longest: float) -> dict[str, Any]:
-    """Start a training, kill one of its workers, and tell how it ended."""
+    """Start a training, kill one of its processes, and tell how it ended."""
     run_dir.mkdir()
     log = run_dir / "log.txt"
     command = [*TARGETS[target][0], __file__, "--train", target, "--run-dir", str(run_dir)]
@@ -157,7 +178,8 @@ def kill_one(target: str, run_dir: Path, rng: random.Random, longest: float) -> 
         "target": target,
         "exit_code": code,
         "seconds": round(seconds, 1),
-        "names_worker": bool(errors) and str(pid) in errors[-1],
+        # Before the root cause, torchrun lists the processes that it has ended itself.
+        "names_process": bool(errors) and str(pid) in errors[-1].rpartition("Root Cause")[2],
         "error": errors[-1].strip() if errors else "",
         "checkpoint_steps": steps,
     }
@@ -188,7 +210,7 @@ def main() -> None:
             "kills": len(ends),
             "hangs": sum(end["exit_code"] is None for end in ends),
             "ended_without_error": sum(end["exit_code"] == 0 for end in ends),
-            "error_names_the_worker": sum(end["names_worker"] for end in ends),
+            "error_names_the_process": sum(end["names_process"] for end in ends),
             "checkpoint_whole": len(ends),  # load_checkpoint would have raised
             "most_seconds_until_the_end": max(end["seconds"] for end in ends),
         }

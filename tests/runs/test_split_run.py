@@ -37,7 +37,7 @@ def test_slices_are_rounded_and_starts_by_the_number_of_agents_are_split() -> No
 
 @pytest.mark.parametrize("world_size", [3, 8])
 def test_what_cannot_be_split_is_refused(world_size: int) -> None:
-    with pytest.raises(ValueError, match=f"num_envs must be a multiple of the number of processes, {world_size}, got 4"):
+    with pytest.raises(ValueError, match=f"num_envs must be a multiple of .* {world_size}, got 4"):
         split_run(presets.vectors(), rank=0, world_size=world_size, num_agents=4)
 
 
