@@ -20,7 +20,7 @@ from typing import Any
 from matwm_rl.evaluation import find_evaluation, plot_learning_curves
 from matwm_rl.evaluation.run_log import SUMMARY_FILE
 from matwm_rl.files import LOCK, import_optional, write_text
-from matwm_rl.runs.workers import parallel_run
+from matwm_rl.runs.workers import end_if_orphan, parallel_run
 
 COLUMNS = ("run", "env", "seed", "env_steps", "updates", "minutes")
 JOBLIB = "hydra_joblib_launcher"
@@ -130,15 +130,14 @@ def make_callback() -> Any:
             folder, run_dir = _folder(config), Path(config.hydra.runtime.output_dir)
             (folder / "multirun.yaml").unlink(missing_ok=True)  # every summary.json has the settings of its run
             _tell_failure(run_dir, job_return)
-            if not list(_ended(folder)):
-                return
             # Now, and not when all have ended: Hydra calls nothing then if one of them has failed. And here, where the
             # run has registered its environment's evaluation, not in the main process.
             with _one_process_at_a_time(folder):
-                _, settings = _write_table(folder)
+                _, settings = _write_table(folder) if list(_ended(folder)) else ("", {})
                 for setting, members in settings.items():
                     if run_dir.name in [run.folder.name for run in members]:
                         _draw(folder, setting, members)
+            end_if_orphan()
 
         def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
             if JOBLIB in config.hydra.launcher["_target_"] and threading.current_thread() is threading.main_thread():

@@ -33,6 +33,12 @@ def is_orphan() -> bool:
     return parent is not None and parent.pid != os.getppid() and bool(parallel_run())
 
 
+def end_if_orphan(exit_code: int = 0) -> None:
+    """End this process if its main process is gone: it would wait for ever to give its result to it."""
+    if is_orphan():
+        os._exit(exit_code)
+
+
 def wait_for_other_runs(run_dir: Path, exit_code: int) -> None:
     """Let the other runs of the sweep end first, if this one is a worker's that a signal has stopped.
 
@@ -44,8 +50,7 @@ def wait_for_other_runs(run_dir: Path, exit_code: int) -> None:
     others = [path.parent for path in run_dir.parent.glob(f"*/{LOCK}") if path.parent.name != run_dir.name]
     while any(map(_is_locked, others)):
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    if is_orphan():
-        os._exit(exit_code)  # joblib's worker would wait for ever to give its result to the main process
+    end_if_orphan(exit_code)
 
 
 def _is_locked(folder: Path) -> bool:
