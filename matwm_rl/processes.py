@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)
+# Not a ContextVar, whose value torch.compile cannot read.
+_group: dist.ProcessGroup | None = None
 
 
 @contextmanager
@@ -34,11 +34,12 @@ def learning_together(group: dist.ProcessGroup | None) -> Iterator[None]:
         ...     sum_over_processes(torch.tensor(3))
         tensor(3)
     """
-    token = _group.set(group)
+    global _group
+    before, _group = _group, group
     try:
         yield
     finally:
-        _group.reset(token)
+        _group = before
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
@@ -53,8 +54,7 @@ def sum_over_processes(value: Tensor) -> Tensor:
         >>> sum_over_processes(torch.tensor([1.0, 2.0]))
         tensor([1., 2.])
     """
-    group = _group.get()
-    return value if group is None else _Sum.apply(value, group)
+    return value if _group is None else _Sum.apply(value, _group)
 
 
 def largest_of_processes(value: Tensor) -> Tensor:
@@ -67,10 +67,10 @@ def largest_of_processes(value: Tensor) -> Tensor:
         >>> largest_of_processes(torch.tensor([1.0, 2.0]))
         tensor([1., 2.])
     """
-    if (group := _group.get()) is None:
+    if _group is None:
         return value
     value = value.detach().clone()
-    dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=_group)
     return value
 
 
@@ -84,10 +84,10 @@ def gather_from_processes(value: Tensor) -> Tensor:
         >>> gather_from_processes(torch.tensor([1.0, 2.0]))
         tensor([1., 2.])
     """
-    if (group := _group.get()) is None:
+    if _group is None:
         return value
-    parts = [torch.empty_like(value) for _ in range(group.size())]
-    dist.all_gather(parts, value.detach().contiguous(), group=group)
+    parts = [torch.empty_like(value) for _ in range(_group.size())]
+    dist.all_gather(parts, value.detach().contiguous(), group=_group)
     return torch.cat(parts)
 
 
