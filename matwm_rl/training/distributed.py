@@ -121,7 +121,8 @@ def _check_alike(learner: Learner, group: dist.ProcessGroup) -> None:
     here = (learner.built, learner.config, zlib.crc32(torch.get_rng_state().numpy().tobytes()))
     everywhere: list[Any] = [None] * group.size()
     dist.all_gather_object(everywhere, here, group=group)
-    first, seen = everywhere[0], {}
+    first = everywhere[0]
+    seen: dict[int, int] = {}
     for rank, (built, config, random) in enumerate(everywhere):
         check_built(built, first[0], source=f"the learner of process {rank}")
         if config != first[1]:
