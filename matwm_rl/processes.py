@@ -67,11 +67,7 @@ def largest_of_processes(value: Tensor) -> Tensor:
         >>> largest_of_processes(torch.tensor([1.0, 2.0]))
         tensor([1., 2.])
     """
-    if _group is None:
-        return value
-    value = value.detach().clone()
-    dist.all_reduce(value, dist.ReduceOp.MAX, group=_group)
-    return value
+    return value if _group is None else gather_from_processes(value.unsqueeze(0)).amax(0)
 
 
 def gather_from_processes(value: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ LIMIT = 60.0
 class Training:
     """The parts of a small training, and its checkpoints."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, num_envs: int = 1) -> None:
         cfg = mw.presets.tiny()
         torch.set_num_threads(1)
         self.run_dir = run_dir
@@ -55,7 +55,7 @@ class Training:
         actor, critic = (make(world_model, cfg.actor_critic) for make in (mw.make_actor, mw.make_critic))
         self.learner = Learner(world_model, actor, critic, cfg.learner)
         self.policy = mw.WorldModelPolicy(world_model, actor, history_length=4)
-        self.replay: Replay = mw.make_replay(env.num_agents, cfg.replay, seed=0)
+        self.replay: Replay = mw.make_replay(env.num_agents, cfg.replay, num_envs=num_envs, seed=0)
 
     def learn(self, batches: Iterable[Any], pids: Callable[[], list[int]], collector: Any) -> None:
         """Store, learn, send weights and save after every batch; tell the workers' pids with the first checkpoint."""
@@ -98,9 +98,7 @@ def with_ray(run_dir: Path, *, sync: bool) -> None:
     from torchrl.collectors.distributed import RayCollector
 
     ray.init(log_to_driver=False, logging_level="error")
-    training = Training(run_dir)
-    if sync:
-        training.replay = mw.make_replay(3, mw.presets.tiny().replay, num_envs=2, seed=0)
+    training = Training(run_dir, num_envs=2 if sync else 1)
     collector = RayCollector(
         [partial(training.make, seed=seed) for seed in (1, 2)],
         training.policy,
@@ -170,9 +168,7 @@ def kill_one(target: str, run_dir: Path, rng: random.Random, longest: float) -> 
         if training.poll() is None:
             os.killpg(training.pid, signal.SIGKILL)
     errors = re.split(r"^(?=\S*Error: )", log.read_text(), flags=re.MULTILINE)[1:]
-    saved = Training(run_dir)
-    if target == "ray in step":
-        saved.replay = mw.make_replay(3, mw.presets.tiny().replay, num_envs=2, seed=0)
+    saved = Training(run_dir, num_envs=2 if target == "ray in step" else 1)
     steps = load_checkpoint(run_dir, learner=saved.learner, replay=saved.replay)["env_steps"]
     return {
         "target": target,

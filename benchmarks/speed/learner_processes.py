@@ -4,7 +4,7 @@
 
 An update is one of the world model and one of all agents, on stored steps of the environment: no environment is played.
 The three ways take turns, so that drift of the machine cancels. Prints a table in Markdown with the median over the
-rounds, the ratio to one process with one thread, and what a process sends in an update.
+rounds, the ratio to one process with one thread, and the size of the gradients that are averaged in an update.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import sys
 from collections.abc import Sequence
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from traffic import gradient_bytes
 
 from matwm_rl import presets
 from matwm_rl.data import make_replay
@@ -57,13 +57,8 @@ def time_updates(threads: int, updates: int, overrides: Sequence[str]) -> dict[s
         learner.update_agents(replay.starts.sample())
         seconds.append(perf_counter() - begun)
     dist.destroy_process_group()
-
-    def trained_bytes(loss: Any) -> int:
-        return sum(parameter.nbytes for parameter in loss.parameters() if parameter.requires_grad)
-
-    agents = trained_bytes(learner.actor_loss) + trained_bytes(learner.critic_loss)
-    sent = trained_bytes(learner.world_model_loss) + cfg.learner.agent_epochs * agents
-    return None if rank else {"seconds": median(seconds[3:]), "bytes": sent if world_size > 1 else 0}
+    averaged = gradient_bytes(learner) if world_size > 1 else 0
+    return None if rank else {"seconds": median(seconds[3:]), "bytes": averaged}
 
 
 def run(processes: int, threads: int, options: argparse.Namespace) -> dict[str, float]:
@@ -95,14 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for _ in range(options.rounds):
         for way in WAYS:
             results[way].append(run(*way, options))
-    print(
-        "| processes | threads of each | updates/s | ratio | MB sent by a process in an update |\n|---|---|---|---|---|"
-    )
+    print("| processes | threads of each | updates/s | ratio | MB of gradients averaged in an update |")
+    print("|---|---|---|---|---|")
     alone = median(result["seconds"] for result in results[WAYS[0]])
     for (processes, threads), measured in results.items():
         seconds = median(result["seconds"] for result in measured)
-        sent = measured[0]["bytes"] / 1e6
-        print(f"| {processes} | {threads} | {1 / seconds:.2f} | {alone / seconds:.2f} | {sent:.1f} |")
+        averaged = measured[0]["bytes"] / 1e6
+        print(f"| {processes} | {threads} | {1 / seconds:.2f} | {alone / seconds:.2f} | {averaged:.1f} |")
 
 
 if __name__ == "__main__":

@@ -53,10 +53,8 @@ def traffic(preset: str, env_name: str) -> dict[str, float]:
     collector.shutdown()
     replay.extend(batch)
     stored = replay.sequences.storage[:]
-    of_agents = [learner.actor_optimizer, learner.critic_optimizer]
-    steps_by = [learner.world_model_optimizer, *cfg.learner.agent_epochs * of_agents]
     updates = cfg.updates_per_batch / cfg.frames_per_batch
-    gradients = sum(size(optimizer_parameters(optimizer)) for optimizer in steps_by)
+    gradients = gradient_bytes(learner)
     return {
         "agents": env.num_agents,
         "parameters: world model": count(world_model),
@@ -91,6 +89,13 @@ def size(tensors: Iterable[Tensor]) -> int:
 
 def optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def gradient_bytes(learner: Learner) -> int:
+    """Return the bytes of all gradients in one update, in which actors and critics take several steps."""
+    of_agents = [learner.actor_optimizer, learner.critic_optimizer]
+    optimizers = [learner.world_model_optimizer, *learner.config.agent_epochs * of_agents]
+    return sum(size(optimizer_parameters(optimizer)) for optimizer in optimizers)
 
 
 def count_all(learner: Learner) -> int:
