@@ -57,7 +57,7 @@ class ReplayActor:
 
 
 class _Starts:
-    """The second buffer of the actor: reads only."""
+    """``Replay.starts`` of a replay in an actor: it can only be sampled."""
 
     def __init__(self, client: Any) -> None:
         self._client = client

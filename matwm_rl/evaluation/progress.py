@@ -146,7 +146,7 @@ class Bar(Progress):
 
 
 def make_progress(total: int, initial: int, time_left: Callable[[], str], *, alone: bool = True) -> Progress:
-    """Return a bar where the standard error is a terminal that no other run prints to, lines elsewhere."""
+    """Return a progress bar if this run alone prints to a terminal; else lines of text."""
     return (Bar if alone and has_screen() else Lines)(total, initial, time_left)
 
 

@@ -10,7 +10,7 @@ from matwm_rl.presets import TrainConfig
 
 
 def split_run(cfg: TrainConfig, *, rank: int, world_size: int, num_agents: int) -> TrainConfig:
-    """Return the settings of one of several processes that together do what one process does with the given ones.
+    """Divide the settings of a run among several learner processes, and return those of one of them.
 
     Each has an equal part of the environments, of the env steps, of replay and of every batch (slices are rounded), and
     a seed of its own.

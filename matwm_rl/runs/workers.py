@@ -1,4 +1,4 @@
-"""Runs of a sweep that go on at the same time, in processes of Hydra's launchers: their names, and their end."""
+"""Runs of a sweep in parallel processes of Hydra's launchers: how they are named in the output, and how they end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECONDS_BETWEEN_LOOKS = 0.1
 
 
 def parallel_run() -> str:
-    """Return the folder's name of the run that this process carries out while others may go on; empty if it is alone.
+    """Return the name of this run's folder if other runs may go on at the same time; else an empty string.
 
     So it is in a sweep with any of Hydra's launchers but its own, which carries out one run after the other.
     """

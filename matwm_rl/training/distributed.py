@@ -1,4 +1,4 @@
-"""A learner in several processes: each has a part of every batch, and all have the same weights."""
+"""One learner in several processes. Each has a part of every batch, and all have the same weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from matwm_rl.training.learner_state import check_built
 
 
 def distribute(learner: Learner, group: dist.ProcessGroup | None = None) -> Learner:
-    """Let a learner learn together with those of other processes, as one learner with the batches of all of them.
+    """Train one learner in several processes, as one process would train it with the batches of all of them.
 
     Call it in every process of the group, after ``torch.distributed.init_process_group``. All processes begin with
     the state of the first one, which is sent once. From then on each gives a part of every batch, of the same size, to
@@ -75,7 +75,7 @@ def distribute(learner: Learner, group: dist.ProcessGroup | None = None) -> Lear
 
 
 class LearnerGroup:
-    """The processes of a learner: their gradients are averaged, and their sums run over the batches of all.
+    """The processes that train one learner: averages their gradients, and lets sums run over all their batches.
 
     Args:
         learner: of this process.
@@ -117,7 +117,7 @@ class _Losses(nn.Module):
 
 
 def _check_alike(learner: Learner, group: dist.ProcessGroup) -> None:
-    """Refuse different learners, and equal random numbers."""
+    """Raise an error if processes have different learners, or draw the same random numbers."""
     here = (learner.built, learner.config, zlib.crc32(torch.get_rng_state().numpy().tobytes()))
     everywhere: list[Any] = [None] * group.size()
     dist.all_gather_object(everywhere, here, group=group)

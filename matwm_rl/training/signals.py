@@ -74,7 +74,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 
 def _unwatch(before: Mapping[signal.Signals, Any]) -> None:
-    """Give signals the handlers of before."""
+    """Restore the handlers that the signals had before."""
     if before:
         signal.alarm(0)
     for number, handler in before.items():
@@ -149,7 +149,7 @@ def fail_with_workers(workers: Sequence[Any] | None = None) -> Iterator[None]:
 
 
 def _death_of_actor(actors: Sequence[Any], error: BaseException) -> str | None:
-    """Return what is known of the death of a Ray actor that an error may be of."""
+    """Return what Ray says about a dead actor, if the error may come from its death; else ``None``."""
     if not actors:
         return None
     import ray
