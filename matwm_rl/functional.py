@@ -5,7 +5,7 @@ Dimension letters: N agents, B batch, T time, H horizon, S starts, K code dimens
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -420,43 +420,59 @@ def masked_mean(value: Tensor, mask: Tensor | None) -> Tensor:
         >>> masked_mean(torch.tensor([1.0, 3.0, 100.0]), torch.tensor([True, True, False])).item()
         2.0
     """
-    mask = torch.ones_like(value, dtype=torch.bool) if mask is None else mask.expand_as(value)
-    total = sum_over_processes(torch.where(mask, value, 0.0).sum())
-    return total / sum_over_processes(mask.sum()).clamp(min=1)
+    return masked_means({"mean": (value, mask)})["mean"]
 
 
-def per_agent_sum(value: Tensor, event_dims: int = 0) -> Tensor:
-    """Sum over the batch: ``[*batch, N, *event]`` to ``[N, *event]``.
+def masked_means(values: Mapping[str, tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
+    """Return :func:`masked_mean` of several values; processes that learn together exchange all of them at once.
 
     Args:
-        value: the tensor.
-        event_dims: number of dimensions behind the agent dimension.
-
-    Examples:
-        >>> per_agent_sum(torch.ones(4, 5, 3)).tolist()
-        [20.0, 20.0, 20.0]
-    """
-    return sum_over_processes(value.reshape(-1, *value.shape[value.ndim - 1 - event_dims :]).sum(0))
-
-
-def per_agent_mean(value: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
-    """Weighted mean over the batch, one number per agent.
-
-    The sum of the weighted values, divided by the number of valid steps (not by the sum of the weights).
-
-    Args:
-        value: ``[*batch, N]``.
-        weight: ``[*batch, N]``.
-        valid: bool ``[*batch, N]``, which steps count.
+        values: each with its mask, by name.
 
     Returns:
-        ``[N]``.
+        scalars by the same names.
 
     Examples:
-        >>> per_agent_mean(torch.tensor([[4.0], [8.0]]), torch.tensor([[1.0], [0.5]]), torch.tensor([[True], [True]]))
-        tensor([4.])
+        >>> masked_means({"loss": (torch.tensor([1.0, 3.0]), None)})
+        {'loss': tensor(2.)}
     """
-    return per_agent_sum(torch.where(valid, value * weight, 0.0)) / per_agent_sum(valid).clamp(min=1)
+    sums = []
+    for value, mask in values.values():
+        mask = torch.ones_like(value, dtype=torch.bool) if mask is None else mask.expand_as(value)
+        sums += [torch.where(mask, value, 0.0).sum(), mask.sum(dtype=torch.float32)]
+    sums = list(sum_over_processes(*sums))
+    means = (total / count.clamp(min=1) for total, count in zip(sums[::2], sums[1::2], strict=True))
+    return dict(zip(values, means, strict=True))
+
+
+def per_agent_mean(value: Tensor, weight: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Weighted mean over the batch, for every agent on its own.
+
+    Args:
+        value: ``[*batch, N, *event]``.
+        weight: ``[*batch, N]``.
+        valid: bool ``[*batch, N]``, which steps count: the sum of the weighted values is divided by their number.
+            ``None``: all count, and the sum is divided by that of the weights.
+
+    Returns:
+        ``[N, *event]``.
+
+    Examples:
+        >>> value, weight = torch.tensor([[4.0], [8.0]]), torch.tensor([[1.0], [0.5]])
+        >>> per_agent_mean(value, weight, torch.tensor([[True], [True]]))
+        tensor([4.])
+        >>> per_agent_mean(value, weight)
+        tensor([5.3333])
+    """
+    event = [1] * (value.ndim - weight.ndim)
+    weighted = value * weight.view(*weight.shape, *event)
+    if valid is None:
+        counts, least = weight, 1e-6
+    else:
+        weighted = torch.where(valid.view(*valid.shape, *event), weighted, 0.0)
+        counts, least = valid.float(), 1.0
+    total, count = sum_over_processes(*(part.flatten(0, weight.ndim - 2).sum(0) for part in (weighted, counts)))
+    return total / count.clamp(min=least).view(-1, *event)
 
 
 @torch.no_grad()

@@ -279,6 +279,20 @@ def test_masked_mean_takes_no_part_of_what_is_masked() -> None:
     assert F.masked_mean(value, None).item() == pytest.approx(value.mean().item())
 
 
+def test_per_agent_mean_against_loops() -> None:
+    value, weight = torch.randn(3, 4, 2, 5, dtype=torch.float64), torch.rand(3, 4, 2, dtype=torch.float64)
+    valid = torch.rand(3, 4, 2) < 0.5
+    places = list(itertools.product(range(3), range(4)))
+    by_count, by_weight = F.per_agent_mean(value, weight, valid), F.per_agent_mean(value, weight)
+    for n, d in itertools.product(range(2), range(5)):
+        total = sum(float(value[b, t, n, d] * weight[b, t, n]) for b, t in places if valid[b, t, n])
+        assert float(by_count[n, d]) == pytest.approx(total / max(1, sum(bool(valid[b, t, n]) for b, t in places)))
+        total = sum(float(value[b, t, n, d] * weight[b, t, n]) for b, t in places)
+        assert float(by_weight[n, d]) == pytest.approx(total / sum(float(weight[b, t, n]) for b, t in places))
+    spoilt = torch.where(valid.unsqueeze(-1), value, torch.nan)
+    torch.testing.assert_close(F.per_agent_mean(spoilt, weight, valid), by_count)
+
+
 def test_clip_grad_norm_per_agent() -> None:
     torch.manual_seed(1)
     parameters = [torch.zeros(3, 4, 2, requires_grad=True), torch.zeros(3, 5, requires_grad=True)]

@@ -1,9 +1,12 @@
 """Updates per second of a learner in one process, with one thread or two, and in two with half of a batch each.
 
+The last way is two learners that do not know of each other, with half of a batch each: what the machine's second core
+gives when nothing has to wait. The third way cannot be faster.
+
     PYTHONPATH=. python benchmarks/speed/learner_processes.py [--rounds 3] [--updates 15] [OVERRIDE ...]
 
 An update is one of the world model and one of all agents, on stored steps of the environment: no environment is played.
-The three ways take turns, so that drift of the machine cancels. Prints a table in Markdown with the median over the
+The ways take turns, so that drift of the machine cancels. Prints a table in Markdown with the median over the
 rounds, the ratio to one process with one thread, and the size of the gradients that are averaged in an update.
 """
 
@@ -28,11 +31,11 @@ from matwm_rl.modules import WorldModel, make_actor, make_critic
 from matwm_rl.runs import split_run
 from matwm_rl.training import Learner, distribute, prepare_process
 
-WAYS = ((1, 1), (1, 2), (2, 1))
-"""Processes, and threads of each."""
+WAYS = ((1, 1, True), (1, 2, True), (2, 1, True), (2, 1, False))
+"""Processes, threads of each, and whether they learn together."""
 
 
-def time_updates(threads: int, updates: int, overrides: Sequence[str]) -> dict[str, float] | None:
+def time_updates(threads: int, together: bool, updates: int, overrides: Sequence[str]) -> dict[str, float] | None:
     """Return seconds per update, timed in one of the processes that torchrun has started; ``None`` in the others."""
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -47,7 +50,8 @@ def time_updates(threads: int, updates: int, overrides: Sequence[str]) -> dict[s
     world_model = WorldModel.from_env(env, cfg.world_model)
     actor, critic = (make(world_model, cfg.actor_critic) for make in (make_actor, make_critic))
     learner = Learner(world_model, actor, critic, cfg.learner)
-    if world_size > 1:
+    together = together and world_size > 1
+    if together:
         distribute(learner)
     seconds = []
     for _ in range(3 + updates):
@@ -57,14 +61,15 @@ def time_updates(threads: int, updates: int, overrides: Sequence[str]) -> dict[s
         learner.update_agents(replay.starts.sample())
         seconds.append(perf_counter() - begun)
     dist.destroy_process_group()
-    averaged = gradient_bytes(learner) if world_size > 1 else 0
+    averaged = gradient_bytes(learner) if together else 0
     return None if rank else {"seconds": median(seconds[3:]), "bytes": averaged}
 
 
-def run(processes: int, threads: int, options: argparse.Namespace) -> dict[str, float]:
+def run(processes: int, threads: int, together: bool, options: argparse.Namespace) -> dict[str, float]:
     """Time one way in processes of its own."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     words = [__file__, "--worker", f"--threads={threads}", f"--updates={options.updates}", *options.overrides]
+    words += [] if together else ["--apart"]
     done = subprocess.run([*torchrun, *words], capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
@@ -80,23 +85,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--updates", type=int, default=15, help="that are timed, after three others")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--apart", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="of the configuration")
     options = parser.parse_intermixed_args(arguments)
     if options.worker:
-        if (result := time_updates(options.threads, options.updates, options.overrides)) is not None:
+        result = time_updates(options.threads, not options.apart, options.updates, options.overrides)
+        if result is not None:
             print(json.dumps(result), flush=True)
         return
-    results: dict[tuple[int, int], list[dict[str, float]]] = {way: [] for way in WAYS}
+    results: dict[tuple[int, int, bool], list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(options.rounds):
         for way in WAYS:
             results[way].append(run(*way, options))
-    print("| processes | threads of each | updates/s | ratio | MB of gradients averaged in an update |")
-    print("|---|---|---|---|---|")
+    print("| processes | threads of each | learn | updates/s | ratio | MB of gradients averaged in an update |")
+    print("|---|---|---|---|---|---|")
     alone = median(result["seconds"] for result in results[WAYS[0]])
-    for (processes, threads), measured in results.items():
+    for (processes, threads, together), measured in results.items():
         seconds = median(result["seconds"] for result in measured)
         averaged = measured[0]["bytes"] / 1e6
-        print(f"| {processes} | {threads} | {1 / seconds:.2f} | {alone / seconds:.2f} | {averaged:.1f} |")
+        learn = "alone" if processes == 1 else "together" if together else "apart"
+        print(f"| {processes} | {threads} | {learn} | {1 / seconds:.2f} | {alone / seconds:.2f} | {averaged:.1f} |")
 
 
 if __name__ == "__main__":

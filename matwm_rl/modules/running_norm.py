@@ -100,20 +100,20 @@ class RunningNorm(nn.Module):
         weight = (finite if valid is None else finite & valid.flatten(1)).to(value)
         value = value.masked_fill(~finite.unsqueeze(-1), 0.0)
         members = nn.functional.one_hot(self.group, self.num_groups).to(value)
-        count = sum_over_processes(members.T @ weight.sum(1, keepdim=True))
-        seen = count > 0
 
-        def mean_of(numbers: Tensor) -> Tensor:
-            total = members.T @ torch.einsum("nbd,nb->nd", numbers, weight)
-            return sum_over_processes(total) / count.clamp(min=1.0)
+        def sum_of(numbers: Tensor) -> Tensor:
+            return members.T @ torch.einsum("nbd,nb->nd", numbers, weight)
 
+        count, total = sum_over_processes(members.T @ weight.sum(1, keepdim=True), sum_of(value))
+        seen, count = count > 0, count.clamp(min=1.0)
         self.batches += seen
         rate = torch.where(seen, (1 / self.batches.clamp(min=1.0)).clamp(min=self.min_rate), 0.0)
         before = self.mean.clone()
-        self.mean.lerp_(mean_of(value), rate)
+        self.mean.lerp_(total / count, rate)
         deviation = value - self.mean[self.group].unsqueeze(1)
         moved = self.variance + (self.mean - before).square()
-        self.variance.copy_(torch.where(seen, moved.lerp(mean_of(deviation.square()), rate), self.variance))
+        (squares,) = sum_over_processes(sum_of(deviation.square()))
+        self.variance.copy_(torch.where(seen, moved.lerp(squares / count, rate), self.variance))
         farthest = largest_of_processes((deviation.abs() * weight.unsqueeze(-1)).amax(1))
         self.reach.scatter_reduce_(0, self.group.unsqueeze(-1).expand_as(farthest), farthest, "amax")
         self._rescale()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from matwm_rl import keys
 from matwm_rl.arguments import check_ints, check_kinds, check_numbers, read_choice
 from matwm_rl.checks import check_shape, read_entry, read_optional
-from matwm_rl.functional import masked_mean, per_agent_mean, per_agent_sum
+from matwm_rl.functional import masked_mean, per_agent_mean
 from matwm_rl.objectives.common import KeyedLoss
 from matwm_rl.objectives.regularizers import MeanPolicyEntropy, Regularizer, Signalling
 from matwm_rl.objectives.returns import ReturnScale
@@ -223,9 +223,5 @@ class ActorLoss(KeyedLoss):
         """Normalise ``[*S, H, N]``, each agent's on its own; steps that do not count have weight 0."""
         if self.advantage == Advantage.return_scale:
             return advantage / self.return_scale.scale()
-
-        def mean(value: Tensor) -> Tensor:
-            return per_agent_sum(value * weight) / per_agent_sum(weight).clamp(min=1e-6)
-
-        advantage = advantage - mean(advantage)
-        return advantage / mean(advantage.square()).sqrt().clamp(min=1.0)
+        advantage = advantage - per_agent_mean(advantage, weight)
+        return advantage / per_agent_mean(advantage.square(), weight).sqrt().clamp(min=1.0)

@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 from matwm_rl import keys
 from matwm_rl.arguments import check_numbers
 from matwm_rl.checks import read_entry
-from matwm_rl.functional import per_agent_mean, per_agent_sum
+from matwm_rl.functional import per_agent_mean
 
 
 class Regularizer(nn.Module):
@@ -129,7 +129,6 @@ def _probs(dist: Distribution, reader: Regularizer) -> Tensor:
 
 def _mean_policy_entropy(probs: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
     """Entropy ``[N]`` in nats of every agent's policy ``[*S, H, N, A]``, averaged over the valid steps."""
-    weight = torch.where(valid, weight, 0.0).unsqueeze(-1)
-    mean = per_agent_sum(probs * weight, 1) / per_agent_sum(weight, 1).clamp(min=1e-6)
+    mean = per_agent_mean(probs, torch.where(valid, weight, 0.0))
     # Clamped: the slope of torch.special.entr at 0, where actions are illegal, is infinite.
     return -(mean * mean.clamp(min=1e-8).log()).sum(-1)

@@ -15,7 +15,7 @@ from torchrl.modules import SymExpTwoHot
 from matwm_rl import keys
 from matwm_rl.arguments import check_kinds, check_numbers
 from matwm_rl.checks import read_entry, read_optional, read_output
-from matwm_rl.functional import agents_first, balanced_kl, masked_mean
+from matwm_rl.functional import agents_first, balanced_kl, masked_means
 from matwm_rl.objectives.common import KeyedLoss
 from matwm_rl.settings import Settings, setting
 
@@ -169,30 +169,30 @@ class WorldModelLoss(KeyedLoss):
         if reads_ends:
             last = read_output(model, k.end_reward_logits, self.world_model, reward_logits.shape)
             reward_logits = torch.where(ended.unsqueeze(-1), last, reward_logits)
-        losses = {
-            "reconstruction": masked_mean(self._reconstruction(model), alive),
-            "reward": masked_mean(self.two_hot.loss(reward_logits, reward), alive),
-            "continuation": masked_mean(self._continuation(model, ended), alive),
-            "teammate": masked_mean(self._teammate(model, shape), alive),
+        errors = {
+            "reconstruction": (self._reconstruction(model), alive),
+            "reward": (self.two_hot.loss(reward_logits, reward), alive),
+            "continuation": (self._continuation(model, ended), alive),
+            "teammate": (self._teammate(model, shape), alive),
         }
         if self._predicts_mask:
             logits = read_output(model, k.mask_logits, self.world_model, (*shape, None))
             target = read_entry(tensordict, k.action_mask, self, logits.shape).to(logits)
             error = binary_cross_entropy_with_logits(logits, target, reduction="none")
-            losses["mask"] = masked_mean(error.sum(-1), alive)
+            errors["mask"] = (error.sum(-1), alive)
         # A dying agent has no next observation. If last steps have a reward head of their own, the other head reads the
         # next latent of an episode that goes on, so only such steps train the dynamics.
         survived = alive if survives is None else alive & survives
         if reads_ends:
             survived = survived & ~ended
         dynamics, representation = self._kl(model, shape)
-        losses["dynamics"] = masked_mean(dynamics.clamp(min=self.free_nats), survived)
-        losses["representation"] = masked_mean(representation.clamp(min=self.free_nats), survived)
+        errors["dynamics"] = (dynamics.clamp(min=self.free_nats), survived)
+        errors["representation"] = (representation.clamp(min=self.free_nats), survived)
+        errors["kl"] = (dynamics.detach(), survived)
 
-        weights = asdict(self.weights)
-        out = {f"loss_{name}": weights[name] * value for name, value in losses.items()}
-        out["kl"] = masked_mean(dynamics.detach(), survived)
-        return self._written(out)
+        means, weights = masked_means(errors), asdict(self.weights)
+        out = {f"loss_{name}": weights[name] * mean for name, mean in means.items() if name != "kl"}
+        return self._written({**out, "kl": means["kl"]})
 
     def _take_in(self, tensordict: TensorDictBase) -> None:
         """Let the norms of a model in training take in the observations and rewards of living agents."""
