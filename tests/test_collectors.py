@@ -18,6 +18,7 @@ from tensordict import TensorDictBase
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, Transform, TransformedEnv
+from torchrl.weight_update import MultiProcessWeightSyncScheme
 
 from matwm_rl import keys, presets
 from matwm_rl.data import Replay, ReplayConfig, make_replay
@@ -152,7 +153,9 @@ def test_workers_at_their_own_pace() -> None:
     renewed = dict.fromkeys(lengths, False)
     stale = 0
     whole = {"frames_per_batch": 12, "trajs_per_batch": 2, "traj_format": "cat"}
-    with collecting(make, policy, sync=False, **whole) as collector:
+    # The other scheme of TorchRL: weights are sent, not shared.
+    schemes = {"policy": MultiProcessWeightSyncScheme()}
+    with collecting(make, policy, sync=False, weight_sync_schemes=schemes, **whole) as collector:
         for data in collector:
             replay.extend(data)
             for episode in episodes_of(data):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,6 +55,16 @@ def test_updates_never_wait_for_a_value(latent: str, monkeypatch: pytest.MonkeyP
     with Waits() as waits:
         learner.update_world_model(sequences)
     assert waits.found == ["aten._local_scalar_dense.default"]
+
+
+def test_all_tensors_of_both_presets_are_on_the_device_of_the_networks() -> None:
+    command = [sys.executable, "-m", "tests.training.fake_device", "vectors", "paper"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("acted")] == [
+        "acted and learnt: vectors",
+        "acted and learnt: paper",
+    ]
 
 
 def test_cuda_graphs_need_a_gpu() -> None:
