@@ -181,6 +181,8 @@ def test_workers_at_their_own_pace() -> None:
 
 def test_environments_in_processes_of_their_own() -> None:
     env = make_env("mpe2/simple_tag_v3", num_envs=2, parallel=True, seed=0, max_cycles=MAX_STEPS)
+    serial = make_env("mpe2/simple_tag_v3", num_envs=2, seed=0, max_cycles=MAX_STEPS)
+    assert env.layout == serial.layout and env.num_agents == serial.num_agents == 4
     policy = make_policy(env)
     replay = make_small_replay(env, num_envs=2)
     with collecting(env, policy, frames_per_batch=10) as collector:
@@ -188,6 +190,8 @@ def test_environments_in_processes_of_their_own() -> None:
         for index in range(4):
             data = next(batches)
             assert data.batch_size == (2, 5)
+            if index == 0:
+                assert torch.equal(data[keys.OBSERVATION][:, 0], serial.reset()[keys.OBSERVATION])
             assert insists_on(data, 3).all() if index > 1 else not insists_on(data, 3).any()
             replay.extend(data)
             if index == 1:

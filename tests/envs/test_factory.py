@@ -44,18 +44,6 @@ def test_serial_environments_keep_the_layout_and_differ() -> None:
     assert not torch.equal(observation[0], observation[1]), "each environment has a seed of its own"
 
 
-def test_parallel_environments() -> None:
-    env = make_env("mpe2/simple_speaker_listener_v4", num_envs=2, seed=0, parallel=True)
-    try:
-        assert env.layout == SPEAKER_LISTENER
-        assert env.num_agents == 2
-        rollout = env.rollout(3)
-    finally:
-        env.close()
-    serial = make_env("mpe2/simple_speaker_listener_v4", num_envs=2, seed=0).rollout(3)
-    assert torch.equal(rollout[OBSERVATION][:, 0], serial[OBSERVATION][:, 0])
-
-
 @pytest.mark.parametrize(("name", "num_envs"), [("mock", 3), ("vmas/simple_tag", 1), ("vmas/simple_tag", 3)])
 def test_vectorized_environments_are_one(name: str, num_envs: int) -> None:
     env = make_env(name, num_envs=num_envs)

@@ -62,6 +62,7 @@ def trained(folder: Path) -> list[Path]:
     return [path for path in folder.glob("mock-stub-*") if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_no_other_and_leaves_no_training(tmp_path: Path) -> None:
     process = start_apart(tmp_path, 0, 1, 2, jobs=2)
     out, errors = process.communicate()
