@@ -24,7 +24,7 @@ def main(env="mpe2/simple_spread_v3", total_steps=10_000, seed=0, run_dir="", *,
     world_model = mw.WorldModel.from_env(env, cfg.world_model)
     actor, critic = (make(world_model, cfg.actor_critic) for make in (mw.make_actor, mw.make_critic))
     learner = mw.Learner(world_model, actor, critic, cfg.learner)
-    replay = mw.make_replay(num_agents, cfg.replay, num_envs=cfg.num_envs, seed=cfg.seed)
+    replay = mw.make_replay(num_agents, cfg.replay, num_envs=cfg.num_envs)  # draws as torch does
     if run_dir and has_checkpoint(run_dir):  # all go on with the learner and the replay of the first process
         load_checkpoint(run_dir, learner=learner, replay=replay)
         replay.end_episodes()
@@ -32,7 +32,7 @@ def main(env="mpe2/simple_spread_v3", total_steps=10_000, seed=0, run_dir="", *,
     distribute(learner)  # the one call; what follows is the loop of one process
     policy = mw.WorldModelPolicy(world_model, actor, history_length=cfg.policy.history_length)
     test_env, env = (TransformedEnv(e, policy.make_tensordict_primer()) for e in (test_env, env))
-    frames = {"frames_per_batch": cfg.frames_per_batch, "total_frames": cfg.total_steps - replay.env_steps}
+    frames = {"frames_per_batch": cfg.frames_per_batch, "total_frames": max(0, cfg.total_steps - replay.env_steps)}
     frames |= {"init_random_frames": max(0, cfg.init_random_steps - replay.env_steps)}
     for batch in Collector(env, policy, auto_register_policy_transforms=False, **frames):
         replay.extend(batch)

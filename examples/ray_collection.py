@@ -42,7 +42,7 @@ def main(env="mpe2/simple_spread_v3", total_steps=10_000, seed=0, *, workers=2, 
         for batch in collector:
             replay.extend(batch)
             steps = replay.env_steps - cfg.init_random_steps
-            for _ in range(cfg.world_model_warmup if steps >= 0 and learner.updates == 0 else 0):
+            for _ in range(cfg.world_model_warmup if steps > 0 and learner.updates == 0 else 0):
                 learner.update_world_model(replay.sequences.sample())
             while learner.updates < steps * cfg.updates_per_batch / cfg.frames_per_batch:  # as many as in one process
                 learner.update_world_model(replay.sequences.sample())

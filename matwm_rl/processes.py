@@ -45,7 +45,8 @@ def learning_together(group: dist.ProcessGroup | None) -> Iterator[None]:
 def sum_over_processes(*values: Tensor) -> tuple[Tensor, ...]:
     """Sums of tensors over all processes, for a loss that is the same number in every process.
 
-    Their gradients are those of the whole loss once DistributedDataParallel has averaged them. All tensors of a call
+    Their gradients are those of the whole loss once DistributedDataParallel has averaged them, if no sum enters another
+    one: what a process computes of a sum has to be the same number in every process. All tensors of a call
     are sent as one: every call waits for the slowest process, about a millisecond on a CPU.
 
     Args:

@@ -66,7 +66,7 @@ def traffic(preset: str, env_name: str) -> dict[str, float]:
         "bytes: a frame in replay": stored.bytes() / STEPS,
         "bytes: gradients of the world model, per update": size(optimizer_parameters(learner.world_model_optimizer)),
         "bytes: all gradients, per update": gradients,
-        "optimizer steps per update": 1 + cfg.learner.agent_epochs,
+        "optimizer steps per update": 1 + 2 * cfg.learner.agent_epochs,
         "updates per env step": updates,
         "bytes: all gradients, per env step": gradients * updates,
         "bytes: learner in a checkpoint": state_size(learner.state_dict()) + 8 * count_all(learner),

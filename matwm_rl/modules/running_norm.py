@@ -99,12 +99,14 @@ class RunningNorm(nn.Module):
         finite = value.isfinite().all(-1)
         weight = (finite if valid is None else finite & valid.flatten(1)).to(value)
         value = value.masked_fill(~finite.unsqueeze(-1), 0.0)
-        members = nn.functional.one_hot(self.group, self.num_groups).to(value)
+        weight = weight.unsqueeze(-1)
 
         def sum_of(numbers: Tensor) -> Tensor:
-            return members.T @ torch.einsum("nbd,nb->nd", numbers, weight)
+            # Without a matrix product, which may be of bfloat16: a count would have eight bits.
+            of_agents = (numbers * weight).sum(1)
+            return torch.zeros_like(of_agents[: self.num_groups]).index_add(0, self.group, of_agents)
 
-        count, total = sum_over_processes(members.T @ weight.sum(1, keepdim=True), sum_of(value))
+        count, total = sum_over_processes(sum_of(torch.ones_like(weight)), sum_of(value))
         seen, count = count > 0, count.clamp(min=1.0)
         self.batches += seen
         rate = torch.where(seen, (1 / self.batches.clamp(min=1.0)).clamp(min=self.min_rate), 0.0)
@@ -114,7 +116,7 @@ class RunningNorm(nn.Module):
         moved = self.variance + (self.mean - before).square()
         (squares,) = sum_over_processes(sum_of(deviation.square()))
         self.variance.copy_(torch.where(seen, moved.lerp(squares / count, rate), self.variance))
-        farthest = largest_of_processes((deviation.abs() * weight.unsqueeze(-1)).amax(1))
+        farthest = largest_of_processes((deviation.abs() * weight).amax(1))
         self.reach.scatter_reduce_(0, self.group.unsqueeze(-1).expand_as(farthest), farthest, "amax")
         self._rescale()
 

@@ -16,6 +16,10 @@ from matwm_rl.functional import per_agent_mean
 class Regularizer(nn.Module):
     """Interface of a bonus for every agent, which the actor loss subtracts with the weight ``coeff``.
 
+    Take means over the batch with :func:`~matwm_rl.functional.per_agent_mean`, which counts over all processes that
+    learn together. A mean must not enter the elements of which another mean is taken: the processes' gradients would
+    then be wrong.
+
     Args:
         coeff: weight of the bonus.
 
@@ -115,8 +119,9 @@ class Signalling(Regularizer):
         unchanged = latent.diff(dim=-3).square().mean(-1).sqrt() < self.tolerance
         now, after, weight, valid = probs[..., :-1, :, :], probs[..., 1:, :, :], weight[..., :-1, :], valid[..., :-1, :]
         spread = _mean_policy_entropy(now, weight, valid & unchanged)
-        told = 2 * spread + (after * now.clamp(min=1e-8).log()).sum(-1)
-        return per_agent_mean(torch.where(unchanged, told, 0.0), weight, valid)
+        share = per_agent_mean(unchanged.to(weight), weight, valid)
+        likelihood = torch.where(unchanged, (after * now.clamp(min=1e-8).log()).sum(-1), 0.0)
+        return 2 * spread * share + per_agent_mean(likelihood, weight, valid)
 
 
 def _probs(dist: Distribution, reader: Regularizer) -> Tensor:

@@ -13,9 +13,8 @@ def split_run(cfg: TrainConfig, *, rank: int, world_size: int, num_agents: int) 
     """Divide the settings of a run among several learner processes, and return those of one of them.
 
     Each has an equal part of the environments, of the env steps, of replay and of every batch (slices are rounded), and
-    a seed of its own.
-    The number of updates per env step of all stays the same, and so do warm-ups. See
-    :func:`~matwm_rl.training.distribute`.
+    a seed of its own. The ratio of updates to the env steps of all processes together stays the same. Warm-ups are not
+    divided. See :func:`~matwm_rl.training.distribute`.
 
     Args:
         cfg: settings of the whole run.
@@ -37,6 +36,7 @@ def split_run(cfg: TrainConfig, *, rank: int, world_size: int, num_agents: int) 
     check_ints(0, rank=rank)
     if rank >= world_size:
         raise ValueError(f"rank must be below world_size, {world_size}, got {rank}")
+    every = cfg.evaluation.every
     starts = cfg.replay.starts_per_agent or starts_per_agent_by_agents(num_agents)
 
     def part(name: str, number: int) -> int:
@@ -51,7 +51,9 @@ def split_run(cfg: TrainConfig, *, rank: int, world_size: int, num_agents: int) 
         frames_per_batch=part("frames_per_batch", cfg.frames_per_batch),
         total_steps=-(-cfg.total_steps // world_size),
         init_random_steps=-(-cfg.init_random_steps // world_size),
+        log_every=-(-cfg.log_every // world_size),
         checkpoint_every=-(-cfg.checkpoint_every // world_size),
+        evaluation=replace(cfg.evaluation, every=None if every is None else -(-every // world_size)),
         replay=replace(
             cfg.replay,
             capacity=cfg.replay.capacity // world_size,

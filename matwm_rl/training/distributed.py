@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torchrl.objectives import LossModule
 
 from matwm_rl.arguments import check_kinds
-from matwm_rl.processes import learning_together
+from matwm_rl.processes import gather_from_processes, learning_together
+from matwm_rl.training import guard
 from matwm_rl.training.learner import Learner
 from matwm_rl.training.learner_state import check_built
 
@@ -62,11 +63,11 @@ def distribute(learner: Learner, group: dist.ProcessGroup | None = None) -> Lear
             "distribute needs connected processes: start the script with `torchrun --nproc-per-node=2 SCRIPT` and call "
             "torch.distributed.init_process_group() first"
         )
-    if learner.config.cuda_graphs:
-        raise ValueError("cuda_graphs=True captures the update of one process: set it to False to distribute a learner")
     group = dist.group.WORLD if group is None else group
     assert group is not None
     _check_alike(learner, group)
+    if learner.config.cuda_graphs:  # in all processes, which have the same settings
+        raise ValueError("cuda_graphs=True captures the update of one process: set it to False to distribute a learner")
     states = [_on_cpu(learner.state_dict())]
     dist.broadcast_object_list(states, group=group, group_src=0)
     learner.load_state_dict(states[0])
@@ -88,6 +89,7 @@ class LearnerGroup:
     def __init__(self, learner: Learner, group: dist.ProcessGroup) -> None:
         self.size = group.size()
         self._group = group
+        self._device = next(learner.world_model.parameters()).device
         # The state is the same already. Buffers are statistics over all processes, never those of the first.
         options: dict[str, Any] = {"process_group": group, "forward_sync_buffers": False, "init_sync": False}
         self._averaged = {
@@ -95,8 +97,22 @@ class LearnerGroup:
             for loss in (learner.world_model_loss, learner.actor_loss, learner.critic_loss)
         }
 
-    def together(self) -> AbstractContextManager[None]:
-        """Let sums in a block run over all processes."""
+    def together(self, batch: TensorDictBase) -> AbstractContextManager[None]:
+        """Let sums in a block run over all processes, which have parts of a batch of the same size.
+
+        Raises:
+            ValueError: in all processes, if one's part has another size. (On a CPU: on a GPU the host does not wait.)
+        """
+        if guard.can_wait(self._device):
+            with learning_together(self._group):
+                sizes = gather_from_processes(torch.tensor([[*batch.shape[:1], batch.numel()]])).tolist()
+            for rank, size in enumerate(sizes):
+                if size != sizes[0]:
+                    raise ValueError(
+                        f"process {rank} has a part of {size[0]} rows with {size[-1]} steps in all, process 0 one of "
+                        f"{sizes[0][0]} with {sizes[0][-1]}: give every process a part of the same size, as the "
+                        "settings of split_run do"
+                    )
         return learning_together(self._group)
 
     def losses(self, loss: LossModule, batch: TensorDictBase) -> TensorDictBase:

@@ -153,7 +153,7 @@ class Learner:
         self._decay_learning_rate(self.world_model_optimizer)
         if self.config.cuda_graphs:
             self.world_model.max_boundaries = sequences.numel()
-        with self._together():
+        with self._together(sequences):
             return self._world_model_step(sequences)
 
     def _step_world_model(self, sequences: TensorDictBase) -> TensorDict:
@@ -163,7 +163,7 @@ class Learner:
             with self._autocast():
                 losses = self._losses(self.world_model_loss, sequences)
             gradient = guard.backward(losses, self.world_model_optimizer, clip_, clip)
-            guard.step([gradient], self._diagnosis(sequences, lambda: self.world_model_loss(sequences)))
+            guard.step([gradient], self._diagnosis(sequences, lambda: self._losses_of_sequences(sequences)))
         finally:
             self.world_model.eval()
         return losses.detach().set("world_model_grad_norm", gradient.norm)
@@ -188,7 +188,7 @@ class Learner:
             raise ValueError("a CUDA graph repeats one update: with cuda_graphs, actors learn from the first update on")
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
             self._decay_learning_rate(optimizer)
-        with self._together():
+        with self._together(starts):
             metrics = self._agents_step(starts) if train_actors else self._step_agents(starts, train_actors=False)
         self.updates += 1
         return metrics
@@ -218,8 +218,8 @@ class Learner:
         self.target_updater.step()
         return metrics
 
-    def _together(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.group is None else self.group.together()
+    def _together(self, batch: TensorDictBase) -> AbstractContextManager[None]:
+        return nullcontext() if self.group is None else self.group.together(batch)
 
     def _losses(self, loss: LossModule, batch: TensorDictBase) -> TensorDictBase:
         return loss(batch) if self.group is None else self.group.losses(loss, batch)
@@ -234,6 +234,14 @@ class Learner:
             if self.config.agent_epochs > 1:
                 imagined.set(keys.SLOW_VALUE, self.critic_loss.slow_value(imagined))
         return imagined
+
+    def _losses_of_sequences(self, sequences: TensorDictBase) -> None:
+        """Compute the losses, and change nothing, so that an error can be located."""
+        self.world_model.eval()
+        try:
+            self.world_model_loss(sequences)
+        finally:
+            self.world_model.train()
 
     def _losses_of_agents(self, starts: TensorDictBase) -> None:
         """Imagine and compute the losses, and change nothing, so that an error can be located."""

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch.multiprocessing as mp
+from tensordict import TensorDictBase
 
-from matwm_rl.training import has_checkpoint
+from matwm_rl.training import Learner, has_checkpoint
 from tests.examples.helpers import EXAMPLES, numbers
 
 PROCESSES = 2
@@ -22,6 +23,13 @@ SIZES: dict[str, Any] = {
 def run_twice(rank: int, folder: str, ports: list[int]) -> None:
     """Do what torchrun does: a run of 600 steps, and one that goes on from there to 800."""
     main = runpy.run_path(str(EXAMPLES / "distributed_learning.py"))["main"]
+    update, learnt = Learner.update_world_model, open(f"{folder}/{rank}.txt", "w", encoding="utf-8")
+
+    def noted(learner: Learner, sequences: TensorDictBase) -> TensorDictBase:
+        print(float(sequences["agents", "observation"].sum()), file=learnt, flush=True)
+        return update(learner, sequences)
+
+    Learner.update_world_model = noted
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(PROCESSES), MASTER_ADDR="127.0.0.1")
     for port, total_steps in zip(ports, (600, 800), strict=True):
         os.environ["MASTER_PORT"] = str(port)
@@ -45,3 +53,6 @@ def test_two_processes_learn_and_go_on_from_their_checkpoint(tmp_path: Path, cap
     first, second = (numbers(line) for line in lines[1::2])
     assert first != second
     assert has_checkpoint(tmp_path)
+    # Every process draws other sequences, also when all have loaded the replay of the first one.
+    batches = [(tmp_path / f"{rank}.txt").read_text(encoding="utf-8").split() for rank in range(PROCESSES)]
+    assert len(batches[0]) == len(batches[1]) > 3 and not set(batches[0]) & set(batches[1])

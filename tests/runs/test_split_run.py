@@ -11,12 +11,14 @@ from matwm_rl.runs import split_run
 
 
 def test_parts_make_up_the_whole() -> None:
-    cfg = replace(presets.vectors(), seed=3)
+    cfg = presets.vectors()
+    cfg = replace(cfg, seed=3, evaluation=replace(cfg.evaluation, every=5000))
     parts = [split_run(cfg, rank=rank, world_size=2, num_agents=4) for rank in (0, 1)]
-    for name in ("num_envs", "total_steps", "init_random_steps", "frames_per_batch", "checkpoint_every"):
+    for name in ("num_envs", "total_steps", "init_random_steps", "frames_per_batch", "log_every", "checkpoint_every"):
         assert sum(getattr(part, name) for part in parts) == getattr(cfg, name)
     for name in ("capacity", "sequences", "starts_per_agent"):
         assert sum(getattr(part.replay, name) for part in parts) == getattr(cfg.replay, name)
+    assert sum(part.evaluation.every for part in parts) == cfg.evaluation.every
     # Updates per step of all processes, and what precedes them, stay the same.
     assert {part.updates_per_batch for part in parts} == {cfg.updates_per_batch}
     assert [part.seed for part in parts] == [6, 7]

@@ -7,21 +7,25 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from torch.distributions import Categorical
 
-from matwm_rl import presets
+from matwm_rl import keys, presets
 from matwm_rl.data import make_replay
 from matwm_rl.envs import make_env
 from matwm_rl.modules import ActorCriticConfig, WorldModel, make_actor, make_critic
 from matwm_rl.modules.encoders import CoordinateEncoderConfig
 from matwm_rl.modules.latents import GaussianLatentConfig
+from matwm_rl.objectives import Signalling
+from matwm_rl.processes import learning_together
 from matwm_rl.training import Learner, distribute
 from tests.training.helpers import leaves
 
@@ -128,7 +132,8 @@ def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
-    results = {task.__name__: task(rank) for task in (learn_in_parts, fail_in_one, refuse, send)}
+    tasks: list[Callable[[int], Any]] = [learn_in_parts, fail_in_one, give_parts_of_other_sizes, signal, refuse, send]
+    results = {task.__name__: task(rank) for task in tasks}
     dist.destroy_process_group()
     torch.save(results, Path(folder) / f"{rank}.pt")
 
@@ -138,11 +143,14 @@ def learn_in_parts(rank: int) -> dict[str, Any]:
     return {name: learn(distribute(make_learner(case(), seed=rank)), case(), rank) for name, case in CASES.items()}
 
 
-def fail_in_one(rank: int) -> tuple[list[str], bool]:
-    """Give the second process a number that is not finite; return the errors, and whether a weight has changed."""
+def fail_in_one(rank: int) -> tuple[list[str], bool, list[int]]:
+    """Give the second process a number that is not finite.
+
+    Return the errors, whether a weight has changed, and a number for the state after each.
+    """
     learner = distribute(make_learner(vectors(), seed=rank))
     losses = nn.ModuleList([learner.world_model_loss, learner.actor_loss, learner.critic_loss])
-    before, messages = [parameter.detach().clone() for parameter in losses.parameters()], []
+    before, messages, checksums = [parameter.detach().clone() for parameter in losses.parameters()], [], []
     updates = (learner.update_world_model, learner.update_agents)
     for parts, update in zip(make_batches(vectors())[0], updates, strict=True):
         if rank == 1:
@@ -151,7 +159,39 @@ def fail_in_one(rank: int) -> tuple[list[str], bool]:
             update(parts[rank])
         except FloatingPointError as error:
             messages.append(str(error))
-    return messages, not all(map(torch.equal, before, losses.parameters()))
+        checksums.append(checksum(learner))
+    return messages, not all(map(torch.equal, before, losses.parameters())), checksums
+
+
+def give_parts_of_other_sizes(rank: int) -> list[str]:
+    """Return what is said of parts of different sizes."""
+    learner = distribute(make_learner(paper(), seed=rank))
+    messages = []
+    for parts, update in zip(
+        make_batches(paper())[0], (learner.update_world_model, learner.update_agents), strict=True
+    ):
+        try:
+            update(parts[rank][rank:])
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def signal(rank: int | None) -> list[Tensor]:
+    """Return the bonus on signalling and its gradient, of a part in which other shares of the steps are unchanged."""
+    rand = partial(torch.rand, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    latent, weight, valid = rand(6, 4, 3, 2), rand(6, 4, 3), rand(6, 4, 3) < 0.8
+    latent[1:4] = latent[1:4, :1]  # unchanged
+    logits = rand(6, 4, 3, 5).requires_grad_()
+    rows = slice(None) if rank is None else slice(3 * rank, 3 * rank + 3)
+    batch = TensorDict({keys.LATENT: latent[rows]})
+    with learning_together(None if rank is None else dist.group.WORLD):
+        bonus = Signalling(1.0)(batch, Categorical(logits=logits[rows]), weight[rows], valid[rows]).sum()
+    (gradient,) = torch.autograd.grad(bonus, logits)
+    if rank is not None:
+        dist.all_reduce(gradient)
+        gradient /= WORLD
+    return [bonus.detach(), gradient]
 
 
 def refuse(rank: int) -> list[str]:

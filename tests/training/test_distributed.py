@@ -56,11 +56,25 @@ def test_after_every_update_the_state_is_the_same_in_every_process(results: list
 
 
 def test_a_number_that_is_not_finite_in_one_process_is_an_error_in_all_of_them(results: list[dict[str, Any]]) -> None:
-    for messages, changed in (result["fail_in_one"] for result in results):
+    for messages, changed, _ in (result["fail_in_one"] for result in results):
         assert len(messages) == 2 and not changed
-    (good, _), (bad, _) = (result["fail_in_one"] for result in results)
+    (good, _, states), (bad, _, same_states) = (result["fail_in_one"] for result in results)
+    assert states == same_states  # norms, too
     assert all("the batch holds nan" in message for message in bad)
     assert not any("the batch holds" in message for message in good)
+
+
+def test_parts_of_other_sizes_are_an_error_in_all_processes(results: list[dict[str, Any]]) -> None:
+    first, second = (result["give_parts_of_other_sizes"] for result in results)
+    assert first == second and len(first) == 2
+    assert all("process 1 has a part of" in message and "of the same size" in message for message in first)
+
+
+def test_the_bonus_on_signalling_counts_over_parts_that_move_differently(results: list[dict[str, Any]]) -> None:
+    bonus, gradient = processes.signal(None)
+    assert bonus and gradient.any()
+    for of_all in (result["signal"] for result in results):
+        torch.testing.assert_close(of_all, [bonus, gradient])
 
 
 def test_learners_that_cannot_learn_together_are_refused(results: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from tests.training.helpers import OPTIONS, changed_parts, learn_from, leaves, s
 def make_pair(latent: str) -> tuple[Learner, Learner]:
     """The same networks, updated in float32 and in bfloat16."""
     torch.manual_seed(1)
-    pair = [make_learner(make_model(latent=latent), precision=name) for name in ("float32", "bfloat16")]
+    pair = [make_learner(make_model(latent=latent, normalize=True), precision=name) for name in ("float32", "bfloat16")]
     pair[1].load_state_dict(snapshot(pair[0]))
     return pair[0], pair[1]
 
