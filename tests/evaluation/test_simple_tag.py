@@ -73,7 +73,7 @@ def test_actions_move_as_the_script_believes(name: str) -> None:
 def test_scripted_pursuers_and_evader_reach_the_known_returns_in_mpe2() -> None:
     layout = make_env(MPE).layout
     script, random = TagScript(layout), RandomActions()
-    kwargs = {"episodes": 16, "num_envs": 4}
+    kwargs = {"episodes": 32, "num_envs": 4}
     # Measured over many more episodes: 45.8, 4.5, 14.5 and 1.6.
     chasing = pursuers_mean(MPE, CrossPlay(script, random, layout, ["adversary"]), **kwargs)
     nobody = pursuers_mean(MPE, random, **kwargs)
