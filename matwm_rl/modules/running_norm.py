@@ -22,13 +22,13 @@ LEAST = 0.5
 class RunningNorm(nn.Module):
     """Bring the numbers of a group of agents to mean 0 and a common spread, by what has been seen of them (ours).
 
-    Environments measure in units of their own: a package moves 0.002 in a step, an agent 0.1, a reward is 10 or 0.01.
-    Widths of codes, steps of optimizers and weights of losses cannot suit them all. Numbers of a similar spread share
-    one unit, so that the coordinates of points keep their geometry. Those of less than half the usual spread are
-    magnified to half of it. Before the first :meth:`update` nothing is changed.
+    Every environment has its own units: a package moves 0.002 in a step, an agent 0.1, a reward is 10 or 0.01. One
+    posterior width, one learning rate and one set of loss weights cannot suit all of them. Numbers of a similar spread
+    share one unit, so that the coordinates of points keep their geometry. Numbers with less than half the usual spread
+    are scaled up to half of it. Before the first :meth:`update` nothing is changed.
 
-    TorchRL's ``VecNormV2`` belongs to an environment, where replay would hold what was normalised by statistics of
-    another time, and does not tell groups or dead agents apart. This belongs to a model and its checkpoint.
+    TorchRL's ``VecNormV2`` is a transform of an environment: replay would hold numbers normalised with outdated
+    statistics. It also does not distinguish groups or dead agents. This module is part of a model and its checkpoint.
 
     Args:
         size: D, how many numbers there are.

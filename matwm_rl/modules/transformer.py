@@ -175,8 +175,8 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """Causal transformer with rotary positions: a whole sequence at once, or step by step over a cache.
 
-    Attention depends on relative positions alone: where it is masked to an episode, positions count within it, and a
-    context may roll on for ever.
+    Positions affect attention only through their distances. So they need not start at 0 in every episode, if attention
+    is masked to the episode, and a sequence can be continued for ever.
 
     Args:
         features: D, size of input and output.

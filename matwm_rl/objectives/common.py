@@ -19,10 +19,10 @@ from matwm_rl.torchrl_internals import padding_masks, show_out_keys
 class KeyedLoss(LossModule):
     """A ``LossModule`` that knows its keys: ``in_keys`` and ``out_keys`` follow :meth:`set_keys`.
 
-    What all our losses can do besides: leave out steps that TorchRL marks as padding (``loss_mask_key``), select their
-    outputs, take tensors by keyword (``loss(agents_action=..., ...)``), be called functionally
-    (``with params.to_module(loss): loss(batch)``), and be copied: a deep copy is to its copied networks what the loss
-    is to its networks, so that their owner can be copied with it.
+    In addition, all our losses can leave out steps that TorchRL marks as padding (``loss_mask_key``), select their
+    outputs, take tensors by keyword (``loss(agents_action=..., ...)``), and be called functionally
+    (``with params.to_module(loss): loss(batch)``). They can be deep-copied: the copy of a loss holds the copied
+    networks' tensors, so that an object that owns both the loss and the networks can be copied as a whole.
 
     Subclasses say what they read and write, call :meth:`_set_in_keys` at the end of their constructor, and end
     ``forward`` with :meth:`_written`.

@@ -62,9 +62,9 @@ class Regularizer(nn.Module):
 class MeanPolicyEntropy(Regularizer):
     """Entropy of every agent's mean policy over the batch (after arXiv:1912.05676).
 
-    Unlike the entropy of each state's policy it costs nothing to act one way in one state and another way in the next.
-    An agent whose dreams do not show what its actions are for, such as a speaker, then does not come to do the same in
-    all states. For discrete actions.
+    Unlike the entropy of the policy in each state, it does not penalise a deterministic policy that takes different
+    actions in different states. It keeps an agent whose dreams do not show the effects of its actions, such as a
+    speaker, from taking the same action in all states. For discrete actions.
 
     Args:
         coeff: weight of the bonus.
@@ -83,15 +83,17 @@ class MeanPolicyEntropy(Regularizer):
 
 
 class Signalling(Regularizer):
-    """How much an agent's actions tell of what it sees, over steps at which it sees nothing change.
+    """How much an agent's actions tell about its observation, at steps where this observation does not change.
 
-    After positive signalling (arXiv:1912.05676). An agent that sees nothing of what its actions do, such as a speaker,
-    learns nothing from its own dreams. With this bonus it comes to do one thing where it sees one thing, and others can
-    learn to read it. Agents whose observations move are left alone. For discrete actions.
+    After positive signalling (arXiv:1912.05676). An agent that does not observe the effects of its actions, such as a
+    speaker, learns nothing from its own dreams. With this bonus it learns to take the same action for the same
+    observation, and other agents can learn to read this action. Steps at which the observation changes give no bonus.
+    For discrete actions.
 
-    The bonus is twice the entropy of the mean policy, less the cross-entropy of a step's policy with the one before:
-    time, which the hidden state tells, is no information. The entropy counts twice, since with the mutual information
-    itself two observations may share an action for ever while another action is free.
+    The bonus is twice the entropy of the mean policy, minus the cross-entropy between the policies of consecutive
+    steps. The cross-entropy keeps an action from depending on time, which the hidden state contains but which says
+    nothing about the observation. The entropy counts twice: with the mutual information alone, two observations could
+    keep the same action although another action is unused.
 
     Args:
         coeff: weight of the bonus.
@@ -113,7 +115,7 @@ class Signalling(Regularizer):
         self.tolerance = tolerance
 
     def forward(self, tensordict: TensorDictBase, dist: Distribution, weight: Tensor, valid: Tensor) -> Tensor:
-        """Return the bonus ``[N]`` in nats, a mean over the steps ``[*S, H - 1]``; 0 where an agent sees movement."""
+        """Return the bonus ``[N]`` in nats: a mean over ``[*S, H - 1]``, to which changing observations add 0."""
         latent = read_entry(tensordict, keys.LATENT, self, (*weight.shape, None))
         probs = _probs(dist, self)
         unchanged = latent.diff(dim=-3).square().mean(-1).sqrt() < self.tolerance

@@ -34,10 +34,10 @@ class LambdaReturn(TensorDictModuleBase):
         critic: writes ``("agents", "state_value")``.
         gamma: discount factor.
         lmbda: lambda of the return.
-        reward_norm: ``world_model.two_hot.norm``, the running mean and spread of each agent's rewards. If given, values
-            and returns are in units of the spread, and relative to what an agent has that gets the mean for ever. So
-            no setting of the losses depends on an environment's units, and critics tell states apart where rewards
-            hardly differ.
+        reward_norm: ``world_model.two_hot.norm``, the running mean and spread of each agent's rewards. If given,
+            values and returns are in units of the spread, and relative to the return of an agent that gets the mean
+            reward for ever. So no setting of the losses depends on an environment's units, and critics can
+            distinguish states whose rewards hardly differ.
 
     Keys read (batch ``[*S, H]``): what the critic reads, at the root and under ``"next"``;
     ``("next", "agents", "reward" | "continuation")``.

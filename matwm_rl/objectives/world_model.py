@@ -51,9 +51,9 @@ class WorldModelLoss(KeyedLoss):
     """Loss of the shared world model, and the only loss that holds its parameters (docs/algorithm.md, World model).
 
     ``L = L_rec + L_rew + L_con + L_team + b1 (L_mask + L_dyn) + b2 L_rep``, each a mean over sequences, steps and
-    living agents. Nothing is asked for across an episode's end; a truncated episode goes on (c = 1); the death of the
-    focal agent ends its own future (c = 0). Where the model has logits of its own for the reward of an agent's last
-    step, these are asked for where c = 0, and the others, like the KL terms, where c = 1.
+    living agents. No term asks for a prediction across the end of an episode. A truncated episode has c = 1; where the
+    focal agent dies, c = 0. If the model has separate logits for the reward of an agent's last step, the reward loss
+    uses them where c = 0, and the usual reward logits where c = 1; the KL terms then count only where c = 1.
 
     Args:
         world_model: any module with the keys of :class:`~matwm_rl.modules.WorldModel`. One that does not write

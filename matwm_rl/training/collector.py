@@ -38,10 +38,10 @@ class ResumableCollector(Collector):
     is interrupted and in one that is not.
 
     An environment that does not repeat itself, such as one with NumPy's global random state, begins new episodes at
-    every checkpoint instead, in both runs. Whether it repeats itself is tried before collection begins. Where only a
-    later episode shows that it does not, or where the state was saved between checkpoints, :attr:`continues` is False
-    after loading, and new episodes begin in the resumed run alone. What transforms have gathered in a
-    running state of their own, such as the means of TorchRL's ``VecNormV2``, is part of the state.
+    every checkpoint instead, in both runs. Before collection begins, a test of a few steps tells whether it repeats
+    itself. If an environment fails to do so only in a later episode, or if the state of one that does not repeat
+    itself was saved between checkpoints, :attr:`continues` is False after loading, and only the resumed run begins new
+    episodes. Running statistics of transforms, such as the means of TorchRL's ``VecNormV2``, are part of the state.
 
     Args:
         env: made with ``seed``, and with the policy's primer if it has one.

@@ -37,8 +37,8 @@ class LearnerConfig(Settings):
         agent_epochs: steps of every actor and critic on one imagined rollout; more than one needs ``actor.objective``
             ``ppo`` (ours).
         critic_decay: decay of the EMA critic.
-        lr_decay_updates: if given, every learning rate falls with one over the root of 1 + updates / this (ours). What
-            Adam's steps scatter averages out, and the length of a run need not be known.
+        lr_decay_updates: if given, every learning rate is divided by the square root of 1 + updates / this (ours).
+            This averages out the noise of Adam's steps, and the length of a run need not be known.
         precision: of the matrix products.
         cuda_graphs: capture each update as one CUDA graph: on a GPU small networks otherwise wait for their hundreds of
             launches. Batches must then not change their shape.

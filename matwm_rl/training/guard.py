@@ -1,8 +1,8 @@
 """The optimizers' steps: gradients are clipped, and there is no step on numbers that are not finite.
 
-On a CPU a loss or a gradient that is not finite is an error at once. On a GPU the host would have to wait for the
-number. There the optimizers skip the step on the device, and whoever reads the losses finds it: see
-:meth:`matwm_rl.evaluation.RunLog.write`. In both cases no weight and no state of an optimizer changes.
+On a CPU a loss or a gradient that is not finite is an error at once. On a GPU this check would make the host wait for
+the device. There the optimizers skip the step on the device, and the error is raised later, when the losses are read:
+see :meth:`matwm_rl.evaluation.RunLog.write`. In both cases no weight and no state of an optimizer changes.
 """
 
 from __future__ import annotations

@@ -49,10 +49,10 @@ class FourierFeatures(nn.Module):
 class PointDistances(nn.Module):
     r"""Distances between the points of an observation (ours): ``[..., D] -> [..., P (P + 1) / 2]``.
 
-    Every ``size`` neighbouring coordinates are read as a point (or a velocity, or a way from one point to another), P
-    of them; the last is filled up with zeros. Given are the distances of every two, and of each from zero. What
-    physical tasks reward is mostly how near things are: on coordinates a network learns that by heart for the places it
-    has seen, on distances it learns it for all places.
+    Every ``size`` neighbouring coordinates are read as a point (or a velocity, or the vector between two points).
+    There are P points; the last one is padded with zeros. The output holds the distance between every two points, and
+    of every point from zero. Rewards of physical tasks mostly depend on how near things are. A network that reads
+    coordinates memorises this for the places that it has seen; one that reads distances learns it for all places.
 
     Args:
         observation_size: D.
