@@ -55,7 +55,7 @@ class TrainConfig(Settings):
         frames_per_batch: env steps of all environments together, between updates.
         updates_per_batch: updates after every such batch.
         world_model_warmup: updates of the world model alone before the first update of the agents (ours).
-        critic_warmup: updates in which the critics learn and the actors do not yet (ours).
+        critic_warmup: updates in which the world model and the critics learn, and the actors do not yet (ours).
         log_every: env steps between entries of the log.
         checkpoint_every: env steps between checkpoints.
         world_model: the world model.

@@ -270,7 +270,7 @@ class TrainingRun:
         warm_up = {
             f"{cfg.init_random_steps:,} steps with random actions": cfg.init_random_steps,
             f"{cfg.world_model_warmup:,} updates of the world model alone": cfg.world_model_warmup,
-            f"{cfg.critic_warmup:,} updates with the critics, not yet the actors": cfg.critic_warmup,
+            f"{cfg.critic_warmup:,} updates of the world model and the critics, not yet the actors": cfg.critic_warmup,
         }
         if not resumes and (parts := [text for text, count in warm_up.items() if count]):
             note(f"warm-up: {', then '.join(parts)}")
@@ -278,7 +278,7 @@ class TrainingRun:
     def _phase(self) -> str:
         if not self._learner.updates:
             return "random actions" if self.env_steps <= self.cfg.init_random_steps else "filling replay"
-        return "critics alone" if self._learner.updates < self.cfg.critic_warmup else "training"
+        return "model and critics" if self._learner.updates < self.cfg.critic_warmup else "training"
 
     def _end_by_signal(self) -> NoReturn:
         """Tell what there is and how to go on, and end the process as the signal would have."""

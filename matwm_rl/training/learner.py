@@ -173,7 +173,7 @@ class Learner:
 
         Args:
             starts: ``[S, C+1]``, of ``replay.starts.sample()``.
-            train_actors: off while the critics warm up: then they alone learn.
+            train_actors: off while the critics warm up: this call then trains the critics only.
 
         Returns:
             detached scalars for the log: ``loss_actor``, ``loss_critic``, ``entropy``, ``value``, ``return_scale``,

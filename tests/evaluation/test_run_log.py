@@ -159,7 +159,7 @@ def play_a_run(tmp_path: Path) -> None:
     shown = {"shown": ("kl",), "time_left": lambda: "0:00:07 left"}
     with RunLog(tmp_path, total_steps=6000, progress=True, logger=None, resume_from=2000, **shown) as log:
         log.log({"kl": 1.25, "hidden": 3.0}, 3000)
-        log.advance(3000, "critics alone")
+        log.advance(3000, "model and critics")
         with log.task("evaluation after 5,000 steps", "episode") as tell:
             tell(0, 20, "match 1, 0 steps")
             tell(5, 20, "match 1, 25 steps")
@@ -173,7 +173,7 @@ def test_on_a_terminal_a_bar_shows_phase_steps_time_left_and_the_chosen_figures(
     play_a_run(tmp_path)
     out, err = capsys.readouterr()
     shown = re.sub(r"\|.*?\|", "|", err)
-    assert re.search(r"critics alone:  83%\| 5000/6000 steps \[00:00, 0:00:07 left, kl=1.25\]", shown)
+    assert re.search(r"model and critics:  83%\| 5000/6000 steps \[00:00, 0:00:07 left, kl=1.25\]", shown)
     assert re.search(r"evaluation after 5,000 steps:   0%\| 0/20 episodes \[00:00, match 1, 0 steps\]", shown)
     assert "hidden" not in shown and out == "half-way\n"
 
@@ -194,7 +194,7 @@ def test_in_a_file_lines_show_the_same(
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     play_a_run(tmp_path)
     assert capsys.readouterr() == (
-        "5,000 of 6,000 steps (83%), critics alone, 0:00:00 elapsed, 0:00:07 left: kl 1.25\n"
+        "5,000 of 6,000 steps (83%), model and critics, 0:00:00 elapsed, 0:00:07 left: kl 1.25\n"
         "evaluation after 5,000 steps: 0 of 20 episodes, match 1, 0 steps, 0:00:00 elapsed\n"
         "evaluation after 5,000 steps: 5 of 20 episodes, match 1, 25 steps, 0:00:00 elapsed\n"
         "half-way\n",
