@@ -18,8 +18,8 @@ class Continuity:
     TorchRL's collectors number trajectories. Inside an episode the number stays the same, also from one batch to the
     next. Workers on a Ray cluster all begin with 0, so a step must also show the observation that the step before it
     led to. Environments count their resets (:class:`~matwm_rl.envs.MultiAgentEnv`): a step in which the count changes
-    joins two episodes, because somebody else reset the environment. Data without trajectory numbers is no collector's,
-    and cannot be checked.
+    joins two episodes, because somebody else reset the environment. Data without trajectory numbers does not come from
+    a collector. There only the counts before and after each step are compared, and a rollout may begin anywhere.
 
     Raises:
         ValueError: By :meth:`check`, if a rollout does not continue the one before.
