@@ -424,7 +424,9 @@ def masked_mean(value: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def masked_means(values: Mapping[str, tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
-    """Return :func:`masked_mean` of several values; processes that learn together exchange all of them at once.
+    """Return the :func:`masked_mean` of each of several values.
+
+    Processes that learn together exchange the sums of all values in one call, which is faster than one call for each.
 
     Args:
         values: each with its mask, by name.

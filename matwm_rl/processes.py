@@ -45,9 +45,12 @@ def learning_together(group: dist.ProcessGroup | None) -> Iterator[None]:
 def sum_over_processes(*values: Tensor) -> tuple[Tensor, ...]:
     """Sums of tensors over all processes, for a loss that is the same number in every process.
 
-    Their gradients are those of the whole loss once DistributedDataParallel has averaged them, if no sum enters another
-    one: what a process computes of a sum has to be the same number in every process. All tensors of a call
-    are sent as one: every call waits for the slowest process, about a millisecond on a CPU.
+    After DistributedDataParallel has averaged the gradients, they are those of the whole batch's loss. For this, every
+    process has to compute the same number from a sum. So a sum must not enter the terms of another sum, since these
+    differ between processes.
+
+    All tensors of a call are sent together. A call takes about a millisecond on a CPU, because it waits for the slowest
+    process.
 
     Args:
         values: floating-point numbers, of the same shapes in every process.

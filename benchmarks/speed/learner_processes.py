@@ -1,12 +1,13 @@
-"""Updates per second of a learner in one process, with one thread or two, and in two with half of a batch each.
+"""Updates per second of one learner process with one thread, of one with two threads, and of two learner processes.
 
-The last way is two learners that do not know of each other, with half of a batch each: what the machine's second core
-gives when nothing has to wait. The third way cannot be faster.
+Each of two processes has half of every batch. They are timed twice: as one distributed learner (together), and as two
+separate learners (apart). Separate learners never wait for each other, so their rate is the most that two processes
+can reach together on the same machine.
 
     PYTHONPATH=. python benchmarks/speed/learner_processes.py [--rounds 3] [--updates 15] [OVERRIDE ...]
 
 An update is one of the world model and one of all agents, on stored steps of the environment: no environment is played.
-The ways take turns, so that drift of the machine cancels. Prints a table in Markdown with the median over the
+The four setups take turns, so that drift of the machine cancels. Prints a table in Markdown with the median over the
 rounds, the ratio to one process with one thread, and the size of the gradients that are averaged in an update.
 """
 
@@ -89,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="of the configuration")
     options = parser.parse_intermixed_args(arguments)
     if options.worker:
-        result = time_updates(options.threads, not options.apart, options.updates, options.overrides)
-        if result is not None:
+        if (result := time_updates(options.threads, not options.apart, options.updates, options.overrides)) is not None:
             print(json.dumps(result), flush=True)
         return
     results: dict[tuple[int, int, bool], list[dict[str, float]]] = {way: [] for way in WAYS}

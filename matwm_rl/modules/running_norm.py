@@ -102,7 +102,7 @@ class RunningNorm(nn.Module):
         weight = weight.unsqueeze(-1)
 
         def sum_of(numbers: Tensor) -> Tensor:
-            # Without a matrix product, which may be of bfloat16: a count would have eight bits.
+            # No matrix product: it may be rounded to bfloat16, where counts above 256 are inexact.
             of_agents = (numbers * weight).sum(1)
             return torch.zeros_like(of_agents[: self.num_groups]).index_add(0, self.group, of_agents)
 

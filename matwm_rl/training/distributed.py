@@ -98,10 +98,14 @@ class LearnerGroup:
         }
 
     def together(self, batch: TensorDictBase) -> AbstractContextManager[None]:
-        """Let sums in a block run over all processes, which have parts of a batch of the same size.
+        """Return a context in which sums run over all processes.
+
+        Args:
+            batch: this process's part of the whole batch; the parts of all processes have the same size.
 
         Raises:
-            ValueError: in all processes, if one's part has another size. (On a CPU: on a GPU the host does not wait.)
+            ValueError: in all processes, if the sizes differ. This is checked on CPUs only, since on a GPU the check
+                would make the host wait for the device.
         """
         if guard.can_wait(self._device):
             with learning_together(self._group):
