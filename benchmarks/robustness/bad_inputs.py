@@ -263,7 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     started = time.monotonic()
@@ -280,8 +280,8 @@ def main() -> None:
         "seed": options.seed,
         "seconds": round(time.monotonic() - started),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.out, json.dumps(result, indent=1) + "\n")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(options.output, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 
