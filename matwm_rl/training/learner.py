@@ -163,7 +163,7 @@ class Learner:
             with self._autocast():
                 losses = self._losses(self.world_model_loss, sequences)
             gradient = guard.backward(losses, self.world_model_optimizer, clip_, clip)
-            guard.step([gradient], self._diagnosis(sequences, lambda: self._losses_of_sequences(sequences)))
+            guard.step([gradient], self._diagnosis(sequences, self.world_model, self.world_model_loss))
         finally:
             self.world_model.eval()
         return losses.detach().set("world_model_grad_norm", gradient.norm)
@@ -195,7 +195,7 @@ class Learner:
 
     def _step_agents(self, starts: TensorDictBase, *, train_actors: bool = True) -> TensorDict:
         cfg, imagined = self.config, self._imagine(starts)
-        diagnosis = self._diagnosis(starts, lambda: self._losses_of_agents(starts))
+        diagnosis = self._diagnosis(starts, self.actor_loss, self._losses_of_agents)
         returns = imagined.get(keys.LAMBDA_RETURN)
         # An error in one process is one in all of them, which would otherwise wait for it.
         if guard.can_wait(returns.device) and largest_of_processes(torch.tensor(not is_finite(returns)).int()):
@@ -235,33 +235,26 @@ class Learner:
                 imagined.set(keys.SLOW_VALUE, self.critic_loss.slow_value(imagined))
         return imagined
 
-    def _losses_of_sequences(self, sequences: TensorDictBase) -> None:
-        """Compute the losses, and change nothing, so that an error can be located."""
-        self.world_model.eval()
-        try:
-            self.world_model_loss(sequences)
-        finally:
-            self.world_model.train()
-
     def _losses_of_agents(self, starts: TensorDictBase) -> None:
-        """Imagine and compute the losses, and change nothing, so that an error can be located."""
-        self.actor_loss.eval()
-        try:
-            imagined = self._imagine(starts)
-            for loss in (self.actor_loss, self.critic_loss):
-                loss(imagined)
-        finally:
-            self.actor_loss.train()
+        imagined = self._imagine(starts)
+        for loss in (self.actor_loss, self.critic_loss):
+            loss(imagined)
 
-    def _diagnosis(self, batch: TensorDictBase, run: Callable[[], object]) -> guard.Diagnosis:
+    def _diagnosis(
+        self, batch: TensorDictBase, in_training: nn.Module, compute_losses: Callable[[TensorDictBase], object]
+    ) -> guard.Diagnosis:
         networks = {"world_model": self.world_model, "actor": self.actor, "critic": self.critic}
         recipe, agents = self.world_model.recipe, [str(index) for index in range(self.world_model.num_agents)]
 
-        def run_alone() -> None:
-            with learning_together(None):  # other processes may find a cause before they get here
-                run()
+        def run() -> None:
+            in_training.eval()  # running statistics stay as they are
+            try:
+                with learning_together(None):  # other processes may find a cause before they get here
+                    compute_losses(batch)
+            finally:
+                in_training.train()
 
-        return guard.Diagnosis(batch, networks, agents if recipe is None else recipe[0].agent_names, run_alone)
+        return guard.Diagnosis(batch, networks, agents if recipe is None else recipe[0].agent_names, run)
 
     @torch.no_grad()
     def _log_prob(self, imagined: TensorDictBase) -> Tensor:
