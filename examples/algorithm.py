@@ -11,7 +11,7 @@ from matwm_rl import keys, presets
 from matwm_rl.data import make_replay
 from matwm_rl.envs import make_env
 from matwm_rl.evaluation import Matches, evaluate_matches
-from matwm_rl.functional import clip_grad_norm_per_agent_
+from matwm_rl.loss_functions import clip_grad_norm_per_agent_
 from matwm_rl.modules import Imagination, WorldModel, WorldModelPolicy, make_actor, make_critic
 from matwm_rl.objectives import ActorLoss, CriticLoss, LambdaReturn, WorldModelLoss
 from matwm_rl.training import prepare_process

@@ -9,8 +9,8 @@ Read top down, every room may import from the levels below its own, and from no 
     modules  objectives  envs  data
     action_space
     state_files
-    checks  files  finite  functional  keys  settings  torchrl_internals
-    arguments  processes
+    checks  files  finite  keys  loss_functions  settings  torchrl_internals
+    arguments  functional  processes
 
 so a loss, above all, never knows which network it trains. ``matwm_rl/__init__.py`` gathers the public names: it may
 import any room of the package, and only ``examples`` and ``benchmarks`` may import from it.
@@ -38,9 +38,9 @@ LEVELS = (
     (f"{PACKAGE}.state_files",),
     tuple(
         f"{PACKAGE}.{name}"
-        for name in ("checks", "files", "finite", "functional", "keys", "settings", "torchrl_internals")
+        for name in ("checks", "files", "finite", "keys", "loss_functions", "settings", "torchrl_internals")
     ),
-    (f"{PACKAGE}.arguments", f"{PACKAGE}.processes"),
+    (f"{PACKAGE}.arguments", f"{PACKAGE}.functional", f"{PACKAGE}.processes"),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # The public face stands between the scripts that use it and the rooms that it gathers.
@@ -150,9 +150,10 @@ def clean_tree(tmp_path: Path) -> Path:
     )
     write(tmp_path, f"{PACKAGE}/keys.py", "import torch\n")
     write(tmp_path, f"{PACKAGE}/functional.py", "import torch\n")
+    write(tmp_path, f"{PACKAGE}/loss_functions.py", "from matwm_rl.functional import agents_first\n")
     write(tmp_path, f"{PACKAGE}/modules/__init__.py", "from .latent import Latent\n")
     write(tmp_path, f"{PACKAGE}/presets.py", "from matwm_rl.training.learner import Learner\nfrom . import modules\n")
-    write(tmp_path, f"{PACKAGE}/modules/latent.py", "from matwm_rl.functional import kl\nfrom .. import keys\n")
+    write(tmp_path, f"{PACKAGE}/modules/latent.py", "from matwm_rl.loss_functions import kl\nfrom .. import keys\n")
     write(tmp_path, f"{PACKAGE}/objectives/actor.py", "from matwm_rl import functional, keys\n")
     write(tmp_path, f"{PACKAGE}/envs/factory.py", "def make():\n    import mpe2\n")
     write(tmp_path, f"{PACKAGE}/training/learner.py", "import matwm_rl.modules\nfrom ..objectives import actor\n")
@@ -186,7 +187,8 @@ def test_the_checkers_pass_a_clean_tree(clean_tree: Path) -> None:
         ("matwm_rl/training/run.py", "from matwm_rl import presets", "imports matwm_rl.presets"),
         ("matwm_rl/evaluation/run.py", "from ..presets import paper", "imports matwm_rl.presets"),
         ("matwm_rl/settings.py", "from matwm_rl.action_space import A", "imports matwm_rl.action_space"),
-        ("matwm_rl/files.py", "from matwm_rl import functional", "imports matwm_rl.functional"),
+        ("matwm_rl/files.py", "from matwm_rl import loss_functions", "imports matwm_rl.loss_functions"),
+        ("matwm_rl/functional.py", "from matwm_rl import loss_functions", "imports matwm_rl.loss_functions"),
         ("matwm_rl/training/run.py", "from examples.simple_tag import main", "imports examples.simple_tag"),
         ("matwm_rl/training/run.py", "import tests.conftest", "imports tests.conftest"),
         ("benchmarks/speed.py", "import examples.simple_tag", "imports examples.simple_tag"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from matwm_rl import keys
 from matwm_rl.arguments import check_ints, check_kinds, check_numbers, read_choice
 from matwm_rl.checks import check_shape, read_entry, read_optional
-from matwm_rl.functional import masked_mean, per_agent_mean
+from matwm_rl.loss_functions import masked_mean, per_agent_mean
 from matwm_rl.objectives.common import KeyedLoss
 from matwm_rl.objectives.regularizers import MeanPolicyEntropy, Regularizer, Signalling
 from matwm_rl.objectives.returns import ReturnScale

@@ -14,7 +14,7 @@ from torchrl.modules import SymExpTwoHot
 from matwm_rl import keys
 from matwm_rl.arguments import check_kinds
 from matwm_rl.checks import check_shape, check_writes, read_entry, read_optional, read_output
-from matwm_rl.functional import masked_mean, per_agent_mean
+from matwm_rl.loss_functions import masked_mean, per_agent_mean
 from matwm_rl.objectives.common import KeyedLoss
 
 

@@ -10,13 +10,13 @@ from torch.distributions import Distribution
 from matwm_rl import keys
 from matwm_rl.arguments import check_numbers
 from matwm_rl.checks import read_entry
-from matwm_rl.functional import per_agent_mean
+from matwm_rl.loss_functions import per_agent_mean
 
 
 class Regularizer(nn.Module):
     """Interface of a bonus for every agent, which the actor loss subtracts with the weight ``coeff``.
 
-    Take means over the batch with :func:`~matwm_rl.functional.per_agent_mean`, which counts over all processes that
+    Take means over the batch with :func:`~matwm_rl.loss_functions.per_agent_mean`, which counts over all processes that
     learn together. A mean must not enter the elements of which another mean is taken: the processes' gradients would
     then be wrong.
 

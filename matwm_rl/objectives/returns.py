@@ -13,7 +13,7 @@ from torchrl.modules import PercentileValueNorm
 from matwm_rl import keys
 from matwm_rl.arguments import check_ints, check_kinds, check_numbers
 from matwm_rl.checks import batch_shape, check_shape, check_writes, read_entry, read_output
-from matwm_rl.functional import lambda_return
+from matwm_rl.loss_functions import lambda_return
 from matwm_rl.processes import gather_from_processes
 from matwm_rl.torchrl_internals import percentile_levels
 

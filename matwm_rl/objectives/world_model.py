@@ -15,7 +15,8 @@ from torchrl.modules import SymExpTwoHot
 from matwm_rl import keys
 from matwm_rl.arguments import check_kinds, check_numbers
 from matwm_rl.checks import read_entry, read_optional, read_output
-from matwm_rl.functional import agents_first, balanced_kl, masked_means
+from matwm_rl.functional import agents_first
+from matwm_rl.loss_functions import balanced_kl, masked_means
 from matwm_rl.objectives.common import KeyedLoss
 from matwm_rl.settings import Settings, setting
 

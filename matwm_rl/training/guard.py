@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from matwm_rl import keys
 from matwm_rl.finite import find_source, first_non_finite, is_finite, non_finite_entries, shorten
-from matwm_rl.functional import clip_grad_norm_per_agent_
+from matwm_rl.loss_functions import clip_grad_norm_per_agent_
 
 
 class Gradient(NamedTuple):

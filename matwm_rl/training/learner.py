@@ -15,7 +15,8 @@ from torchrl.objectives import LossModule, SoftUpdate
 from matwm_rl import keys
 from matwm_rl.arguments import check_kinds, check_switches
 from matwm_rl.finite import is_finite, shorten
-from matwm_rl.functional import autocast, masked_mean
+from matwm_rl.functional import autocast
+from matwm_rl.loss_functions import masked_mean
 from matwm_rl.modules import Imagination, WorldModel
 from matwm_rl.objectives import (
     ActorLoss,

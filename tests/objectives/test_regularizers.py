@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from matwm_rl import keys
-from matwm_rl.functional import per_agent_mean
+from matwm_rl.loss_functions import per_agent_mean
 from matwm_rl.modules import ActorCriticConfig, make_actor
 from matwm_rl.objectives import ActorLoss, MeanPolicyEntropy, Regularizer, Signalling
 from tests.helpers import grads, make_model, random_imagined, randomize

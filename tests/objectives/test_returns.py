@@ -13,7 +13,7 @@ from matwm_rl import keys
 from matwm_rl.modules import ActorCriticConfig, RunningNorm, make_critic
 from matwm_rl.objectives import LambdaReturn, ReturnScale
 from tests.helpers import COUNTS, make_model, random_imagined, randomize
-from tests.test_functional import slow_lambda_return
+from tests.test_loss_functions import slow_lambda_return
 
 N = len(COUNTS)
 

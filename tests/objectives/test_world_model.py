@@ -14,7 +14,7 @@ from torchrl.modules import SymExpTwoHot
 
 from matwm_rl import keys
 from matwm_rl.data import add_agent_entries
-from matwm_rl.functional import categorical_kl
+from matwm_rl.loss_functions import categorical_kl
 from matwm_rl.modules import (
     CoordinateEncoderConfig,
     EncoderConfig,

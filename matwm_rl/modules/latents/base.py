@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from matwm_rl.arguments import check_ints
-from matwm_rl.functional import balanced_kl
+from matwm_rl.loss_functions import balanced_kl
 from matwm_rl.settings import Settings
 
 

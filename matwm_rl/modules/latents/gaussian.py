@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from matwm_rl.arguments import check_numbers
-from matwm_rl.functional import at_least_float32, balanced_gaussian_kl
+from matwm_rl.functional import at_least_float32
+from matwm_rl.loss_functions import balanced_gaussian_kl
 from matwm_rl.modules.latents.base import LatentConfig, LatentSpace
 from matwm_rl.settings import setting
 
@@ -73,7 +74,7 @@ class GaussianLatent(LatentSpace):
         return torch.addcmul(mean, log_deviation.exp(), torch.randn_like(mean))
 
     def balanced_kl(self, posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-        """See :func:`~matwm_rl.functional.balanced_gaussian_kl`."""
+        """See :func:`~matwm_rl.loss_functions.balanced_gaussian_kl`."""
         return balanced_gaussian_kl(posterior, prior)
 
     def to_code(self, latent: Tensor) -> Tensor:
