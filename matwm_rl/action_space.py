@@ -128,6 +128,10 @@ class ActionSpace(ABC):
         """Exclude from ``parameters [..., A]`` what ``legal``, bool ``[..., A]``, says an agent does not have."""
 
     @abstractmethod
+    def encode(self, action: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return actions ``[..., *action_shape]`` as ``[..., A]`` numbers for networks to read."""
+
+    @abstractmethod
     def features(self, parameters: Tensor) -> Tensor:
         """Bounded form ``[..., A]`` of predicted action distributions, for networks to read."""
 
@@ -245,6 +249,11 @@ class DiscreteActions(ActionSpace, kind="discrete"):
     def mask_parameters(self, parameters: Tensor, legal: Tensor) -> Tensor:
         """See the base class: logits of missing actions become :data:`ILLEGAL_LOGIT`."""
         return parameters.masked_fill(~legal, ILLEGAL_LOGIT)
+
+    def encode(self, action: Tensor, dtype: torch.dtype) -> Tensor:
+        """See the base class: one-hot."""
+        # torch.nn.functional.one_hot waits for the smallest index, to check it.
+        return (action.unsqueeze(-1) == torch.arange(self.num_parameters, device=action.device)).to(dtype)
 
     def features(self, parameters: Tensor) -> Tensor:
         """See the base class: probabilities, zero for actions that an agent does not have."""

@@ -126,7 +126,15 @@ TARGETS = [
     ),
     Target(
         ObservationReward,
-        {"observation_size": 4, "num_bins": 5, "group_index": [0], "fourier_features": 0, "point_size": 2, **CELLS},
+        {
+            "observation_size": 4,
+            "num_bins": 5,
+            "actions": DiscreteActions([2]),
+            "group_index": [0],
+            "fourier_features": 0,
+            "point_size": 2,
+            **CELLS,
+        },
         {"observation_size": "size", "num_bins": "size", "point_size": "count", **SIZES},
     ),
     Target(FourierFeatures, {}, {"num_frequencies": "count"}),

@@ -165,9 +165,8 @@ def build_parts(layout: Any, config: WorldModelConfig, **given: Any) -> dict[str
 
     two_hot = part("two_hot", build_two_hot)
     bins = two_hot.num_bins
-    reward = part(
-        "reward", lambda: config.reward.build(shape, width, bins, group_index=groups, depth=config.head_depth)
-    )
+    others = {"actions": actions, "group_index": groups, "depth": config.head_depth}
+    reward = part("reward", lambda: config.reward.build(shape, width, bins, **others))
 
     def build_teammates() -> nn.Module | None:
         if not config.teammate_predictor or actions.num_agents == 1:

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from matwm_rl.action_space import ActionSpace
 from matwm_rl.arguments import check_ints, check_kinds
 from matwm_rl.functional import at_least_float32
 from matwm_rl.modules.encoders.features import MAX_DISTANCES, MAX_FREQUENCIES, FourierFeatures, PointDistances
@@ -131,14 +132,22 @@ class HiddenReward(RewardHead):
         return self.head(transition.hidden)
 
 
-class ObservationReward(RewardHead):
-    """Reads the next observation (ours): a reward predictor that reads the history memorises it.
+CHANGE_UNIT = 0.05
+"""Change of a normalised coordinate up to which a reward head reads it in proportion, beyond it as its logarithm."""
 
-    The first and the last layer are each group's own; the outputs start at zero.
+
+class ObservationReward(RewardHead):
+    """Reads the next observation, how it differs from the one before, and the action (ours).
+
+    A reward predictor that reads the history memorises it. The next observation tells of rewards for being somewhere,
+    the change of rewards for getting nearer or for what vanishes, such as food that is eaten, and the action what an
+    action costs. Changes enter as ``asinh(change / 0.05)``, so that a slow coordinate counts beside one that jumps. The
+    first and the last layer are each group's own; the outputs start at zero.
 
     Args:
         observation_size: D, size of the zero-padded observation.
         num_bins: number of outputs.
+        actions: the action space.
         group_index: group of each of the N agents.
         num_cells: width of the hidden layers.
         depth: number of hidden layers.
@@ -147,9 +156,9 @@ class ObservationReward(RewardHead):
             coordinates, and have the Fourier features in their place.
 
     Examples:
-        >>> head = ObservationReward(
-        ...     4, 6, group_index=[0, 0, 1], num_cells=8, depth=1, fourier_features=0, point_size=2
-        ... )
+        >>> from matwm_rl.action_space import DiscreteActions
+        >>> sizes = {"num_cells": 8, "depth": 1, "fourier_features": 0, "point_size": 2}
+        >>> head = ObservationReward(4, 6, actions=DiscreteActions([5, 5, 3]), group_index=[0, 0, 1], **sizes)
         >>> zero = torch.zeros(3, 5, 4)
         >>> head(Transition(zero, zero[..., 0].long(), zero, lambda: zero, lambda: zero, lambda: zero)).shape
         torch.Size([3, 5, 6])
@@ -162,6 +171,7 @@ class ObservationReward(RewardHead):
         observation_size: int,
         num_bins: int,
         *,
+        actions: ActionSpace,
         group_index: Sequence[int],
         num_cells: int,
         depth: int,
@@ -171,10 +181,13 @@ class ObservationReward(RewardHead):
         super().__init__()
         check_ints(1, observation_size=observation_size, num_bins=num_bins, num_cells=num_cells, depth=depth)
         check_ints(0, point_size=point_size)
+        check_kinds(ActionSpace, actions=actions)
+        self.actions = actions
         self.features = FourierFeatures(fourier_features)
         self.distances = PointDistances(observation_size, size=point_size) if point_size else None
         size = observation_size if self.distances is None else self.distances.num_distances
         features = size * self.features.size_factor + (0 if self.distances is None else observation_size)
+        features += observation_size + actions.num_parameters
         self.input = StackedLinear(features, num_cells, group_index)
         self.trunk = nn.Sequential(nn.LayerNorm(num_cells), nn.SiLU(), mlp(num_cells, num_cells, depth - 1))
         self.output = StackedLinear(num_cells, num_bins, group_index, zero_init=True)
@@ -182,13 +195,15 @@ class ObservationReward(RewardHead):
     def forward(self, transition: Transition) -> Tensor:
         """Logits ``[N, *batch, bins]``."""
         observation = points = transition.next_observation
-        if transition.norm is not None:
-            observation, points = transition.norm.normalize(observation), transition.norm.in_one_unit(points)
+        change = observation - transition.observation
+        if (norm := transition.norm) is not None:
+            observation, points, change = norm.normalize(observation), norm.in_one_unit(points), norm.rescale(change)
         if self.distances is None:
-            features = self.features(observation)
+            features = [self.features(observation)]
         else:
-            features = torch.cat([observation, self.features(self.distances(points))], -1)
-        return at_least_float32(self.output(self.trunk(self.input(features))))
+            features = [observation, self.features(self.distances(points))]
+        features += [torch.asinh(change / CHANGE_UNIT), self.actions.encode(transition.action, observation.dtype)]
+        return at_least_float32(self.output(self.trunk(self.input(torch.cat(features, -1)))))
 
 
 @dataclass(kw_only=True)
@@ -198,9 +213,11 @@ class RewardConfig(Settings):
     Examples:
         >>> @dataclass(kw_only=True)
         ... class LinearRewardConfig(RewardConfig):
-        ...     def build(self, observation_shape, hidden_size, num_bins, *, group_index, depth):
+        ...     def build(self, observation_shape, hidden_size, num_bins, *, actions, group_index, depth):
         ...         return HiddenReward(nn.Linear(hidden_size, num_bins))
-        >>> LinearRewardConfig().build([5], 8, 6, group_index=[0, 0, 1], depth=1).head
+        >>> from matwm_rl.action_space import DiscreteActions
+        >>> actions = DiscreteActions([5, 5, 3])
+        >>> LinearRewardConfig().build([5], 8, 6, actions=actions, group_index=[0, 0, 1], depth=1).head
         Linear(in_features=8, out_features=6, bias=True)
     """
 
@@ -210,6 +227,7 @@ class RewardConfig(Settings):
         hidden_size: int,
         num_bins: int,
         *,
+        actions: ActionSpace,
         group_index: Sequence[int],
         depth: int,
     ) -> RewardHead:
@@ -219,6 +237,7 @@ class RewardConfig(Settings):
             observation_shape: ``[D]`` or ``[channels, S, S]``.
             hidden_size: F, also the width of hidden layers.
             num_bins: number of outputs.
+            actions: the action space.
             group_index: group of each of the N agents.
             depth: number of hidden layers of a head that reads h.
 
@@ -233,7 +252,9 @@ class HiddenRewardConfig(RewardConfig):
     """The paper's reward predictor has no settings of its own; see :class:`HiddenReward`.
 
     Examples:
-        >>> HiddenRewardConfig().build([5], 8, 6, group_index=[0, 0, 1], depth=1).reads_successor
+        >>> from matwm_rl.action_space import DiscreteActions
+        >>> others = {"actions": DiscreteActions([5, 5, 3]), "group_index": [0, 0, 1], "depth": 1}
+        >>> HiddenRewardConfig().build([5], 8, 6, **others).reads_successor
         False
     """
 
@@ -243,6 +264,7 @@ class HiddenRewardConfig(RewardConfig):
         hidden_size: int,
         num_bins: int,
         *,
+        actions: ActionSpace,
         group_index: Sequence[int],
         depth: int,
     ) -> RewardHead:
@@ -266,7 +288,9 @@ class ObservationRewardConfig(RewardConfig):
         ValueError: by :meth:`build`, if observations are images.
 
     Examples:
-        >>> ObservationRewardConfig(depth=1).build([4], 8, 6, group_index=[0, 0, 1], depth=1).reads_successor
+        >>> from matwm_rl.action_space import DiscreteActions
+        >>> others = {"actions": DiscreteActions([5, 5, 3]), "group_index": [0, 0, 1], "depth": 1}
+        >>> ObservationRewardConfig(depth=1).build([4], 8, 6, **others).reads_successor
         True
     """
 
@@ -280,6 +304,7 @@ class ObservationRewardConfig(RewardConfig):
         hidden_size: int,
         num_bins: int,
         *,
+        actions: ActionSpace,
         group_index: Sequence[int],
         depth: int,
     ) -> RewardHead:
@@ -291,6 +316,7 @@ class ObservationRewardConfig(RewardConfig):
         return ObservationReward(
             observation_shape[0],
             num_bins,
+            actions=actions,
             group_index=group_index,
             num_cells=hidden_size,
             depth=self.depth,

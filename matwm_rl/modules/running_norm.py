@@ -144,6 +144,10 @@ class RunningNorm(nn.Module):
         """Return ``[N, *batch, D]`` less their mean, over their scale."""
         return (value - _like(value, self.agent_mean)) / _like(value, self.agent_scale)
 
+    def rescale(self, difference: Tensor) -> Tensor:
+        """Return differences ``[N, *batch, D]`` of two values, over their scale."""
+        return difference / _like(difference, self.agent_scale)
+
     def restore(self, normalized: Tensor) -> Tensor:
         """Return ``[N, *batch, D]`` in the environment's units: the inverse of :meth:`normalize`."""
         return torch.addcmul(_like(normalized, self.agent_mean), normalized, _like(normalized, self.agent_scale))

@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from matwm_rl import keys
+from matwm_rl.action_space import DiscreteActions
 from matwm_rl.envs import make_env
 from matwm_rl.modules import (
     CategoricalLatent,
@@ -209,7 +210,7 @@ def test_the_other_parts_are_built_to_fit_a_given_one() -> None:
     out = lives(model)
     assert out[keys.LATENT].shape[-1] == 6 and out[keys.REWARD_LOGITS].shape[-1] == 41
     sizes = {"group_index": (0, 0, 1), "num_cells": 8, "depth": 1, "fourier_features": 0, "point_size": 0}
-    reward = ObservationReward(SIZE, 255, **sizes)
+    reward = ObservationReward(SIZE, 255, actions=DiscreteActions(COUNTS), **sizes)
     assert lives(make_model(parts={"reward": reward}))[keys.END_REWARD_LOGITS].shape[-1] == 255
     assert keys.END_REWARD_LOGITS not in make_model().out_keys
 

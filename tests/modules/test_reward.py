@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from matwm_rl import keys, presets
+from matwm_rl.action_space import DiscreteActions
 from matwm_rl.modules import (
     HiddenReward,
     HiddenRewardConfig,
@@ -16,6 +17,7 @@ from matwm_rl.modules import (
     PointDistances,
     RewardConfig,
     RewardHead,
+    RunningNorm,
     State,
     Transition,
     WorldModel,
@@ -37,22 +39,29 @@ from tests.helpers import (
 
 N = len(COUNTS)
 GROUPS = [0, 0, 1]
-SIZES = {"group_index": GROUPS, "num_cells": 8}
+ACTIONS = DiscreteActions(COUNTS)
+OTHERS = {"actions": ACTIONS, "group_index": GROUPS}
 
 
-def observed(observation: Tensor) -> Transition:
-    """A transition of which only the next observation may be read."""
+def observed(before: Tensor, action: Tensor, after: Tensor, norm: RunningNorm | None = None) -> Transition:
+    """A transition of which only the observations and the action may be read."""
 
     def forbidden() -> Tensor:
         raise AssertionError("read without need")
 
     nothing = torch.zeros(())
-    return Transition(nothing, nothing, nothing, forbidden, forbidden, lambda: observation)
+    return Transition(nothing, action, nothing, forbidden, lambda: before, lambda: after, norm)
+
+
+def random_step(*shape: int) -> Transition:
+    """A step of observations of 4 numbers."""
+    action = torch.randint(3, (N, *shape))
+    return observed(torch.randn(N, *shape, 4), action, torch.randn(N, *shape, 4))
 
 
 def make_head(depth: int = 2, fourier_features: int = 0, point_size: int = 0, bins: int = 6) -> ObservationReward:
     features = {"depth": depth, "fourier_features": fourier_features, "point_size": point_size}
-    return ObservationReward(4, bins, **SIZES, **features)
+    return ObservationReward(4, bins, **OTHERS, num_cells=8, **features)
 
 
 # -- transitions -----------------------------------------------------------------------------------------------------
@@ -84,8 +93,8 @@ def test_a_transition_computes_what_is_read_when_it_is_read_and_once() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("reward", "decoded"), [(HiddenRewardConfig(), 0), (ObservationRewardConfig(), 1)])
-def test_imagination_decodes_once_and_only_where_the_reward_is_read_from_observations(
+@pytest.mark.parametrize(("reward", "decoded"), [(HiddenRewardConfig(), 0), (ObservationRewardConfig(), 2)])
+def test_imagination_decodes_only_where_the_reward_is_read_from_observations(
     reward: RewardConfig, decoded: int
 ) -> None:
     model = make_model(reward=reward)
@@ -99,22 +108,22 @@ def test_imagination_decodes_once_and_only_where_the_reward_is_read_from_observa
 
 
 def test_the_papers_head_reads_h_and_starts_at_zero() -> None:
-    head = HiddenRewardConfig().build([SIZE], 8, 6, group_index=GROUPS, depth=2)
+    head = HiddenRewardConfig().build([SIZE], 8, 6, **OTHERS, depth=2)
     assert isinstance(head, HiddenReward) and not head.reads_successor
     hidden = torch.randn(N, 5, 8)
     step = Transition(hidden, hidden, hidden, *[lambda: pytest.fail("read without need")] * 3)
     assert head(step).shape == (N, 5, 6) and not head(step).any()
     randomize(head)
     assert torch.equal(head(step), head.head(hidden))
-    assert HiddenRewardConfig().build([3, 32, 32], 8, 6, group_index=GROUPS, depth=2).head.output.weight.shape[0] == 2
+    assert HiddenRewardConfig().build([3, 32, 32], 8, 6, **OTHERS, depth=2).head.output.weight.shape[0] == 2
 
 
-# -- reward from the next observation --------------------------------------------------------------------------------
+# -- reward from observations and action -----------------------------------------------------------------------------
 
 
 def test_an_observation_head_has_its_outer_layers_per_group() -> None:
     head = randomize(make_head(fourier_features=2))
-    out = head(observed(torch.randn(3, 5, 2, 4)))
+    out = head(random_step(5, 2))
     assert out.shape == (3, 5, 2, 6)
     outer = {"input.weight", "input.bias", "output.weight", "output.bias"}
     for agent, group in enumerate(GROUPS):
@@ -131,7 +140,7 @@ def test_an_observation_head_has_its_outer_layers_per_group() -> None:
 def test_an_observation_head_starts_at_zero_and_counts_its_layers(depth: int) -> None:
     head = make_head(depth)
     assert sum(isinstance(module, nn.LayerNorm) for module in head.modules()) == depth
-    out = head(observed(torch.randn(3, 5, 4)))
+    out = head(random_step(5))
     assert not out.any()
     # Nothing is predicted before anything is learnt; then the last layer learns.
     (grad,) = grads(-out.log_softmax(-1)[..., 0].mean(), [head.output.weight])
@@ -139,33 +148,59 @@ def test_an_observation_head_starts_at_zero_and_counts_its_layers(depth: int) ->
 
 
 @pytest.mark.parametrize("point_size", [0, 2])
-def test_an_observation_head_reads_coordinates_or_coordinates_and_distances(float64: None, point_size: int) -> None:
+def test_an_observation_head_reads_where_one_is_what_changed_and_the_action(float64: None, point_size: int) -> None:
+    """By loops over agents and steps, in the units of the norm."""
     head = randomize(make_head(fourier_features=1, point_size=point_size, bins=2))
-    observation = torch.randn(3, 5, 4)
-    fine = PointDistances(4, size=2)(observation) if point_size else observation
-    angle = 0.5 * math.pi * fine
-    features = torch.cat([*([observation] if point_size else []), fine, angle.sin(), angle.cos()], -1)
-    out = head(observed(observation))
+    norm = RunningNorm(4, group_index=GROUPS)
+    norm.update(torch.randn(N, 50, 4) * torch.tensor([1.0, 2.0, 0.001, 7.0]) + 3.0)
+    step = random_step(5)
+    step.norm = norm
+    out = head(step)
     for n, group in enumerate(GROUPS):
-        first = features[n] @ head.input.weight[group] + head.input.bias[group]
-        expected = head.trunk(first) @ head.output.weight[group] + head.output.bias[group]
-        torch.testing.assert_close(out[n], expected)
+        for i in range(5):
+            before, after, scale = step.observation[n, i], step.next_observation[n, i], norm.scale[group]
+            where = fine = (after - norm.mean[group]) / scale
+            if point_size:
+                fine = PointDistances(4, size=2)(after.unsqueeze(0) / norm.unit[group])[0]
+            angle = 0.5 * math.pi * fine
+            features = [*([where] if point_size else []), fine, angle.sin(), angle.cos()]
+            features += [((after - before) / scale / 0.05).asinh(), torch.eye(max(COUNTS))[step.action[n, i]]]
+            first = torch.cat(features) @ head.input.weight[group] + head.input.bias[group]
+            expected = head.trunk(first) @ head.output.weight[group] + head.output.bias[group]
+            torch.testing.assert_close(out[n, i], expected)
+
+
+def test_what_vanishes_is_rewarded_when_it_vanishes_and_not_afterwards() -> None:
+    """Food that is eaten: the observation after it is the same at every later step, the reward is not."""
+    torch.manual_seed(0)
+    head = make_head()
+    there, gone = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(N, 1, 4), torch.zeros(N, 1, 4)
+    before, after = torch.cat([there, gone, there], 1), torch.cat([gone, gone, there], 1)
+    step = observed(before, torch.zeros(N, 3, dtype=torch.long), after)
+    target = torch.tensor([1, 0, 0]).expand(N, 3)
+    optimizer = torch.optim.Adam(head.parameters(), 0.01)
+    for _ in range(100):
+        loss = nn.functional.cross_entropy(head(step).flatten(0, 1), target.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.equal(head(step).argmax(-1), target)
 
 
 def test_the_config_sets_the_features_and_refuses_images() -> None:
     config = ObservationRewardConfig(depth=3, fourier_features=1, point_size=2)
-    head = config.build([4], 8, 6, group_index=GROUPS, depth=1)
+    head = config.build([4], 8, 6, **OTHERS, depth=1)
     assert head.reads_successor and head.distances.size == 2
-    assert head.input.weight.shape == (2, 4 + 3 * 3, 8) and head.output.weight.shape == (2, 8, 6)
+    assert head.input.weight.shape == (2, 4 + 3 * 3 + 4 + max(COUNTS), 8) and head.output.weight.shape == (2, 8, 6)
     assert sum(isinstance(module, nn.LayerNorm) for module in head.modules()) == 3
     with pytest.raises(ValueError, match="is for vector observations; for images take HiddenRewardConfig"):
-        config.build([3, 32, 32], 8, 6, group_index=GROUPS, depth=1)
+        config.build([3, 32, 32], 8, 6, **OTHERS, depth=1)
     with pytest.raises(NotImplementedError):
-        RewardConfig().build([4], 8, 6, group_index=GROUPS, depth=1)
+        RewardConfig().build([4], 8, 6, **OTHERS, depth=1)
 
 
 @torch.no_grad()
-def test_in_training_the_next_observation_is_the_true_one(float64: None) -> None:
+def test_in_training_observations_are_the_true_ones(float64: None) -> None:
     """At an episode's end it is the true final observation."""
     done = torch.zeros(2, 6, N, dtype=torch.bool)
     done[:, 2] = True
@@ -176,17 +211,15 @@ def test_in_training_the_next_observation_is_the_true_one(float64: None) -> None
         return model(batch.copy())[keys.REWARD_LOGITS]
 
     out = logits(batch)
-    expected = model.reward(observed(batch[keys.NEXT_OBSERVATION].movedim(2, 0))).movedim(0, 2)
-    torch.testing.assert_close(out, expected)
+    true = (batch[key].movedim(2, 0) for key in (keys.OBSERVATION, keys.ACTION, keys.NEXT_OBSERVATION))
+    torch.testing.assert_close(out, model.reward(observed(*true)).movedim(0, 2))
     # What follows the reset is another observation; the step before it does not read that.
     assert (batch[keys.OBSERVATION][:, 3] != batch[keys.NEXT_OBSERVATION][:, 2]).all()
-    changed = batch.clone()
-    changed[keys.OBSERVATION] += 1.0
-    changed[keys.ACTION] = (changed[keys.ACTION] + 1) % 3
-    assert torch.equal(logits(changed), out)
-    changed[keys.NEXT_OBSERVATION][:, 2] += 1.0
-    differs = (logits(changed) != out).any(-1)
-    assert differs[:, 2].all() and not differs[:, [0, 1, 3, 4, 5]].any()
+    for key in (keys.OBSERVATION, keys.NEXT_OBSERVATION):
+        changed = batch.clone()
+        changed[key][:, 2] += 1.0
+        differs = (logits(changed) != out).any(-1)
+        assert differs[:, 2].all() and not differs[:, [0, 1, 3, 4, 5]].any()
 
 
 def random_state(model: WorldModel, *shape: int) -> State:
@@ -196,12 +229,13 @@ def random_state(model: WorldModel, *shape: int) -> State:
 
 @torch.no_grad()
 @pytest.mark.parametrize("latent", LATENTS)
-def test_in_imagination_the_next_observation_is_the_decoded_latent(float64: None, latent: str) -> None:
+def test_in_imagination_observations_are_decoded_latents(float64: None, latent: str) -> None:
     """And the reward is the expectation over the step being the last one and not."""
     model = make_model(latent=latent, reward=ObservationRewardConfig())
     state, reached, action = random_state(model, 50), random_state(model, 50), torch.zeros(N, 50, dtype=torch.long)
     reward, continuation = model.predict_outcome(state, action, reached)
-    goes_on = model.two_hot.decode(model.reward(observed(model.decode(reached.latent))))
+    observations = model.decode(state.latent), action, model.decode(reached.latent)
+    goes_on = model.two_hot.decode(model.reward(observed(*observations)))
     ends = model.two_hot.decode(model.end_reward(reached.hidden))
     probability = model.continuation(reached.hidden).squeeze(-1).sigmoid()
     torch.testing.assert_close(reward, probability * goes_on + (1 - probability) * ends)
@@ -289,7 +323,7 @@ def test_a_reward_head_with_another_number_of_outputs_is_named() -> None:
 
 @pytest.mark.parametrize(("size", "has_distances"), [(34, True), (88, True), (89, False), (512, False)])
 def test_wide_observations_are_read_without_distances(size: int, has_distances: bool) -> None:
-    head = ObservationRewardConfig().build([size], 128, 255, group_index=[0], depth=1)
+    head = ObservationRewardConfig().build([size], 128, 255, actions=DiscreteActions([5]), group_index=[0], depth=1)
     assert isinstance(head, ObservationReward)
     assert (head.distances is not None) == has_distances
     assert sum(parameter.numel() for parameter in head.parameters()) < 1_500_000
