@@ -57,10 +57,9 @@ def main(cfg: presets.TrainConfig) -> tuple[WorldModelPolicy, Matches]:
             with torch.no_grad():  # what PPO's ratio and the critic's second target compare with
                 imagined.set(keys.ACTION_LOG_PROB, actor.get_dist(imagined).log_prob(imagined[keys.ACTION]))
                 imagined.set(keys.SLOW_VALUE, critic_loss.slow_value(imagined))
-            for epoch in range(hyper.agent_epochs):
-                actor_loss.train(epoch == 0)  # the return scale follows every rollout once
+            for part in imagined.chunk(hyper.agent_steps):  # PPO's steps, each on its share of the starts
                 for loss in [actor_loss, critic_loss] if updates >= cfg.critic_warmup else [critic_loss]:
-                    learn(loss, imagined)  # every agent in its own dreams alone
+                    learn(loss, part)  # every agent in its own dreams alone
             slow_critic.step()
             updates += 1
     return policy, evaluate_matches(cfg.env, test_env, policy, episodes=cfg.evaluation.final_episodes)

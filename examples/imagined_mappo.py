@@ -54,8 +54,8 @@ def main(rounds=((2000, 400, 80), (1000, 200, 80), (1000, 200, 80)), episodes: i
         for _ in range(dreams):
             with torch.no_grad():
                 dreamt = ppo.value_estimator(env.rollout(hyper.horizon, actor))
-            for _ in range(hyper.agent_epochs):
-                step(ppo(dreamt), optimizer)
+            for part in dreamt.chunk(hyper.agent_steps):
+                step(ppo(part), optimizer)
         acting = actor
     for name, acting in (("random agents", RandomActions()), ("agents trained in dreams", actor)):
         print(f"{name}, mean return: {evaluate(real, acting, episodes=episodes).per_group()['agent']:.1f}")

@@ -187,7 +187,7 @@ def vectors() -> TrainConfig:
                 mean_policy_entropy_coeff=0.1,
                 signalling_coeff=1.0,
             ),
-            agent_epochs=4,
+            agent_steps=4,
             lr_decay_updates=1000,
         ),
         replay=ReplayConfig(sequences=32, sequence_length=16, starts_per_agent=48),

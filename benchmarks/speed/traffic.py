@@ -66,7 +66,7 @@ def traffic(preset: str, env_name: str) -> dict[str, float]:
         "bytes: a frame in replay": stored.bytes() / STEPS,
         "bytes: gradients of the world model, per update": size(optimizer_parameters(learner.world_model_optimizer)),
         "bytes: all gradients, per update": gradients,
-        "optimizer steps per update": 1 + 2 * cfg.learner.agent_epochs,
+        "optimizer steps per update": 1 + 2 * cfg.learner.agent_steps,
         "updates per env step": updates,
         "bytes: all gradients, per env step": gradients * updates,
         "bytes: learner in a checkpoint": state_size(learner.state_dict()) + 8 * count_all(learner),
@@ -94,7 +94,7 @@ def optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def gradient_bytes(learner: Learner) -> int:
     """Return the bytes of all gradients in one update, in which actors and critics take several steps."""
     of_agents = [learner.actor_optimizer, learner.critic_optimizer]
-    optimizers = [learner.world_model_optimizer, *learner.config.agent_epochs * of_agents]
+    optimizers = [learner.world_model_optimizer, *learner.config.agent_steps * of_agents]
     return sum(size(optimizer_parameters(optimizer)) for optimizer in optimizers)
 
 

@@ -34,8 +34,8 @@ class LearnerConfig(Settings):
         gamma: discount factor.
         lmbda: lambda of the return.
         actor: settings of the actors' loss.
-        agent_epochs: steps of every actor and critic on one imagined rollout; more than one needs ``actor.objective``
-            ``ppo`` (ours).
+        agent_steps: optimizer steps of every actor and critic on one imagined rollout, each on an equal part of its
+            starts; more than one needs ``actor.objective`` ``ppo`` (ours).
         critic_decay: decay of the EMA critic.
         lr_decay_updates: if given, every learning rate is divided by the square root of 1 + updates / this (ours).
             This averages out the noise of Adam's steps, and the length of a run need not be known.
@@ -44,7 +44,7 @@ class LearnerConfig(Settings):
             launches. Batches must then not change their shape.
 
     Raises:
-        ValueError: if a number is out of range, several epochs are asked for with another objective than ``ppo``, or
+        ValueError: if a number is out of range, several steps are asked for with another objective than ``ppo``, or
             learning rates that fall with ``cuda_graphs``.
 
     Examples:
@@ -63,17 +63,17 @@ class LearnerConfig(Settings):
     gamma: float = setting(GAMMA, minimum=0, maximum=1)
     lmbda: float = setting(LMBDA, minimum=0, maximum=1)
     actor: ActorLossConfig = field(default_factory=ActorLossConfig)
-    agent_epochs: int = setting(1, minimum=1)
+    agent_steps: int = setting(1, minimum=1)
     critic_decay: float = setting(0.98, minimum=0, below=1)
     lr_decay_updates: int | None = setting(None, minimum=1)
     precision: Precision = Precision.float32
     cuda_graphs: bool = False
 
     def check(self) -> None:
-        """Refuse several epochs without PPO, and learning rates that fall in CUDA graphs."""
-        if self.agent_epochs > 1 and self.actor.objective != PolicyObjective.ppo:
+        """Refuse several steps without PPO, and learning rates that fall in CUDA graphs."""
+        if self.agent_steps > 1 and self.actor.objective != PolicyObjective.ppo:
             raise ValueError(
-                f"agent_epochs={self.agent_epochs} takes several steps on one rollout, for which the actors' objective "
+                f"agent_steps={self.agent_steps} takes several steps on one rollout, for which the actors' objective "
                 f"must be 'ppo', got {str(self.actor.objective)!r}"
             )
         if self.cuda_graphs and self.lr_decay_updates is not None:

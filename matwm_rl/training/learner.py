@@ -170,7 +170,7 @@ class Learner:
         return losses.detach().set("world_model_grad_norm", gradient.norm)
 
     def update_agents(self, starts: TensorDictBase, *, train_actors: bool = True) -> TensorDict:
-        """Imagine from replayed starts, then take ``agent_epochs`` steps of every actor and critic.
+        """Imagine from replayed starts, then take ``agent_steps`` steps of every actor and critic, each on its part.
 
         Args:
             starts: ``[S, C+1]``, of ``replay.starts.sample()``.
@@ -205,17 +205,14 @@ class Learner:
         metrics = TensorDict({"imagined_reward": masked_mean(imagined["next", "agents", "reward"], None)})
         learning = [(self.actor_loss, self.actor_optimizer)] if train_actors else []
         learning.append((self.critic_loss, self.critic_optimizer))
-        for epoch in range(cfg.agent_epochs):
-            # The return scale follows every rollout once.
-            self.actor_loss.train(epoch == 0)
+        for part in imagined.chunk(cfg.agent_steps):
             gradients = []
             for loss, optimizer in learning:
                 with self._autocast():
-                    losses = self._losses(loss, imagined)
+                    losses = self._losses(loss, part)
                 gradients.append(guard.backward(losses, optimizer, guard.clip_agents_, cfg.actor_critic_clip))
                 metrics.update(losses.detach())
             guard.step(gradients, diagnosis)
-        self.actor_loss.train()
         self.target_updater.step()
         return metrics
 
@@ -232,7 +229,7 @@ class Learner:
             imagined = self.returns(imagined)
             if self.config.actor.objective == PolicyObjective.ppo:
                 imagined.set(keys.ACTION_LOG_PROB, self._log_prob(imagined))
-            if self.config.agent_epochs > 1:
+            if self.config.agent_steps > 1:
                 imagined.set(keys.SLOW_VALUE, self.critic_loss.slow_value(imagined))
         return imagined
 

@@ -140,8 +140,8 @@ def test_a_bad_actor_loss_stops_the_critics_step_too() -> None:
     assert all(value.isfinite().all() for value in after["return_scale"].values())
 
 
-def test_ppo_epochs_stop_as_well() -> None:
-    learner, replay = make_learner(agent_epochs=2, actor=ActorLossConfig(objective="ppo"), **OPTIONS), mock_replay()
+def test_several_steps_on_a_rollout_stop_as_well() -> None:
+    learner, replay = make_learner(agent_steps=2, actor=ActorLossConfig(objective="ppo"), **OPTIONS), mock_replay()
     update(learner, replay)
     spoil(learner.world_model.continuation)
     starts = replay.starts.sample()

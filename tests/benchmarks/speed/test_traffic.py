@@ -46,14 +46,14 @@ def test_the_guide_has_the_figures_of_vectors() -> None:
     lines = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     shown = {row[0]: row[3] for row in cells if len(row) == 5}
-    epochs = mw.presets.vectors().learner.agent_epochs
+    steps = mw.presets.vectors().learner.agent_steps
     of_model = counted["bytes: gradients of the world model, per update"]
-    of_agents = (counted["bytes: all gradients, per update"] - of_model) / epochs
+    of_agents = (counted["bytes: all gradients, per update"] - of_model) / steps
     assert shown["policy: world model and actors"] == f"{counted[WEIGHTS] / 1e6:.1f} MB"
     assert shown["frames, with the policy's history"] == f"{counted[FRAME] / 1e3:.0f} kB per frame"
     assert shown["frames, without it"] == f"{counted[BARE] / 1e3:.2f} kB per frame"
     assert shown["gradients of the world model"] == f"{of_model / 1e6:.1f} MB"
-    assert shown["gradients of actors and critics"] == f"{epochs} × {of_agents / 1e6:.2f} MB"
+    assert shown["gradients of actors and critics"] == f"{steps} × {of_agents / 1e6:.2f} MB"
     assert shown["checkpoint: networks and optimizers"] == f"{counted['bytes: learner in a checkpoint'] / 1e6:.1f} MB"
     full = counted["bytes: replay in a checkpoint, when full"]
     assert shown["checkpoint: replay with 50,000 frames"] == f"{full / 1e6:.0f} MB"
