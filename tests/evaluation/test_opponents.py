@@ -5,7 +5,9 @@ import torch
 from tensordict import TensorDict
 
 from matwm_rl.envs import make_env
-from matwm_rl.evaluation.opponents import CrossPlay, RandomActions
+from matwm_rl.evaluation import opponents
+from matwm_rl.evaluation.opponents import CrossPlay, RandomActions, against_random
+from matwm_rl.evaluation.returns import evaluate
 from matwm_rl.evaluation.simple_tag import TagScript
 from tests.evaluation.helpers import Constant
 
@@ -56,3 +58,22 @@ def test_they_take_tensors_by_keyword() -> None:
         assert torch.equal(action, script(step.clone())["agents", "action"])
     action = RandomActions()(agents_action_mask=step["agents", "action_mask"])
     assert step["agents", "action_mask"].gather(-1, action.unsqueeze(-1)).all()
+
+
+def test_every_group_plays_against_random_others_and_is_judged_by_its_own_return(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    env = make_env("mock")
+    monkeypatch.setattr(opponents, "RandomActions", lambda: Constant(2))
+    matches = against_random(env, Constant(1), episodes=3)
+    assert matches.judged == {"hunter_vs_random": "hunter", "prey_vs_random": "prey"}
+    assert {len(returns.values) for returns in matches.returns.values()} == {3}
+    for group in ("hunter", "prey"):
+        alone = evaluate(env, CrossPlay(Constant(1), Constant(2), env.layout, [group]), episodes=3)
+        assert torch.equal(matches.returns[f"{group}_vs_random"].values, alone.values)
+        assert matches.summary()[f"{group}_vs_random"] == alone.per_group()[group]
+
+
+def test_a_single_group_has_no_opponents() -> None:
+    with pytest.raises(ValueError, match=r"got the single group \['agent'\]"):
+        against_random(make_env("mpe2/simple_spread_v3"), Constant(1), episodes=1)

@@ -12,6 +12,7 @@ from statistics import median
 from threading import Event
 from typing import Any
 
+import methods
 import pytest
 import sample_efficiency as grid
 import torch
@@ -24,7 +25,7 @@ from matwm_rl.envs import make_env
 from matwm_rl.evaluation import RandomActions
 from matwm_rl.modules import WorldModelPolicy
 from matwm_rl.training import load_policy
-from tests.benchmarks.comparison.stubs import MOCK, SPREAD, TINY, Stub, start, table
+from tests.benchmarks.comparison.stubs import SPREAD, TINY, Stub, start, table
 
 # -- the grid ----------------------------------------------------------------------------------------------------------
 
@@ -115,7 +116,7 @@ def test_the_process_of_a_run_is_told_its_length(monkeypatch: pytest.MonkeyPatch
     assert commands[1] == [*commands[0], "--steps", "10000"]
 
 
-@pytest.mark.parametrize("method", ["matwm", "matwm_no_recency", "iql"])
+@pytest.mark.parametrize("method", ["matwm", "matwm_no_recency", "iql", "iql_100k"])
 def test_a_length_shortens_all_methods(method: str) -> None:
     short = Run("simple_tag", method, 0, 5_000)
     spec = grid.METHODS[method]
@@ -157,9 +158,25 @@ def test_methods_are_evaluated_where_the_tables_look(name: str) -> None:
     environment = grid.ENVIRONMENTS[name]
     expected = {method: spec.checkpoints(environment) for method, spec in grid.METHODS.items()}
     assert expected["matwm"] == expected["isac"] == [5_000, 10_000, 15_000, 20_000, 25_000]
+    assert expected["isac_100k"] == [25_000, 50_000, 75_000, 100_000]
     assert expected["matwm_no_recency"] == [5_000, 10_000]
-    assert expected["random"] == expected["scripted"] == [0]
-    assert grid.METHODS["scripted"].checkpoints(MOCK) == []
+    assert expected["random"] == [0]
+    assert expected["scripted"] == ([0] if environment.script else [])
+
+
+def test_long_runs_have_one_seed_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any(run.method.endswith("_100k") for run in grid.chosen_runs(None, [*grid.ENVIRONMENTS], grid.SEEDS))
+    monkeypatch.setattr(methods, "LONG_RUNS", {"wheel": ("iql", "isac"), "balance": ("isac",)})
+    monkeypatch.setitem(grid.METHODS, "isac_100k", methods.long_run("isac"))
+    chosen = grid.chosen_runs(None, [*grid.ENVIRONMENTS], (12, 11))
+    assert [str(run) for run in chosen if run.method == "isac_100k"] == ["balance-isac_100k-12", "wheel-isac_100k-12"]
+    assert len([run for run in chosen if (run.method, run.environment) == ("isac", "wheel")]) == 2
+    assert Run("wheel", "isac_100k", 10).settings()["protocol"]["total_steps"] == 100_000
+
+
+def test_scripts_play_where_there_is_one() -> None:
+    chosen = grid.chosen_runs(["scripted"], [*grid.ENVIRONMENTS], (10,))
+    assert [run.environment for run in chosen] == [name for name, spec in grid.ENVIRONMENTS.items() if spec.script]
 
 
 def test_listing_runs_nothing(tmp_path: Path, stubs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,6 +345,8 @@ def test_matwm_is_trained_evaluated_and_its_world_model_measured(
     metrics = run["figures"]["60"]
     assert {"return/greedy", "return/sampled", "open_loop/teammate/10", "open_loop/reward/1/trivial"} <= set(metrics)
     assert -100 < metrics["return/greedy"] < 0
+    # Of the training, without the evaluations before and after, and without the start of its process.
+    assert 0 < metrics["core_seconds"] < run["core_seconds"]
     assert run["settings"]["world_model"]["latent"] == {"kind": "GaussianLatentConfig", "num_dims": 8}
     assert "seed" not in run["settings"]
     # What was stored is what the policy of that time does.
