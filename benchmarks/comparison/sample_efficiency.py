@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from methods import METHODS, ROOT, has_training, is_run_in
 from processes import exit_when_terminated, held, run_apart
-from protocol import ENVIRONMENTS, SEEDS, Environment, evaluate_policy
+from protocol import ENVIRONMENTS, FORMER_SEEDS, SEEDS, Environment, evaluate_policy
 from tensordict.nn import TensorDictModuleBase
 from tqdm import tqdm
 from world_model_quality import world_model_quality
@@ -181,6 +181,12 @@ def stored_runs(results: Path) -> list[dict[str, Any]]:
     return sorted((run for run in runs if run["environment"] in ENVIRONMENTS and run["method"] in METHODS), key=order)
 
 
+def reported(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the runs without those of :data:`FORMER_SEEDS`, where an environment and method has others."""
+    anew = {(run["environment"], run["method"]) for run in runs if run["seed"] not in FORMER_SEEDS}
+    return [run for run in runs if run["seed"] not in FORMER_SEEDS or (run["environment"], run["method"]) not in anew]
+
+
 def _stored(path: Path) -> dict[str, Any]:
     run = json.loads(path.read_text(encoding="utf-8"))
     assert isinstance(run, dict)
@@ -196,7 +202,11 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, int, int
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return ``{environment: {method: {seeds, settings, figures}}}``, figures ``[median, min, max]`` over seeds."""
+    """Return ``{environment: {method: {seeds, settings, figures}}}``, figures ``[median, min, max]`` over seeds.
+
+    They are of the :func:`reported` runs.
+    """
+    runs = reported(runs)
     values: dict[tuple[str, str], dict[int, dict[str, list[float]]]] = {}
     for environment, method, _, env_steps, metric, value in rows(runs):
         if not metric.endswith("/se"):

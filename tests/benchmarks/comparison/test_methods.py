@@ -35,6 +35,21 @@ def test_ablations_are_matwm_with_one_switch_off() -> None:
     assert whole["env"] == environment.env
 
 
+def test_long_runs_have_one_seed_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any(run.method.endswith("_100k") for run in grid.chosen_runs(None, [*grid.ENVIRONMENTS], grid.SEEDS))
+    monkeypatch.setattr(methods, "LONG_RUNS", {"wheel": ("iql", "isac"), "balance": ("isac",)})
+    monkeypatch.setitem(grid.METHODS, "isac_100k", methods.long_run("isac"))
+    chosen = grid.chosen_runs(None, [*grid.ENVIRONMENTS], (12, 11))
+    assert [str(run) for run in chosen if run.method == "isac_100k"] == ["balance-isac_100k-12", "wheel-isac_100k-12"]
+    assert len([run for run in chosen if (run.method, run.environment) == ("isac", "wheel")]) == 2
+    assert grid.Run("wheel", "isac_100k", 10).settings()["protocol"]["total_steps"] == 100_000
+
+
+def test_scripts_play_where_there_is_one() -> None:
+    chosen = grid.chosen_runs(["scripted"], [*grid.ENVIRONMENTS], (10,))
+    assert [run.environment for run in chosen] == [name for name, spec in grid.ENVIRONMENTS.items() if spec.script]
+
+
 @pytest.mark.parametrize("method", ["ippo", "iql"])
 def test_a_model_free_method_is_run(tmp_path: Path, method: str) -> None:
     environment = Environment("mock", total_steps=500, every=250, episodes=2, num_envs=2)

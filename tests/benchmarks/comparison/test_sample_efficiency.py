@@ -12,7 +12,6 @@ from statistics import median
 from threading import Event
 from typing import Any
 
-import methods
 import pytest
 import sample_efficiency as grid
 import torch
@@ -164,21 +163,6 @@ def test_methods_are_evaluated_where_the_tables_look(name: str) -> None:
     assert expected["scripted"] == ([0] if environment.script else [])
 
 
-def test_long_runs_have_one_seed_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not any(run.method.endswith("_100k") for run in grid.chosen_runs(None, [*grid.ENVIRONMENTS], grid.SEEDS))
-    monkeypatch.setattr(methods, "LONG_RUNS", {"wheel": ("iql", "isac"), "balance": ("isac",)})
-    monkeypatch.setitem(grid.METHODS, "isac_100k", methods.long_run("isac"))
-    chosen = grid.chosen_runs(None, [*grid.ENVIRONMENTS], (12, 11))
-    assert [str(run) for run in chosen if run.method == "isac_100k"] == ["balance-isac_100k-12", "wheel-isac_100k-12"]
-    assert len([run for run in chosen if (run.method, run.environment) == ("isac", "wheel")]) == 2
-    assert Run("wheel", "isac_100k", 10).settings()["protocol"]["total_steps"] == 100_000
-
-
-def test_scripts_play_where_there_is_one() -> None:
-    chosen = grid.chosen_runs(["scripted"], [*grid.ENVIRONMENTS], (10,))
-    assert [run.environment for run in chosen] == [name for name, spec in grid.ENVIRONMENTS.items() if spec.script]
-
-
 def test_listing_runs_nothing(tmp_path: Path, stubs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert start(tmp_path, "--list", "--seeds", "3") == []
     assert list(tmp_path.iterdir()) == []
@@ -202,7 +186,8 @@ def stored(method: str, seed: int, value: float) -> dict[str, Any]:
 
 def test_a_summary_has_medians_and_ranges_over_seeds(tmp_path: Path, stubs: dict[str, Any]) -> None:
     values = [4.0, 1.0, 2.5, 8.0]
-    runs = [stored("stub", seed, value) for seed, value in enumerate(values)] + [stored("part", 0, 3.0)]
+    runs = [stored("stub", seed, value) for seed, value in enumerate(values, 10)]
+    runs += [stored("part", 0, 3.0)]
     folder = tmp_path / "runs"
     folder.mkdir()
     unknown = {**stored("stub", 0, 1.0), "method": "no longer there"}
@@ -214,7 +199,7 @@ def test_a_summary_has_medians_and_ranges_over_seeds(tmp_path: Path, stubs: dict
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary) == ["first"]
     assert summary["first"]["stub"] == {
-        "seeds": [0, 1, 2, 3],
+        "seeds": [10, 11, 12, 13],
         "settings": {"of": "stub"},
         "figures": {
             "5": {"return/greedy": [-median(values), -8.0, -1.0]},
@@ -222,6 +207,11 @@ def test_a_summary_has_medians_and_ranges_over_seeds(tmp_path: Path, stubs: dict
         },
     }
     assert summary["first"]["part"]["figures"]["10"]["return/greedy"] == [3.0, 3.0, 3.0]
+    # Former seeds are in no median with others.
+    former = stored("stub", 1, 99.0)
+    (folder / "former.json").write_text(json.dumps(former))
+    assert grid.stored_runs(tmp_path) == [former, *runs]
+    assert grid.summarise(grid.stored_runs(tmp_path)) == summary
 
 
 def test_the_stored_tables_are_those_of_the_stored_runs(tmp_path: Path) -> None:
