@@ -3,11 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType
 
 from matwm_rl.envs import make_env
 from matwm_rl.evaluation import opponents
 from matwm_rl.evaluation.opponents import CrossPlay, RandomActions, against_random
-from matwm_rl.evaluation.returns import evaluate
+from matwm_rl.evaluation.returns import Returns
 from matwm_rl.evaluation.simple_tag import TagScript
 from tests.evaluation.helpers import Constant
 
@@ -63,15 +65,20 @@ def test_they_take_tensors_by_keyword() -> None:
 def test_every_group_plays_against_random_others_and_is_judged_by_its_own_return(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    env = make_env("mock")
-    monkeypatch.setattr(opponents, "RandomActions", lambda: Constant(2))
-    matches = against_random(env, Constant(1), episodes=3)
+    env, trained, greedy = make_env("mock"), Constant(1), ExplorationType.DETERMINISTIC
+    played: list[CrossPlay] = []
+
+    def evaluate(env: EnvBase, policy: CrossPlay, *, episodes: int, exploration: ExplorationType) -> Returns:
+        assert (episodes, exploration) == (3, greedy)
+        played.append(policy)
+        return Returns(torch.tensor([[1.0, 3.0, 10.0]]) * len(played), env.layout)
+
+    monkeypatch.setattr(opponents, "evaluate", evaluate)
+    matches = against_random(env, trained, episodes=3, exploration=greedy)
     assert matches.judged == {"hunter_vs_random": "hunter", "prey_vs_random": "prey"}
-    assert {len(returns.values) for returns in matches.returns.values()} == {3}
-    for group in ("hunter", "prey"):
-        alone = evaluate(env, CrossPlay(Constant(1), Constant(2), env.layout, [group]), episodes=3)
-        assert torch.equal(matches.returns[f"{group}_vs_random"].values, alone.values)
-        assert matches.summary()[f"{group}_vs_random"] == alone.per_group()[group]
+    assert matches.summary() == {"hunter_vs_random": 2.0, "prey_vs_random": 20.0}
+    assert [policy.acts.tolist() for policy in played] == [[True, True, False], [False, False, True]]
+    assert all(policy.policy is trained and isinstance(policy.opponents, RandomActions) for policy in played)
 
 
 def test_a_single_group_has_no_opponents() -> None:
