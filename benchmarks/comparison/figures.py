@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.ticker import FuncFormatter, NullLocator
+from methods import METHODS, ModelFree
 from protocol import ENVIRONMENTS
 from results import Measure, Results, baselines, measures
 from world_model_quality import HORIZONS, QUANTITIES
@@ -25,7 +26,7 @@ BAND, FAINT_BAND = 0.25, 0.08
 """Opacity of the range over seeds, of MATWM and of all others."""
 NOTE_HEIGHT = 0.09
 """Height of a line of text, as a share of the panel's height."""
-REFERENCES = {"random": ":", "scripted": "--"}
+REFERENCES = {"random": ":", "scripted": "--", "best model-free, 100K": "-."}
 TITLES = {"observation": "observations", "reward": "rewards", "teammate": "teammates' actions"}
 DPI = 130
 
@@ -34,6 +35,8 @@ def label(method: str) -> str:
     """Return a method's name in pictures and tables."""
     if method in REFERENCES:
         return method
+    if isinstance(METHODS[method], ModelFree):
+        return method.replace("_", ", ").upper()
     return method.replace("matwm_no_", "MATWM without ").replace("_", " ") if "_" in method else method.upper()
 
 
@@ -98,11 +101,15 @@ def _draw_measure(axis: Any, measure: Measure, results: Results) -> None:
             _draw_line(axis, method, points)
         seen += [value for values in by_step.values() for value in values]
     for reference, style in REFERENCES.items():
-        values = results.measured(measure, reference, 0)
-        if values and seen:
-            _draw_reference(axis, reference, style, median(values.values()), min(seen), max(seen))
+        if reference in METHODS:
+            values = results.measured(measure, reference, 0)
+            value = median(values.values()) if values else None
+        else:
+            value = results.best_long(measure)
+        if value is not None and seen:
+            _draw_reference(axis, reference, style, value, min(seen), max(seen))
     axis.set_title(f"{measure.environment}\n{measure.title}", fontsize=9.5)
-    whose = "pursuers' mean return" if len(measures(measure.environment)) > 1 else "mean return"
+    whose = "pursuers' mean return" if "simple_tag" in measure.environment else "mean return"
     _label(axis, "return (lower is better)" if measure.lower_is_better else whose)
 
 
@@ -144,7 +151,7 @@ def _draw_aggregate(axis: Any, results: Results, environments: Sequence[str], st
     axis.axhline(0.0, color="0.35", linestyle=REFERENCES["random"], linewidth=1.2, zorder=2)
     names = f"{len(environments)} environments together" if len(environments) > 1 else environments[0]
     axis.set_title(f"{names}\ninterquartile mean, 95% interval", fontsize=9.5)
-    _label(axis, "score (random 0, script 1)")
+    _label(axis, "score (1: model-free, 100K)")
 
 
 def _label(axis: Any, name: str) -> None:

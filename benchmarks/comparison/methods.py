@@ -14,6 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import clock
 import model_free
 from protocol import Environment
 from tensordict.nn import TensorDictModuleBase
@@ -26,8 +27,11 @@ from matwm_rl.training import has_checkpoint, load_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 
-OnCheckpoint = Callable[[int, TensorDictModuleBase], None]
-"""Called with the env steps done and the policy at that time."""
+OnCheckpoint = Callable[[int, TensorDictModuleBase, float | None], None]
+"""Called with the env steps done, the policy at that time, and the CPU seconds of training until then.
+
+The seconds are ``None`` if they are unknown: of an interrupted training, or where nothing is learnt.
+"""
 
 PRESET = "preset=vectors"
 NO_TEAMMATES = ("world_model.teammate_predictor=false",)
@@ -44,11 +48,13 @@ class Matwm:
         overrides: of the script's configuration.
         total_steps: of a run, where the environment's are not fewer; ``None``: those of the environment.
         only: the environments in which it is run by default; ``None``: all.
+        num_seeds: with how many of the seeds it is run; ``None``: with all.
     """
 
     overrides: tuple[str, ...] = ()
     total_steps: int | None = None
     only: tuple[str, ...] | None = None
+    num_seeds: None = None
 
     def steps(self, environment: Environment) -> int:
         return min(self.total_steps or environment.total_steps, environment.total_steps)
@@ -78,7 +84,8 @@ class Matwm:
         return configuration(*self.arguments(environment))
 
     def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
-        command = [sys.executable, str(ROOT / "examples" / "simple_tag.py"), *self.arguments(environment)]
+        command = [sys.executable, clock.__file__, str(ROOT / "examples" / "simple_tag.py")]
+        command += self.arguments(environment)
         command += [f"seed={seed}", f"run_dir={folder.resolve()}"]
         if has_checkpoint(folder):
             command += ["resume=true"]
@@ -89,10 +96,13 @@ class Matwm:
             with (folder / "output.txt").open("a") as output:
                 # close_fds=False, so that the training inherits the lock of the run and holds it too.
                 done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, close_fds=False)
+            if "resume=true" in command:
+                (folder / clock.SECONDS_FILE).unlink(missing_ok=True)  # they lack those before the interruption
             if done.returncode:
                 raise RuntimeError(f"training failed, return code {done.returncode}, see {folder / 'output.txt'}")
-        for path in sorted((folder / "policies").glob("*.pt")):
-            on_checkpoint(int(path.stem), load_policy(path))
+        paths = sorted((folder / "policies").glob("*.pt"))
+        for path, core_seconds in zip(paths, clock.noted_seconds(folder, len(paths)), strict=True):
+            on_checkpoint(int(path.stem), load_policy(path), core_seconds)
 
 
 def composed(overrides: Sequence[str]) -> dict[str, Any]:
@@ -127,28 +137,46 @@ def has_training(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class ModelFree:
-    """A model-free method of model_free.py."""
+    """A model-free method of model_free.py.
+
+    Attributes:
+        name: of the method there.
+        total_steps: of a run; ``None``: those of the environment. More than these are evaluated as often as the
+            environment's whole run is long.
+        only: the environments in which it is run by default; ``None``: all.
+        num_seeds: with how many of the seeds it is run; ``None``: with all.
+    """
 
     name: str
-    only: None = None
+    total_steps: int | None = None
+    only: tuple[str, ...] | None = None
+    num_seeds: int | None = None
 
     def steps(self, environment: Environment) -> int:
-        return environment.total_steps
+        shortened = environment.total_steps < Environment.total_steps
+        return environment.total_steps if self.total_steps is None or shortened else self.total_steps
 
     def checkpoints(self, environment: Environment) -> list[int]:
-        return environment.checkpoints
+        total_steps, usual = self.steps(environment), environment.total_steps
+        return environment.checkpoints if total_steps == usual else [*range(usual, total_steps + 1, usual)]
 
     def settings(self, environment: Environment) -> dict[str, Any]:
         return asdict(model_free.METHODS[self.name])
 
     def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
+        time = clock.Clock()
+
+        def shown(env_steps: int, policy: TensorDictModuleBase) -> None:
+            with time.pause():
+                on_checkpoint(env_steps, policy, time.seconds)
+
         model_free.train(
             self.name,
             environment.env,
             seed=seed,
-            total_steps=environment.total_steps,
-            checkpoints=environment.checkpoints,
-            on_checkpoint=on_checkpoint,
+            total_steps=self.steps(environment),
+            checkpoints=self.checkpoints(environment),
+            on_checkpoint=shown,
         )
 
 
@@ -158,6 +186,7 @@ class Reference:
 
     scripted: bool
     only: None = None
+    num_seeds: None = None
 
     def steps(self, environment: Environment) -> int:
         return 0
@@ -170,9 +199,28 @@ class Reference:
 
     def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
         if not self.scripted:
-            on_checkpoint(0, RandomActions())
+            on_checkpoint(0, RandomActions(), None)
         elif environment.script is not None:
-            on_checkpoint(0, environment.script(make_env(environment.env).layout))
+            on_checkpoint(0, environment.script(make_env(environment.env).layout), None)
+
+
+LONG_STEPS = 100_000
+LONG_RUNS: dict[str, tuple[str, ...]] = {}
+"""The two model-free methods with the best returns after 25,000 steps in each environment, by the stored runs.
+
+They are also run for :data:`LONG_STEPS`, with one seed, and the best of them has the score 1.
+"""
+
+
+def long(name: str) -> str:
+    """Return the name of the method that is run for :data:`LONG_STEPS`."""
+    return f"{name}_{LONG_STEPS // 1000}k"
+
+
+def long_run(name: str) -> ModelFree:
+    """Return a model-free method for :data:`LONG_STEPS`, in the environments in which :data:`LONG_RUNS` names it."""
+    only = tuple(environment for environment, names in LONG_RUNS.items() if name in names)
+    return ModelFree(name, total_steps=LONG_STEPS, only=only, num_seeds=1)
 
 
 ABLATED = partial(Matwm, total_steps=10_000, only=("simple_tag", "simple_spread"))
@@ -181,7 +229,13 @@ METHODS: dict[str, Matwm | ModelFree | Reference] = {
     "scripted": Reference(scripted=True),
     "matwm": Matwm(),
     **{name: ModelFree(name) for name in model_free.METHODS},
+    **{long(name): long_run(name) for name in model_free.METHODS},
     "matwm_no_teammates": ABLATED(NO_TEAMMATES),
     "matwm_no_recency": ABLATED(NO_RECENCY),
     "matwm_no_action_scaling": ABLATED(NO_ACTION_SCALING),
 }
+
+
+def is_run_in(method: Matwm | ModelFree | Reference, environment: str) -> bool:
+    """Whether a method is run in an environment by default."""
+    return method.only is None or environment in method.only

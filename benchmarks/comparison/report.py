@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from figures import draw_curves, draw_world_model
-from methods import PRESET, ROOT, configuration, of_every_run
-from protocol import ENVIRONMENTS
+from figures import draw_curves, draw_world_model, label
+from methods import LONG_STEPS, METHODS, PRESET, ROOT, Reference, configuration, of_every_run
+from protocol import ENVIRONMENTS, FORMER_SEEDS
 from results import Results, measures
 from sample_efficiency import RESULTS, Run, differences, stored_runs
 from tables import (
@@ -25,6 +25,7 @@ from tables import (
     aggregate_table,
     first_run_table,
     methods_table,
+    minutes_table,
     open_loop_table,
     seconds_table,
     targets_seeds,
@@ -63,13 +64,35 @@ class Place:
 
 
 def other_settings(results: Results) -> list[str]:
-    """Return which settings of stored runs differ from the present ones: ``what differs (its runs)``."""
+    """Return which settings of stored runs differ from the present ones: ``what differs (its runs)``.
+
+    Without the evaluation seed of former runs, which :func:`former_runs` tells.
+    """
     runs: dict[str, list[str]] = {}
     for stored in results.runs:
         run = Run(stored["environment"], stored["method"], stored["seed"])
         for different in run.other_settings(stored["settings"]):
-            runs.setdefault(different, []).append(str(run))
+            if not (run.seed in FORMER_SEEDS and different.startswith("protocol.evaluation_seed")):
+                runs.setdefault(different, []).append(str(run))
     return [f"{different} ({', '.join(names)})" for different, names in runs.items()]
+
+
+def former_runs(results: Results) -> str:
+    """Return a sentence that names the environments that show the seeds and episodes on which settings were chosen."""
+    shown = []
+    for name in results.environments:
+        learnt = {run["method"]: run["seed"] in FORMER_SEEDS for run in results.runs if run["environment"] == name}
+        learnt = {method: former for method, former in learnt.items() if not isinstance(METHODS[method], Reference)}
+        methods = [label(method) for method, former in learnt.items() if former]
+        if methods:
+            shown.append(name if len(methods) == len(learnt) else f"{name} ({', '.join(methods)})")
+    seeds = ", ".join(map(str, FORMER_SEEDS))
+    return (
+        f"Settings were chosen on the seeds {seeds} and their episodes, and these are still what is shown of "
+        f"{', '.join(shown)}."
+        if shown
+        else "All seeds and episodes are others than those on which settings were chosen."
+    )
 
 
 NOTHING = "No runs{of} are stored yet: `python benchmarks/comparison/sample_efficiency.py` makes them."
@@ -116,13 +139,21 @@ def long_section(results: Results, place: Place) -> str:
         f"([results]({place.link(RESULTS)})), `python benchmarks/comparison/report.py --write` generates this section.",
         _curves_and_targets(results, place),
         f"**All methods** after {' and '.join(map(thousands, STEPS))} env steps. Random agents and scripts do not "
-        "learn. IQL's sampled actions include its exploration at that time of training.",
-        *chain.from_iterable((f"{name}:", methods_table(results, name)) for name in ENVIRONMENTS),
-        "**One score**: in every environment, 0 is the return of random agents and 1 that of the script (for "
-        "cross-play, the mean over its matches). Interquartile mean over all environments and seeds, with a 95% "
-        "bootstrap interval, stratified by environment (with three seeds it is too narrow). Environments that all "
-        f"methods have played: {', '.join(environments) or 'none yet'}.",
+        "learn. IQL's sampled actions include its exploration at that time of training. Figures after "
+        f"{thousands(LONG_STEPS)} env steps are of one seed of the two model-free methods that were best before.",
+        *chain.from_iterable((f"{name}:", methods_table(results, name)) for name in results.environments),
+        "**One score**: in every environment, 0 is the return of random agents and 1 that of the best model-free "
+        f"method after {thousands(LONG_STEPS)} env steps (for cross-play, the mean over its matches). An environment "
+        "has no score as long as there is no such run, or none that is better than random agents. Interquartile mean "
+        "over all environments and seeds, with a 95% bootstrap interval, stratified by environment (with three seeds "
+        "it is too narrow). Environments in which MATWM and all model-free methods have scores: "
+        f"{', '.join(environments) or 'none yet'}.",
         aggregate_table(results),
+        "**By the clock**: minutes of training on one core, evaluations left out, until a return or a score is "
+        "reached; medians over seeds. Between checkpoints, returns are interpolated linearly, before the first one "
+        "from those of random agents. “Not in” is followed by the minutes of the whole training. Times are not stored "
+        "of older runs.",
+        minutes_table(results),
         "**Ablations**: the return without a part minus the return with all parts, seed by seed; median (min to max) "
         f"after {thousands(10_000)} env steps. Negative means that the part helps, except for the evader, where lower "
         "is better.",
@@ -140,7 +171,7 @@ def long_section(results: Results, place: Place) -> str:
 
 
 def _targets_text(results: Results) -> str:
-    names = " and ".join(name for name in ENVIRONMENTS if measures(name)[0].kind == "sampled")
+    names = ", ".join(name for name in ENVIRONMENTS if measures(name)[0].kind == "sampled")
     return (
         f"Median (min to max) over {targets_seeds(results)}. In the cross-play of {names}, actions are sampled, "
         "because deterministic policies are easy to exploit; in the other environments they are greedy. The next "
@@ -148,8 +179,7 @@ def _targets_text(results: Results) -> str:
         "model-free methods the better mode counts. The figures of tuned BenchMARL 1.5.2 algorithms are greedy, with "
         "the best settings found for each environment, on one or two seeds. Contact is ranked by predicted rewards on "
         "the policy's own episodes, given the true next latent; the next column has the same for next latents sampled "
-        "from the model and for episodes of random and scripted agents. The settings of MATWM were chosen on these "
-        "seeds and episodes."
+        f"from the model and for episodes of random and scripted agents. {former_runs(results)}"
     )
 
 

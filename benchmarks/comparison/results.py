@@ -11,8 +11,9 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
-from methods import METHODS, Matwm, ModelFree, Reference
+from methods import LONG_STEPS, METHODS, Matwm, ModelFree, Reference, long
 from protocol import ENVIRONMENTS
+from sample_efficiency import reported
 from scipy.stats import bootstrap, trim_mean
 
 RESAMPLES = 5_000
@@ -67,11 +68,26 @@ class Measure:
 
 CONTACT = "contact_precision/own"
 CROSS_PLAY = {
-    "adversaries_vs_random_prey": "pursuers against a random evader",
-    "adversaries_vs_fleeing_prey": "pursuers against a fleeing evader",
-    "prey_vs_chasing_adversaries": "chasing pursuers against the evader",
+    "simple_tag": {
+        "adversaries_vs_random_prey": "pursuers against a random evader",
+        "adversaries_vs_fleeing_prey": "pursuers against a fleeing evader",
+        "prey_vs_chasing_adversaries": "chasing pursuers against the evader",
+    },
+    "simple_adversary": {
+        "adversary_vs_random": "adversary against random agents",
+        "agent_vs_random": "agents against a random adversary",
+    },
+    "simple_push": {
+        "adversary_vs_random": "adversary against a random agent",
+        "agent_vs_random": "agent against a random adversary",
+    },
 }
-"""The matches of simple_tag by which methods are compared; in the last one the evader was trained."""
+"""The matches by which methods are compared, by a part of the environment's name.
+
+In simple_tag all are judged by the pursuers, and in the last one the evader was trained; else by the trained group.
+"""
+SMALL = ("give_way", "lbforaging")
+"""Environments whose returns lie around 1 or below."""
 
 
 def measures(environment: str) -> list[Measure]:
@@ -80,12 +96,13 @@ def measures(environment: str) -> list[Measure]:
     Cross-play uses sampled actions, because deterministic policies are easy to exploit; self-play uses greedy actions,
     as most published returns do.
     """
-    if "simple_tag" in ENVIRONMENTS[environment].env:
-        return [
-            Measure(environment, match, title, "sampled", lower_is_better=match.startswith("prey"))
-            for match, title in CROSS_PLAY.items()
-        ]
-    return [Measure(environment, "return", "mean return", "greedy")]
+    for name, matches in CROSS_PLAY.items():
+        if name in ENVIRONMENTS[environment].env:
+            return [
+                Measure(environment, match, title, "sampled", lower_is_better=match.startswith("prey"))
+                for match, title in matches.items()
+            ]
+    return [Measure(environment, "return", "mean return", "greedy", digits=2 if environment in SMALL else 1)]
 
 
 def contact_precision(environment: str) -> Measure:
@@ -94,8 +111,8 @@ def contact_precision(environment: str) -> Measure:
 
 
 def baselines() -> list[str]:
-    """Return the names of the model-free methods."""
-    return [name for name, method in METHODS.items() if isinstance(method, ModelFree)]
+    """Return the names of the model-free methods, without the long runs."""
+    return [name for name, method in METHODS.items() if isinstance(method, ModelFree) and method.total_steps is None]
 
 
 def ablations() -> list[str]:
@@ -111,12 +128,13 @@ class Results:
     """
 
     def __init__(self, runs: Sequence[Mapping[str, Any]]) -> None:
-        self.runs = runs
-        self._figures: dict[tuple[str, str], dict[int, dict[int, Mapping[str, float]]]] = {}
-        for run in runs:
-            by_steps = self._figures.setdefault((run["environment"], run["method"]), {})
-            for env_steps, metrics in run["figures"].items():
-                by_steps.setdefault(int(env_steps), {})[run["seed"]] = metrics
+        self.runs = reported(runs)
+        self._figures, self._all = _figures(self.runs), _figures(runs)
+
+    @property
+    def environments(self) -> list[str]:
+        """The environments of which there are runs."""
+        return [name for name in ENVIRONMENTS if any(run["environment"] == name for run in self.runs)]
 
     def steps(self, environment: str, method: str) -> list[int]:
         """Return the env steps after which there are figures."""
@@ -134,9 +152,17 @@ class Results:
 
     def best_baseline(self, measure: Measure, env_steps: int) -> tuple[str, Measure] | None:
         """Return the model-free method and the action mode with the best median after so many steps, if any."""
+        return self._best(measure, env_steps, baselines())
+
+    def best_long(self, measure: Measure) -> float | None:
+        """Return the best median of the model-free methods after :data:`LONG_STEPS`, if any."""
+        found = self._best(measure, LONG_STEPS, [long(name) for name in baselines()])
+        return median(self.measured(found[1], found[0], LONG_STEPS).values()) if found else None
+
+    def _best(self, measure: Measure, env_steps: int, methods: Sequence[str]) -> tuple[str, Measure] | None:
         medians = {
             (name, way): median(values.values())
-            for name in baselines()
+            for name in methods
             for way in measure.ways
             if (values := self.measured(way, name, env_steps))
         }
@@ -144,18 +170,32 @@ class Results:
         return best(medians, key=medians.__getitem__, default=None)
 
     def less(self, measure: Measure, method: str, other: str, env_steps: int) -> BySeed:
-        """Return the figures of a method minus those of another, seed by seed."""
-        ours, theirs = (self.measured(measure, name, env_steps) for name in (method, other))
-        return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+        """Return the figures of a method minus those of another, seed by seed.
+
+        The other's are compared by the seeds that are reported of the first, if there are newer ones or not.
+        """
+        ours, theirs = self.measured(measure, method, env_steps), self._all.get((measure.environment, other), {})
+        of_seed = theirs.get(env_steps, {})
+        return {
+            seed: value - of_seed[seed][measure.metric]
+            for seed, value in ours.items()
+            if measure.metric in of_seed.get(seed, {})
+        }
 
     def scores(self, environment: str, method: str, env_steps: int) -> BySeed:
-        """Return each seed's score, 0 for random agents and 1 for the script; the mean over the measures."""
+        """Return each seed's score, 0 for random agents and 1 for the best model-free method after long runs.
+
+        It is the mean over the measures. There is none as long as one of the measures has no long run, or none that is
+        better than random agents.
+        """
         parts: list[BySeed] = []
         for measure in measures(environment):
-            random, script = (self.measured(measure, name, 0) for name in ("random", "scripted"))
-            if not random or not script:
+            random, high = self.measured(measure, "random", 0), self.best_long(measure)
+            if not random or high is None:
                 return {}
-            low, high = median(random.values()), median(script.values())
+            low = median(random.values())
+            if high == low or (high < low) != measure.lower_is_better:
+                return {}
             values = self.measured(measure, method, env_steps)
             parts.append({seed: (value - low) / (high - low) for seed, value in values.items()})
         return {seed: mean(part[seed] for part in parts) for seed in parts[0] if all(seed in part for part in parts)}
@@ -175,6 +215,15 @@ class Results:
         """Return the :func:`interquartile_mean` of a method's scores, ``None`` if an environment has none."""
         scores = [list(self.scores(environment, method, env_steps).values()) for environment in environments]
         return interquartile_mean(scores) if scores and all(scores) else None
+
+
+def _figures(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[int, dict[int, Mapping[str, float]]]]:
+    figures: dict[tuple[str, str], dict[int, dict[int, Mapping[str, float]]]] = {}
+    for run in runs:
+        by_steps = figures.setdefault((run["environment"], run["method"]), {})
+        for env_steps, metrics in run["figures"].items():
+            by_steps.setdefault(int(env_steps), {})[run["seed"]] = metrics
+    return figures
 
 
 def interquartile_mean(scores: Sequence[Sequence[float]]) -> tuple[float, float | None, float | None]:

@@ -31,9 +31,9 @@ from threading import Event
 from typing import Any
 
 import torch
-from methods import METHODS, ROOT, has_training
+from methods import METHODS, ROOT, has_training, is_run_in
 from processes import exit_when_terminated, held, run_apart
-from protocol import ENVIRONMENTS, Environment, evaluate_policy
+from protocol import ENVIRONMENTS, FORMER_SEEDS, SEEDS, Environment, evaluate_policy
 from tensordict.nn import TensorDictModuleBase
 from tqdm import tqdm
 from world_model_quality import world_model_quality
@@ -44,8 +44,6 @@ from matwm_rl.training import prepare_process
 
 RESULTS = ROOT / "benchmarks" / "results" / "sample_efficiency"
 COLUMNS = ("environment", "method", "seed", "env_steps", "metric", "value")
-SEEDS = (0, 1, 2)
-"""Seeds of every method in every environment, by default."""
 QUALITY_EPISODES = 100
 SCRIPT = Path(__file__).resolve()
 """Carries out a run in a process of its own."""
@@ -110,8 +108,9 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
     # The name has a hash of the settings, so that no training with other settings is resumed.
     folder = scratch / f"{run}-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
 
-    def on_checkpoint(env_steps: int, policy: TensorDictModuleBase) -> None:
+    def on_checkpoint(env_steps: int, policy: TensorDictModuleBase, core_seconds: float | None = None) -> None:
         metrics = evaluate_policy(environment, policy)
+        metrics |= {} if core_seconds is None else {"core_seconds": core_seconds}
         if isinstance(policy, WorldModelPolicy):
             metrics |= world_model_quality(policy, environment.env, episodes=QUALITY_EPISODES, seed=run.seed + 1_000)
         figures[str(env_steps)] = {name: float(f"{value:.5g}") for name, value in metrics.items()}
@@ -125,7 +124,7 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
             f"to train it anew, delete {folder}"
         )
     seconds = _core_seconds() - began
-    # The time of an interrupted attempt is unknown.
+    # Evaluations included, other than at a checkpoint. The time of an interrupted attempt is unknown.
     stored = {"environment": run.environment, "method": run.method, "seed": run.seed}
     stored |= {"core_seconds": None if resumed else round(seconds), "made_with": made_with}
     stored |= {"settings": settings, "figures": figures}
@@ -182,6 +181,12 @@ def stored_runs(results: Path) -> list[dict[str, Any]]:
     return sorted((run for run in runs if run["environment"] in ENVIRONMENTS and run["method"] in METHODS), key=order)
 
 
+def reported(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the runs without those of :data:`FORMER_SEEDS`, where an environment and method has others."""
+    anew = {(run["environment"], run["method"]) for run in runs if run["seed"] not in FORMER_SEEDS}
+    return [run for run in runs if run["seed"] not in FORMER_SEEDS or (run["environment"], run["method"]) not in anew]
+
+
 def _stored(path: Path) -> dict[str, Any]:
     run = json.loads(path.read_text(encoding="utf-8"))
     assert isinstance(run, dict)
@@ -197,7 +202,11 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, int, int
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return ``{environment: {method: {seeds, settings, figures}}}``, figures ``[median, min, max]`` over seeds."""
+    """Return ``{environment: {method: {seeds, settings, figures}}}``, figures ``[median, min, max]`` over seeds.
+
+    They are of the :func:`reported` runs.
+    """
+    runs = reported(runs)
     values: dict[tuple[str, str], dict[int, dict[str, list[float]]]] = {}
     for environment, method, _, env_steps, metric, value in rows(runs):
         if not metric.endswith("/se"):
@@ -231,13 +240,19 @@ def write_tables(results: Path) -> None:
 def chosen_runs(
     methods: Sequence[str] | None, environments: Sequence[str], seeds: Sequence[int], total_steps: int | None = None
 ) -> list[Run]:
-    """Return the grid, seed by seed; a method that is not named is run in the environments of its ``only``."""
+    """Return the grid, seed by seed.
+
+    A method that is not named is run in the environments of its ``only``. One that is run with fewer seeds than there
+    are takes the first of them. Scripts play where there is one.
+    """
     return [
         Run(environment, method, seed, total_steps)
-        for seed in seeds
+        for index, seed in enumerate(seeds)
         for method in methods or METHODS
         for environment in environments
-        if methods or environment in (METHODS[method].only or ENVIRONMENTS)
+        if (methods or is_run_in(METHODS[method], environment))
+        and index < (METHODS[method].num_seeds or len(seeds))
+        and METHODS[method].checkpoints(ENVIRONMENTS[environment])
     ]
 
 

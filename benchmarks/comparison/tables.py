@@ -1,4 +1,4 @@
-"""Tables of report.py: targets, methods, ablations, scores, open-loop errors and CPU seconds.
+"""Tables of report.py: targets, methods, ablations, scores, open-loop errors, minutes and CPU seconds.
 
 No script of its own: the report prints them. A dash stands for what has not been run yet.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from statistics import median
 
 from figures import TITLES, label
-from methods import METHODS
-from protocol import ENVIRONMENTS
+from methods import LONG_RUNS, LONG_STEPS, METHODS, is_run_in, long
+from minutes import goals, minutes
+from protocol import ENVIRONMENTS, SEEDS
 from results import BySeed, Measure, Results, ablations, baselines, contact_precision, measures
-from sample_efficiency import SEEDS
 from world_model_quality import HORIZONS, QUANTITIES
 
 MISSING = "–"
@@ -146,16 +147,22 @@ def targets_seeds(results: Results) -> str:
 
 
 def methods_table(results: Results, environment: str) -> str:
-    """Return all methods by all measures of an environment."""
-    columns = [(measure, steps) for measure in measures(environment) for steps in STEPS]
+    """Return all methods by all measures of an environment; long runs stand in columns of their own."""
+    stages = (*STEPS, LONG_STEPS) if environment in LONG_RUNS else STEPS
+    columns = [(measure, steps) for measure in measures(environment) for steps in stages]
     header = ["", *(f"{measure.title}, {thousands(steps)}" for measure, steps in columns)]
+    long_runs = {long(name): name for name in baselines()}
     rows = []
-    for method in METHODS:
-        if environment not in (METHODS[method].only or ENVIRONMENTS):
+    for method, spec in METHODS.items():
+        if method in long_runs or not (is_run_in(spec, environment) and spec.checkpoints(ENVIRONMENTS[environment])):
             continue
         # Agents that do not learn play the same episodes with every seed and in both action modes.
-        show = _middle_of if METHODS[method].steps(ENVIRONMENTS[environment]) == 0 else _both_ways
-        rows.append([label(method), *(show(results, measure, method, steps) for measure, steps in columns)])
+        show = _middle_of if spec.steps(ENVIRONMENTS[environment]) == 0 else _both_ways
+        row = [label(method)]
+        for measure, steps in columns:
+            is_long = steps == LONG_STEPS and method in baselines()
+            row.append((_middle_of if is_long else show)(results, measure, long(method) if is_long else method, steps))
+        rows.append(row)
     return markdown(header, rows)
 
 
@@ -188,7 +195,7 @@ def _interval(found: tuple[float, float | None, float | None] | None) -> str:
 
 def ablations_table(results: Results) -> str:
     """Return the differences in return of MATWM without a part."""
-    names = [name for name in ENVIRONMENTS if any(name in (METHODS[m].only or ENVIRONMENTS) for m in ablations())]
+    names = [name for name in ENVIRONMENTS if any(is_run_in(METHODS[method], name) for method in ablations())]
     columns = [measure for name in names for measure in measures(name)]
     rows = []
     for method in ablations():
@@ -204,7 +211,7 @@ def open_loop_table(results: Results) -> str:
     """Return the errors of the world model and of the trivial predictors after the steps of :data:`STAGES`."""
     header = ["", *(f"{h} ahead, {thousands(steps)}" for steps in STAGES for h in HORIZONS)]
     rows = []
-    for environment in ENVIRONMENTS:
+    for environment in results.environments:
         for quantity in QUANTITIES:
             row = [f"{environment}: {TITLES[quantity]}"]
             for steps in STAGES:
@@ -222,17 +229,35 @@ def _short(values: BySeed) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
+def minutes_table(results: Results) -> str:
+    """Return the minutes of training on one core until a return or a score is reached, by method."""
+    found = goals(results)
+    rows = []
+    for method in ("matwm", *baselines(), *map(long, baselines())):
+        cells = [_minutes(minutes(results, goal, method)) for goal in found]
+        if method not in map(long, baselines()) or any(cell != MISSING for cell in cells):
+            rows.append([label(method), *cells])
+    return markdown(["", *(goal.title for goal in found)], rows)
+
+
+def _minutes(found: tuple[float, float] | None) -> str:
+    if found is None:
+        return MISSING
+    reached, trained = found
+    return f"{reached:.1f}" if isfinite(reached) else f"not in {trained:.1f}"
+
+
 def seconds_table(results: Results) -> str:
     """Return the median CPU seconds of the runs in which they were measured."""
     rows = []
     for method in METHODS:
         row = [label(method)]
-        for environment in ENVIRONMENTS:
+        for environment in results.environments:
             same = [run for run in results.runs if (run["environment"], run["method"]) == (environment, method)]
             seconds = [run["core_seconds"] for run in same if run["core_seconds"] is not None]
             row.append(f"{median(seconds):,.0f}" if seconds else MISSING)
-        rows.append(row)
-    return markdown(["", *ENVIRONMENTS], rows)
+        rows += [row] if METHODS[method].num_seeds is None or set(row[1:]) != {MISSING} else []
+    return markdown(["", *results.environments], rows)
 
 
 def first_run_table(results: Results, evaluation: Mapping[str, float]) -> str:

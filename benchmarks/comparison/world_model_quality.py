@@ -21,6 +21,7 @@ from torch import Tensor
 from torchrl.envs import TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from matwm_rl import keys
 from matwm_rl.data import add_agent_entries
 from matwm_rl.envs import AgentLayout, make_env
 from matwm_rl.evaluation import CrossPlay, RandomActions, TagScript, episode_windows, open_loop_errors
@@ -30,6 +31,8 @@ from matwm_rl.training import load_policy
 
 HORIZONS = (1, 5, 10)
 CONTEXT = 8
+ROLLOUT = 200
+"""Steps that are played on end where episodes differ in length."""
 QUANTITIES = ("observation", "reward", "teammate")
 PAIRINGS: tuple[list[str], ...] = ([], ["adversary"], ["agent"], ["adversary", "agent"])
 """Groups of simple_tag that are scripted; the others act randomly."""
@@ -49,7 +52,7 @@ def world_model_quality(policy: WorldModelPolicy, env_name: str, *, episodes: in
         env = make_env(env_name, num_envs=10, seed=seed)
         own = play(TransformedEnv(env, policy.make_tensordict_primer()), policy, episodes)
         metrics = open_loop_table(policy.world_model, own)
-        if is_tag(env.layout):
+        if is_tag(env_name, env.layout):
             env, script = make_env(env_name, num_envs=10, seed=seed), TagScript(env.layout)
             played = [
                 play(env, CrossPlay(script, RandomActions(), env.layout, groups), max(10, episodes // len(PAIRINGS)))
@@ -61,27 +64,47 @@ def world_model_quality(policy: WorldModelPolicy, env_name: str, *, episodes: in
     return metrics
 
 
-def is_tag(layout: AgentLayout) -> bool:
+def is_tag(env_name: str, layout: AgentLayout) -> bool:
     """Whether there are pursuers that are rewarded by contact with a single evader."""
-    return list(layout.group_map) == ["adversary", "agent"] and len(layout.group_map["agent"]) == 1
+    return (
+        "simple_tag" in env_name
+        and list(layout.group_map) == ["adversary", "agent"]
+        and len(layout.group_map["agent"]) == 1
+    )
 
 
 @torch.no_grad()
 def play(env: TransformedEnv, policy: torch.nn.Module, episodes: int) -> TensorDictBase:
-    """Play whole episodes ``[E, T]`` with sampled actions; all environments must have equally long episodes."""
+    """Play at least so many whole episodes ``[E, T]`` with sampled actions.
+
+    Where episodes differ in length, there are also parts of episodes, each of which ends with ``("next", "done")``.
+    """
     quota = -(-episodes // env.batch_size.numel())
     with set_exploration_type(ExplorationType.RANDOM):
-        first = env.rollout(1000, policy)
-        more = first[:, :0]
-        if quota > 1:
-            more = env.rollout(first.shape[-1] * (quota - 1), policy, break_when_any_done=False)
-    kept = [key for key in add_agent_entries(first.copy()).keys(True, True) if key in first.keys(True, True)]
-    return torch.cat([part.select(*kept, ("next", "done"), ("next", "terminated")) for part in (first, more)], 1)
+        parts = [env.rollout(1000, policy)]
+        if bool(parts[0][keys.DONE][..., -1, :].all()):
+            if quota > 1:
+                length = parts[0].shape[-1] * (quota - 1)
+                parts.append(env.rollout(length, policy, break_when_any_done=False))
+        else:
+            parts, ended = [], 0
+            while ended < episodes:
+                parts.append(env.rollout(ROLLOUT, policy, break_when_any_done=False))
+                ended += int(parts[-1][keys.DONE].sum())
+                parts[-1][keys.DONE][..., -1, :] = True  # what follows begins anew
+    kept = [key for key in add_agent_entries(parts[0].copy()).keys(True, True) if key in parts[0].keys(True, True)]
+    return torch.cat([part.select(*kept, ("next", "done"), ("next", "terminated")) for part in parts], 1)
 
 
 def open_loop_table(world_model: WorldModel, rollout: TensorDictBase) -> dict[str, float]:
-    """Return ``open_loop/<quantity>/<steps ahead>`` of the model, and ``.../trivial``; means over agents."""
-    windows = episode_windows(rollout, CONTEXT + max(HORIZONS))
+    """Return ``open_loop/<quantity>/<steps ahead>`` of the model, and ``.../trivial``; means over agents.
+
+    They are of episodes of 18 steps or more; there are none if agents end all episodes before.
+    """
+    try:
+        windows = episode_windows(rollout, CONTEXT + max(HORIZONS))
+    except ValueError:
+        return {}
     errors = open_loop_errors(world_model, windows, context_length=CONTEXT, horizon=max(HORIZONS))
     return {
         f"open_loop/{quantity}/{step}{suffix}": float(errors[source, quantity][step - 1].mean())

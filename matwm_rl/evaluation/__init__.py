@@ -5,7 +5,7 @@ from matwm_rl.evaluation.gif import record_gif
 from matwm_rl.evaluation.loggers import LoggerName, make_logger
 from matwm_rl.evaluation.open_loop import episode_windows, open_loop, open_loop_errors
 from matwm_rl.evaluation.open_loop_figure import plot_open_loop
-from matwm_rl.evaluation.opponents import CrossPlay, RandomActions
+from matwm_rl.evaluation.opponents import CrossPlay, RandomActions, against_random
 from matwm_rl.evaluation.registry import (
     Evaluation,
     evaluate_matches,
@@ -28,6 +28,7 @@ __all__ = [
     "Returns",
     "RunLog",
     "TagScript",
+    "against_random",
     "episode_windows",
     "evaluate",
     "evaluate_matches",

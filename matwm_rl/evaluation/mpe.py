@@ -1,4 +1,4 @@
-"""simple_spread and simple_speaker_listener of mpe2: reference returns, what the agents observe, and pictures.
+"""Environments of mpe2 other than simple_tag: matches, reference returns, what the agents observe, and pictures.
 
 Importing this module registers them, see :func:`~matwm_rl.evaluation.register_evaluation`.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 from matwm_rl import keys
 from matwm_rl.envs import AgentLayout
 from matwm_rl.evaluation.gif import Frame
+from matwm_rl.evaluation.opponents import against_random
 from matwm_rl.evaluation.registry import Evaluation, register_evaluation
 from matwm_rl.files import import_optional
 
@@ -100,6 +101,32 @@ def listener_names(layout: AgentLayout) -> dict[str, list[str]]:
     return known_sizes(layout, {"speaker_0": speaker, "listener_0": listener})
 
 
+def adversary_names(layout: AgentLayout) -> dict[str, list[str]]:
+    """Return the names of what each agent of simple_adversary observes; everything is relative to it."""
+    names = {}
+    for agent in layout.agent_names:
+        goal = ["goal"] if agent in layout.group_map.get("agent", ()) else []
+        others = [name for name in layout.agent_names if name != agent]
+        seen = [*goal, *(f"landmark {i + 1}" for i in range(layout.num_agents - 1)), *others]
+        names[agent] = [f"{what} {axis}" for what in seen for axis in "xy"]
+    return known_sizes(layout, names)
+
+
+def push_names(layout: AgentLayout) -> dict[str, list[str]]:
+    """Return the names of what the agents of simple_push observe; landmarks and the other are relative to them.
+
+    The agent has the colour of its goal.
+    """
+    velocity, landmarks = ["own velocity x", "own velocity y"], ["landmark 1", "landmark 2"]
+    colors = [f"{what}'s {color}" for what in ("own", *landmarks) for color in ("red", "green", "blue")]
+    colors = [name.replace("own's", "own") for name in colors]
+    places = [f"{landmark} {axis}" for landmark in landmarks for axis in "xy"]
+    agent = [*velocity, "goal x", "goal y", *colors[:3], *places, *colors[3:], "adversary_0 x", "adversary_0 y"]
+    return known_sizes(layout, {"adversary_0": [*velocity, *places, "agent_0 x", "agent_0 y"], "agent_0": agent})
+
+
+register_evaluation("mpe2/simple_adversary*", Evaluation(against_random, observation_names=adversary_names))
+register_evaluation("mpe2/simple_push*", Evaluation(against_random, observation_names=push_names))
 register_evaluation(
     "mpe2/simple_spread*", Evaluation(draw=draw_spread, references=SPREAD_REFERENCES, observation_names=spread_names)
 )

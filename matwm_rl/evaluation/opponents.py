@@ -12,11 +12,14 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor, nn
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType
 
 from matwm_rl import keys
 from matwm_rl.arguments import check_kinds
 from matwm_rl.checks import read_entry
 from matwm_rl.envs import AgentLayout
+from matwm_rl.evaluation.returns import EvaluationConfig, Matches, evaluate
 from matwm_rl.functional import random_index
 
 
@@ -99,3 +102,48 @@ class CrossPlay(TensorDictModuleBase):
         theirs = self.opponents(tensordict.select(*self.opponents.in_keys, strict=False)).get(keys.ACTION)
         ours = self.policy(tensordict).get(keys.ACTION)
         return tensordict.set(keys.ACTION, torch.where(self.acts, ours, theirs))
+
+
+def against_random(
+    env: EnvBase,
+    policy: TensorDictModuleBase,
+    *,
+    episodes: int = EvaluationConfig.episodes,
+    exploration: ExplorationType = ExplorationType.RANDOM,
+) -> Matches:
+    """Play one match for every group of agents: the trained agents of the group against random agents in all others.
+
+    Where groups compete and all of them learn, returns of self-play do not tell how good any is. Every match is judged
+    by the mean return of the trained group. The function is what :class:`Evaluation` takes as ``play``, for any
+    environment with several groups.
+
+    Args:
+        env: an environment with two groups or more, with the policy's primer if it has one.
+        policy: the trained agents.
+        episodes: episodes of every match; see :func:`evaluate`.
+        exploration: see :func:`evaluate`.
+
+    Returns:
+        the returns of the matches, which are called ``<group>_vs_random``.
+
+    Raises:
+        ValueError: if there is a single group, which has no opponents, or ``episodes`` is below 1.
+
+    Examples:
+        >>> from matwm_rl.envs import make_env
+        >>> from matwm_rl.evaluation import Evaluation, register_evaluation
+        >>> against_random(make_env("mock", seed=0), RandomActions(), episodes=2).summary().keys()
+        dict_keys(['hunter_vs_random', 'prey_vs_random'])
+        >>> register_evaluation("mine/contest*", Evaluation(against_random))
+    """
+    layout: AgentLayout = env.layout
+    groups = list(layout.group_map)
+    if len(groups) < 2:
+        raise ValueError(f"expected groups that play against each other, got the single group {groups}")
+    returns = {
+        f"{group}_vs_random": evaluate(
+            env, CrossPlay(policy, RandomActions(), layout, [group]), episodes=episodes, exploration=exploration
+        )
+        for group in groups
+    }
+    return Matches(returns, dict(zip(returns, groups, strict=True)))

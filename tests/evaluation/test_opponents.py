@@ -3,9 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType
 
 from matwm_rl.envs import make_env
-from matwm_rl.evaluation.opponents import CrossPlay, RandomActions
+from matwm_rl.evaluation import opponents
+from matwm_rl.evaluation.opponents import CrossPlay, RandomActions, against_random
+from matwm_rl.evaluation.returns import Returns
 from matwm_rl.evaluation.simple_tag import TagScript
 from tests.evaluation.helpers import Constant
 
@@ -56,3 +60,27 @@ def test_they_take_tensors_by_keyword() -> None:
         assert torch.equal(action, script(step.clone())["agents", "action"])
     action = RandomActions()(agents_action_mask=step["agents", "action_mask"])
     assert step["agents", "action_mask"].gather(-1, action.unsqueeze(-1)).all()
+
+
+def test_every_group_plays_against_random_others_and_is_judged_by_its_own_return(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    env, trained, greedy = make_env("mock"), Constant(1), ExplorationType.DETERMINISTIC
+    played: list[CrossPlay] = []
+
+    def evaluate(env: EnvBase, policy: CrossPlay, *, episodes: int, exploration: ExplorationType) -> Returns:
+        assert (episodes, exploration) == (3, greedy)
+        played.append(policy)
+        return Returns(torch.tensor([[1.0, 3.0, 10.0]]) * len(played), env.layout)
+
+    monkeypatch.setattr(opponents, "evaluate", evaluate)
+    matches = against_random(env, trained, episodes=3, exploration=greedy)
+    assert matches.judged == {"hunter_vs_random": "hunter", "prey_vs_random": "prey"}
+    assert matches.summary() == {"hunter_vs_random": 2.0, "prey_vs_random": 20.0}
+    assert [policy.acts.tolist() for policy in played] == [[True, True, False], [False, False, True]]
+    assert all(policy.policy is trained and isinstance(policy.opponents, RandomActions) for policy in played)
+
+
+def test_a_single_group_has_no_opponents() -> None:
+    with pytest.raises(ValueError, match=r"got the single group \['agent'\]"):
+        against_random(make_env("mpe2/simple_spread_v3"), Constant(1), episodes=1)

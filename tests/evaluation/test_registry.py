@@ -97,6 +97,30 @@ def test_observations_of_the_documented_environments_have_names(name: str) -> No
     )
 
 
+@pytest.mark.parametrize("name", ["mpe2/simple_adversary_v3", "mpe2/simple_push_v3"])
+def test_what_competing_agents_see_of_each_other_and_of_landmarks_fits_together(name: str) -> None:
+    env = make_env(name, seed=0)
+    names = observation_names(name, env)
+    assert [len(names[agent]) for agent in env.layout.agent_names] == env.layout.observation_sizes
+    observed = env.rollout(6)["agents", "observation"].unbind(-2)
+    values = {
+        agent: dict(zip(names[agent], seen.unbind(-1), strict=False))
+        for agent, seen in zip(env.layout.agent_names, observed, strict=True)
+    }
+    for agent, other in ((a, b) for a in values for b in values if a != b):
+        for axis in "xy":
+            offsets = [values[agent][f"{what} {axis}"] for what in ("landmark 1", "landmark 2")]
+            seen = [values[other][f"{what} {axis}"] for what in ("landmark 1", "landmark 2")]
+            for ours, theirs in zip(offsets, seen, strict=True):
+                torch.testing.assert_close(ours - theirs, values[agent][f"{other} {axis}"], atol=1e-5, rtol=0.0)
+    seen = values["agent_0"]
+    (goal,) = [i for i in (1, 2) if all(seen[f"goal {axis}"].equal(seen[f"landmark {i} {axis}"]) for axis in "xy")]
+    if "push" in name:
+        color = ["green", "blue"][goal - 1]
+        assert (seen[f"own {color}"] == 0.75).all() and (seen[f"landmark {goal}'s {color}"] > 0.8).all()
+        assert (seen["own velocity x"][1:] != 0).any()
+
+
 def test_options_that_change_the_observation_leave_it_without_names() -> None:
     name = "mpe2/simple_spread_v3"
     assert observation_names(name, make_env(name, num_agent_neighbors=1)) == {}

@@ -40,11 +40,13 @@ class Stub:
         setting: what it is run with.
         fails: the seed that ends in an error.
         only: the environments it is run in by default.
+        num_seeds: with how many of the seeds it is run.
     """
 
     setting: float = 0.5
     fails: int | None = None
     only: tuple[str, ...] | None = None
+    num_seeds: int | None = None
 
     def steps(self, environment: Environment) -> int:
         return environment.total_steps

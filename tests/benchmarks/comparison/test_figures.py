@@ -8,6 +8,7 @@ from typing import Any
 import figures
 import pytest
 from PIL import Image
+from protocol import ENVIRONMENTS, SEEDS
 from results import Results, measures
 
 from tests.benchmarks.comparison.stored_grid import (
@@ -17,6 +18,8 @@ from tests.benchmarks.comparison.stored_grid import (
     score,
     stored,
 )
+
+LONG = "best model-free, 100K"
 
 
 def lines(axis: Any) -> dict[str, tuple[list[float], list[float]]]:
@@ -34,17 +37,20 @@ def test_curves_show_every_measure_and_all_together(tmp_path: Path) -> None:
     results = Results(full_grid())
     figure = figures.draw_curves(results, tmp_path / "curves.png")
     shown = panels(figure)
-    tags = [f"{name}: {m.title}" for name in ("simple_tag", "vmas_simple_tag") for m in measures(name)]
-    others = ["simple_spread: mean return", "simple_speaker_listener: mean return"]
-    assert list(shown) == [*tags, *others, "4 environments together: interquartile mean, 95% interval"]
+    crossed = ("simple_tag", "vmas_simple_tag", "simple_adversary", "simple_push")
+    matches = [f"{name}: {m.title}" for name in crossed for m in measures(name)]
+    others = [f"{name}: mean return" for name in ENVIRONMENTS if name not in crossed]
+    assert list(shown) == [*matches, *others, "10 environments together: interquartile mean, 95% interval"]
     spread = lines(shown["simple_spread: mean return"])
-    assert set(spread) == {"MATWM", "MAPPO", "IPPO", "IQL", "ISAC", "random", "scripted"}
+    assert set(spread) == {"MATWM", "MAPPO", "IPPO", "IQL", "ISAC", "random", "scripted", LONG}
+    assert "scripted" not in lines(shown["wheel: mean return"])
+    assert spread[LONG][1] == [-8.0, -8.0]
     assert spread["ISAC"][0] == list(STAGES)
-    medians = [-26 + 18 * score("isac", step, 1) for step in STAGES]
+    medians = [-26 + 18 * score("isac", step, SEEDS[1]) for step in STAGES]
     assert spread["ISAC"][1] == pytest.approx(medians)
     assert spread["random"][1] == [-26.0, -26.0]
-    together = lines(shown["4 environments together: interquartile mean, 95% interval"])
-    assert together["MATWM"][1] == pytest.approx([score("matwm", step, 1) for step in STAGES])
+    together = lines(shown["10 environments together: interquartile mean, 95% interval"])
+    assert together["MATWM"][1] == pytest.approx([score("matwm", step, SEEDS[1]) for step in STAGES])
     assert len(figure.legends) == 1
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "MATWM",
@@ -54,6 +60,7 @@ def test_curves_show_every_measure_and_all_together(tmp_path: Path) -> None:
         "ISAC",
         "random",
         "scripted",
+        LONG,
     ]
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > 1_000
@@ -66,7 +73,7 @@ def test_environments_are_compared_where_all_have_checkpoints(tmp_path: Path) ->
         if run["environment"] == "simple_spread":
             run["figures"] = {"22500" if step == "15000" else step: f for step, f in run["figures"].items()}
     shown = panels(figures.draw_curves(Results(runs), tmp_path / "curves.png"))
-    together = lines(shown["4 environments together: interquartile mean, 95% interval"])
+    together = lines(shown["10 environments together: interquartile mean, 95% interval"])
     assert together["MATWM"][0] == [5_000, 10_000, 20_000, 25_000]
     assert lines(shown["simple_spread: mean return"])["MATWM"][0] == [5_000, 10_000, 20_000, 22_500, 25_000]
 
@@ -87,11 +94,10 @@ def test_a_reference_far_off_is_noted_and_does_not_flatten_the_curves(tmp_path: 
 def test_the_world_model_is_drawn_over_training(tmp_path: Path) -> None:
     figure = figures.draw_world_model(Results(full_grid()), tmp_path / "world_model.png")
     shown = panels(figure)
-    assert len(shown) == 4 * 3
+    assert len(shown) == 10 * 3
     drawn = lines(shown["simple_tag: teammates' actions"])
     assert list(drawn) == ["trivial predictor", *(f"after {step // 1000}K steps" for step in STAGES)]
     horizons, ratios = drawn["after 25K steps"]
     assert horizons == [1, 5, 10]
-    # Seed 1 is the median one.
-    assert ratios == pytest.approx([10_001 / 25_000 / 2.0] * 3)
+    assert ratios == pytest.approx([(10_000 + SEEDS[1]) / 25_000 / 2.0] * 3)
     assert len(figure.legends) == 1

@@ -35,11 +35,26 @@ def test_ablations_are_matwm_with_one_switch_off() -> None:
     assert whole["env"] == environment.env
 
 
+def test_long_runs_have_one_seed_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any(run.method.endswith("_100k") for run in grid.chosen_runs(None, [*grid.ENVIRONMENTS], grid.SEEDS))
+    monkeypatch.setattr(methods, "LONG_RUNS", {"wheel": ("iql", "isac"), "balance": ("isac",)})
+    monkeypatch.setitem(grid.METHODS, "isac_100k", methods.long_run("isac"))
+    chosen = grid.chosen_runs(None, [*grid.ENVIRONMENTS], (12, 11))
+    assert [str(run) for run in chosen if run.method == "isac_100k"] == ["balance-isac_100k-12", "wheel-isac_100k-12"]
+    assert len([run for run in chosen if (run.method, run.environment) == ("isac", "wheel")]) == 2
+    assert grid.Run("wheel", "isac_100k", 10).settings()["protocol"]["total_steps"] == 100_000
+
+
+def test_scripts_play_where_there_is_one() -> None:
+    chosen = grid.chosen_runs(["scripted"], [*grid.ENVIRONMENTS], (10,))
+    assert [run.environment for run in chosen] == [name for name, spec in grid.ENVIRONMENTS.items() if spec.script]
+
+
 @pytest.mark.parametrize("method", ["ippo", "iql"])
 def test_a_model_free_method_is_run(tmp_path: Path, method: str) -> None:
     environment = Environment("mock", total_steps=500, every=250, episodes=2, num_envs=2)
     shown: list[int] = []
-    ModelFree(method).train(environment, 0, tmp_path, lambda env_steps, policy: shown.append(env_steps))
+    ModelFree(method).train(environment, 0, tmp_path, lambda env_steps, *_: shown.append(env_steps))
     assert shown == ([1_000] if method == "ippo" else [250, 500])
 
 
@@ -51,7 +66,7 @@ def test_references_are_shown_once(tmp_path: Path) -> None:
     ):
         shown: list[tuple[int, str]] = []
         reference = Reference(scripted=scripted)
-        reference.train(environment, 0, tmp_path, lambda steps, p, shown=shown: shown.append((steps, type(p).__name__)))
+        reference.train(environment, 0, tmp_path, lambda steps, p, _, to=shown: to.append((steps, type(p).__name__)))
         assert shown == [(0, name) for name in expected]
 
 
@@ -68,6 +83,7 @@ def test_matwm_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pyt
         (folder / "policies").mkdir()
         for step in (10, 5):
             (folder / "policies" / f"{step:08d}.pt").touch()
+        (folder / "core_seconds.json").write_text("[1.5, 2.5]")
         (folder / "summary.json").touch()
         return subprocess.CompletedProcess(command, 0)
 
@@ -86,7 +102,8 @@ def test_matwm_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pyt
     for command in commands:
         assert {"env=mock", "total_steps=20", "seed=4", f"run_dir={folder}"} <= set(command)
         assert {methods.PRESET, *methods.NO_RECENCY} <= set(command)
-    assert shown == [(5, "00000005.pt"), (10, "00000010.pt")]
+    # The seconds before it was interrupted are not known.
+    assert shown == [(5, "00000005.pt", None), (10, "00000010.pt", None)]
     # Trained, but not evaluated to the end: it is evaluated, and not trained again.
     train()
     assert len(commands) == 4
@@ -99,7 +116,7 @@ def test_matwm_starts_anew_where_nothing_can_be_gone_on_with(tmp_path: Path) -> 
     with RunLog(folder, total_steps=60, progress=False):
         pass  # killed before its first checkpoint
     shown: list[int] = []
-    Matwm(TINY).train(SPREAD, 0, folder, lambda env_steps, policy: shown.append(env_steps))
+    Matwm(TINY).train(SPREAD, 0, folder, lambda env_steps, *_: shown.append(env_steps))
     assert shown == [60]
 
 

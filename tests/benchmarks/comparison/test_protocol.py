@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import protocol
@@ -145,7 +146,23 @@ def test_checkpoints_end_with_the_run() -> None:
     assert all(environment.checkpoints[-1] == environment.total_steps for environment in ENVIRONMENTS.values())
 
 
-@pytest.mark.parametrize("name", ENVIRONMENTS)
+@pytest.mark.parametrize(
+    ("name", "matches"),
+    [
+        ("balance", ["return"]),
+        ("lbforaging", ["return"]),
+        ("simple_adversary", ["adversary_vs_random", "agent_vs_random"]),
+        ("simple_push", ["adversary_vs_random", "agent_vs_random"]),
+    ],
+)
+def test_where_groups_compete_each_plays_against_random_others(name: str, matches: list[str]) -> None:
+    few = replace(ENVIRONMENTS[name], episodes=2, num_envs=2)
+    found = evaluate_policy(few, RandomActions())
+    kinds = ("sampled", "greedy")
+    assert set(found) == {f"{match}/{kind}{se}" for match in matches for kind in kinds for se in ("", "/se")}
+
+
+@pytest.mark.parametrize("name", [name for name, environment in ENVIRONMENTS.items() if environment.script])
 def test_every_environment_is_played_by_its_script(name: str) -> None:
     environment = ENVIRONMENTS[name]
     env = make_env(environment.env, seed=0)

@@ -14,8 +14,9 @@ import results as results_module
 import tables
 from methods import METHODS, PRESET, Reference, configuration
 from PIL import Image
+from protocol import SEEDS
 from results import Results, measures
-from sample_efficiency import RESULTS, SEEDS, stored_runs
+from sample_efficiency import RESULTS, stored_runs
 
 from matwm_rl.evaluation import find_evaluation
 from tests.benchmarks.comparison.stored_grid import (
@@ -44,7 +45,8 @@ def test_the_command_draws_prints_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(results_module, "RESAMPLES", 100)
-    folder = write(full_grid(), tmp_path / "docs" / "results")
+    runs = [run for run in full_grid() if run["environment"] in ("simple_tag", "simple_spread", "simple_push")]
+    folder = write(runs, tmp_path / "docs" / "results")
     short_path, long_path = tmp_path / "README.md", tmp_path / "docs" / "README.md"
     first = f"{marker('begin', 'first-run')}former text{marker('end', 'first-run')}"
     text = f"{first}\n\n{BEGIN}\nformer text\n{END}\n\nafter\n"
@@ -113,16 +115,15 @@ def test_without_runs_the_section_says_so() -> None:
 
 
 def test_the_documents_are_what_the_command_would_write() -> None:
-    runs = stored_runs(RESULTS)
-    results = Results(runs)
+    results = Results(stored_runs(RESULTS))
     drawn = {name: path for name in ("curves", "world_model") if (path := RESULTS / f"{name}.png").exists()}
     # python benchmarks/comparison/report.py --write mends what follows.
     for document, text in report.updated(results, drawn).items():
         assert document.read_text(encoding="utf-8") == text
     for path in drawn.values():
         with Image.open(path) as picture:
-            assert picture.text["Description"] == figures.digest(runs)
-    learnt = [run for run in runs if not isinstance(METHODS[run["method"]], Reference)]
+            assert picture.text["Description"] == figures.digest(results.runs)
+    learnt = [run for run in results.runs if not isinstance(METHODS[run["method"]], Reference)]
     assert ("curves" in drawn) == bool(learnt)
 
 
@@ -156,7 +157,7 @@ def test_what_is_missing_is_a_dash_whatever_is_missing() -> None:
 def test_the_targets_text_tells_the_number_of_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results_module, "RESAMPLES", 100)
     for seeds in (3, 4):
-        results = Results(full_grid(tuple(range(seeds))))
+        results = Results(full_grid(tuple(range(10, 10 + seeds))))
         for section in (report.long_section, report.short_section):
             assert f"Median (min to max) over {seeds} seeds. In the cross-play" in section(results, NOWHERE)
 
@@ -167,12 +168,32 @@ def test_runs_of_other_settings_are_named() -> None:
     text = "Made with other settings than the present ones"
     assert text not in report.long_section(Results(runs), NOWHERE) + report.short_section(Results(runs), NOWHERE)
     for run in runs:
-        if (run["environment"], run["method"]) == ("simple_tag", "iql") and run["seed"] != 1:
+        if (run["environment"], run["method"]) == ("simple_tag", "iql") and run["seed"] != 11:
             run["settings"] = {**run["settings"], "gamma": 0.5}
-    different = "gamma: 0.5, now 0.95 (simple_tag-iql-0, simple_tag-iql-2)"
+    different = "gamma: 0.5, now 0.95 (simple_tag-iql-10, simple_tag-iql-12)"
     assert report.other_settings(Results(runs)) == [different]
     for section in (report.long_section, report.short_section):
         assert f"**{text}**: {different}." in section(Results(runs), NOWHERE)
+
+
+def test_environments_that_show_former_seeds_are_named() -> None:
+    runs = full_grid()
+    assert report.former_runs(Results(runs)).startswith("All seeds and episodes are others than")
+    for run in runs:
+        former = run["environment"] == "wheel" or run["method"] == "matwm_no_recency"
+        if former and run["method"] != "random":
+            run["seed"] -= 10
+            run["settings"] = json.loads(json.dumps(run["settings"]))
+            run["settings"]["protocol"]["evaluation_seed"] = 1_000_003
+    text = report.former_runs(Results(runs))
+    part = "(MATWM without recency)"
+    assert text.endswith(f"still what is shown of simple_tag {part}, simple_spread {part}, wheel.")
+    # That the episodes are others is said once, not of every run.
+    assert report.other_settings(Results(runs)) == []
+    for run in runs:
+        run["settings"]["protocol"]["evaluation_seed"] = 1_000_003
+    assert "wheel-matwm-0" not in str(report.other_settings(Results(runs)))
+    assert "wheel-random-10" in str(report.other_settings(Results(runs)))
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import tables
-from protocol import ENVIRONMENTS
-from results import Results, interquartile_mean
-from sample_efficiency import SEEDS
+from protocol import ENVIRONMENTS, SEEDS
+from results import Measure, Results, interquartile_mean, measures
 
 from tests.benchmarks.comparison.stored_grid import (
     CHASED,
     FLEEING_EVADER,
     RANDOM_EVADER,
+    REFERENCES,
     SPREAD,
     full_grid,
     parsed,
@@ -58,17 +58,57 @@ def test_the_best_baseline_is_the_lowest_where_lower_is_better() -> None:
     assert results.best_baseline(SPREAD, 25_000) is None
 
 
-def test_a_score_is_the_mean_over_matches_between_random_and_script() -> None:
+def test_a_score_is_the_mean_over_matches_between_random_agents_and_the_best_long_run() -> None:
     random_agents = stored("simple_tag", "random", 0, {0: returns("simple_tag", lambda low, high: low)})
-    script = stored("simple_tag", "scripted", 0, {0: returns("simple_tag", lambda low, high: high)})
+    long_run = returns("simple_tag", lambda low, high: high, other_mode=0.0)
+    # Of every match the best method counts, where lower is better the lowest.
+    worse = {RANDOM_EVADER.metric: 30.0, FLEEING_EVADER.metric: 9.0, CHASED.metric: 31.0}
+    better = {CHASED.metric: 10.0}
+    long_runs = [
+        stored("simple_tag", "isac_100k", 10, {100_000: {**long_run, CHASED.metric: 40.0}}),
+        stored("simple_tag", "iql_100k", 10, {25_000: dict.fromkeys(worse, 99.0), 100_000: worse | better}),
+    ]
     found = {RANDOM_EVADER.metric: 20.0, FLEEING_EVADER.metric: 8.0, CHASED.metric: 30.0}
     whole = stored("simple_tag", "ippo", 1, {5_000: found})
     half = stored("simple_tag", "ippo", 2, {5_000: {RANDOM_EVADER.metric: 20.0}})
-    expected = mean([(20 - 4.5) / (45.8 - 4.5), (8 - 1.6) / (14.5 - 1.6), (45.8 - 30) / (45.8 - 14.5)])
-    results = Results([random_agents, script, whole, half])
+    expected = mean([(20 - 4.5) / (45.8 - 4.5), (8 - 1.6) / (14.5 - 1.6), (45.8 - 30) / (45.8 - 10.0)])
+    results = Results([random_agents, *long_runs, whole, half])
     assert results.scores("simple_tag", "ippo", 5_000) == {1: pytest.approx(expected)}
     assert results.scores("simple_tag", "random", 5_000) == {0: pytest.approx(0.0)}
     assert Results([random_agents, whole]).scores("simple_tag", "ippo", 5_000) == {}
+    assert Results([*long_runs, whole]).scores("simple_tag", "ippo", 5_000) == {}
+
+
+@pytest.mark.parametrize("measure", [SPREAD, FLEEING_EVADER, CHASED])
+def test_where_long_runs_end_no_better_than_random_agents_there_is_no_score(measure: Measure) -> None:
+    name = measure.environment
+    random_agents = stored(name, "random", 10, {0: returns(name, lambda low, high: low)})
+    long_run = returns(name, lambda low, high: high, other_mode=0.0)
+    for much, expected in ((0.0, {}), (1.0, {}), (-1.0, {10: 0.0})):
+        low = REFERENCES[measure.match][0]
+        end = low + much if measure.lower_is_better else low - much
+        ends = {measure.metric: end, measure.ways[1].metric: end}
+        runs = [random_agents, stored(name, "iql_100k", 10, {100_000: long_run | ends})]
+        assert Results(runs).scores(name, "random", 0) == expected
+
+
+def test_former_seeds_are_reported_where_there_are_no_others() -> None:
+    def run(environment: str, method: str, seed: int) -> dict[str, Any]:
+        (measure, *_) = measures(environment)
+        return stored(environment, method, seed, {10_000: {measure.metric: -float(seed)}})
+
+    fresh = [run("simple_spread", "matwm", seed) for seed in (10, 11)]
+    former = [run("simple_spread", "matwm", seed) for seed in (0, 2)]
+    ablation = [run("simple_spread", "matwm_no_recency", seed) for seed in (0, 1)]
+    elsewhere = [run("simple_tag", "matwm", 2)]
+    results = Results([*former, *fresh, *ablation, *elsewhere])
+    assert results.runs == [*fresh, *ablation, *elsewhere]
+    assert results.measured(SPREAD, "matwm", 10_000) == {10: -10.0, 11: -11.0}
+    assert results.measured(SPREAD, "matwm_no_recency", 10_000) == {0: 0.0, 1: -1.0}
+    assert results.measured(RANDOM_EVADER, "matwm", 10_000) == {2: -2.0}
+    # A difference is that of one seed, whether it is reported of both or not.
+    assert results.less(SPREAD, "matwm_no_recency", "matwm", 10_000) == {0: 0.0}
+    assert results.environments == ["simple_tag", "simple_spread"]
 
 
 def test_the_interquartile_mean_and_its_interval_are_those_of_a_loop() -> None:

@@ -24,7 +24,7 @@ from matwm_rl.envs import make_env
 from matwm_rl.evaluation import RandomActions
 from matwm_rl.modules import WorldModelPolicy
 from matwm_rl.training import load_policy
-from tests.benchmarks.comparison.stubs import MOCK, SPREAD, TINY, Stub, start, table
+from tests.benchmarks.comparison.stubs import SPREAD, TINY, Stub, start, table
 
 # -- the grid ----------------------------------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ def test_the_process_of_a_run_is_told_its_length(monkeypatch: pytest.MonkeyPatch
     assert commands[1] == [*commands[0], "--steps", "10000"]
 
 
-@pytest.mark.parametrize("method", ["matwm", "matwm_no_recency", "iql"])
+@pytest.mark.parametrize("method", ["matwm", "matwm_no_recency", "iql", "iql_100k"])
 def test_a_length_shortens_all_methods(method: str) -> None:
     short = Run("simple_tag", method, 0, 5_000)
     spec = grid.METHODS[method]
@@ -157,9 +157,10 @@ def test_methods_are_evaluated_where_the_tables_look(name: str) -> None:
     environment = grid.ENVIRONMENTS[name]
     expected = {method: spec.checkpoints(environment) for method, spec in grid.METHODS.items()}
     assert expected["matwm"] == expected["isac"] == [5_000, 10_000, 15_000, 20_000, 25_000]
+    assert expected["isac_100k"] == [25_000, 50_000, 75_000, 100_000]
     assert expected["matwm_no_recency"] == [5_000, 10_000]
-    assert expected["random"] == expected["scripted"] == [0]
-    assert grid.METHODS["scripted"].checkpoints(MOCK) == []
+    assert expected["random"] == [0]
+    assert expected["scripted"] == ([0] if environment.script else [])
 
 
 def test_listing_runs_nothing(tmp_path: Path, stubs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +186,8 @@ def stored(method: str, seed: int, value: float) -> dict[str, Any]:
 
 def test_a_summary_has_medians_and_ranges_over_seeds(tmp_path: Path, stubs: dict[str, Any]) -> None:
     values = [4.0, 1.0, 2.5, 8.0]
-    runs = [stored("stub", seed, value) for seed, value in enumerate(values)] + [stored("part", 0, 3.0)]
+    runs = [stored("stub", seed, value) for seed, value in enumerate(values, 10)]
+    runs += [stored("part", 0, 3.0)]
     folder = tmp_path / "runs"
     folder.mkdir()
     unknown = {**stored("stub", 0, 1.0), "method": "no longer there"}
@@ -197,7 +199,7 @@ def test_a_summary_has_medians_and_ranges_over_seeds(tmp_path: Path, stubs: dict
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary) == ["first"]
     assert summary["first"]["stub"] == {
-        "seeds": [0, 1, 2, 3],
+        "seeds": [10, 11, 12, 13],
         "settings": {"of": "stub"},
         "figures": {
             "5": {"return/greedy": [-median(values), -8.0, -1.0]},
@@ -205,6 +207,11 @@ def test_a_summary_has_medians_and_ranges_over_seeds(tmp_path: Path, stubs: dict
         },
     }
     assert summary["first"]["part"]["figures"]["10"]["return/greedy"] == [3.0, 3.0, 3.0]
+    # Former seeds are in no median with others.
+    former = stored("stub", 1, 99.0)
+    (folder / "former.json").write_text(json.dumps(former))
+    assert grid.stored_runs(tmp_path) == [former, *runs]
+    assert grid.summarise(grid.stored_runs(tmp_path)) == summary
 
 
 def test_the_stored_tables_are_those_of_the_stored_runs(tmp_path: Path) -> None:
@@ -328,6 +335,8 @@ def test_matwm_is_trained_evaluated_and_its_world_model_measured(
     metrics = run["figures"]["60"]
     assert {"return/greedy", "return/sampled", "open_loop/teammate/10", "open_loop/reward/1/trivial"} <= set(metrics)
     assert -100 < metrics["return/greedy"] < 0
+    # Of the training, without the evaluations before and after, and without the start of its process.
+    assert 0 < metrics["core_seconds"] < run["core_seconds"]
     assert run["settings"]["world_model"]["latent"] == {"kind": "GaussianLatentConfig", "num_dims": 8}
     assert "seed" not in run["settings"]
     # What was stored is what the policy of that time does.

@@ -9,9 +9,8 @@ import figures
 import pytest
 import tables
 from methods import METHODS
-from protocol import ENVIRONMENTS
+from protocol import SEEDS
 from results import Results
-from sample_efficiency import SEEDS
 
 from tests.benchmarks.comparison.stored_grid import (
     CHASED,
@@ -74,14 +73,14 @@ def test_targets_tell_what_was_reached_and_by_whom() -> None:
 
 def test_the_targets_are_said_to_be_over_the_seeds_that_there_are() -> None:
     def all_but(*left_out: tuple[str, int]) -> Results:
-        return Results([run for run in full_grid((0, 1, 2, 3, 4)) if (run["method"], run["seed"]) not in left_out])
+        return Results([run for run in full_grid((10, 11, 12, 13, 14)) if (run["method"], run["seed"]) not in left_out])
 
     assert tables.targets_seeds(Results(full_grid())) == "3 seeds"
     assert tables.targets_seeds(all_but()) == "5 seeds"
-    assert tables.targets_seeds(all_but(("matwm", 4))) == "4 or more seeds"
-    assert tables.targets_seeds(all_but(("isac", 0), ("isac", 4))) == "3 or more seeds"
+    assert tables.targets_seeds(all_but(("matwm", 14))) == "4 or more seeds"
+    assert tables.targets_seeds(all_but(("isac", 10), ("isac", 14))) == "3 or more seeds"
     # A method that is not the best stands in no row.
-    assert tables.targets_seeds(all_but(("mappo", 0))) == "5 seeds"
+    assert tables.targets_seeds(all_but(("mappo", 10))) == "5 seeds"
     assert tables.targets_seeds(Results(full_grid((2,)))) == "1 seed"
     assert tables.targets_seeds(Results([])) == "3 seeds"
 
@@ -101,13 +100,22 @@ def test_a_target_is_met_from_its_side(value: float, met: str) -> None:
 def test_every_method_stands_in_the_tables_of_its_environments() -> None:
     results = Results(full_grid())
     table = parsed(tables.methods_table(results, "simple_spread"))
-    assert list(table) == [figures.label(name) for name in METHODS]
+    assert list(table) == [figures.label(name) for name in METHODS if not name.endswith("_100k")]
     assert table["random"] == {"": "random", "mean return, 10K": "-26.0", "mean return, 25K": "-26.0"}
     assert table["MATWM without recency"]["mean return, 25K"] == "–"
     assert table["MATWM without recency"]["mean return, 10K"].startswith("-22.4 (")
     others = parsed(tables.methods_table(results, "vmas_simple_tag"))
     assert not any("without" in name for name in others)
     assert len(others["MATWM"]) == 1 + 3 * 2
+    assert "scripted" not in parsed(tables.methods_table(results, "wheel"))
+
+
+def test_long_runs_stand_beside_the_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results(full_grid())
+    monkeypatch.setitem(tables.LONG_RUNS, "simple_spread", ("isac", "iql"))
+    table = parsed(tables.methods_table(results, "simple_spread"))
+    column = {name: row["mean return, 100K"] for name, row in table.items()}
+    assert column == {**dict.fromkeys(column, "–"), "ISAC": "-8.0", "random": "-26.0", "scripted": "-8.0"}
 
 
 def test_open_loop_errors_stand_beside_trivial_ones() -> None:
@@ -118,9 +126,11 @@ def test_open_loop_errors_stand_beside_trivial_ones() -> None:
 
 def test_seconds_are_medians_of_a_method_in_an_environment() -> None:
     seconds = [2_000, 1_000, None, 1_500]
-    runs = [stored("simple_tag", "iql", seed, {}, core_seconds=value) for seed, value in enumerate(seconds)]
+    runs = [stored("simple_tag", "iql", seed, {}, core_seconds=value) for seed, value in enumerate(seconds, 10)]
     table = parsed(tables.seconds_table(Results(runs)))
-    assert table["IQL"] == {"": "IQL", "simple_tag": "1,500", **dict.fromkeys(list(ENVIRONMENTS)[1:], "–")}
+    assert table["IQL"] == {"": "IQL", "simple_tag": "1,500"}
+    assert table["ISAC"] == {"": "ISAC", "simple_tag": "–"}
+    assert not any("100K" in name for name in table)
 
 
 def test_a_baseline_may_act_in_its_better_way() -> None:

@@ -143,6 +143,34 @@ def test_play_gives_whole_episodes() -> None:
     assert rollout["agents", "observation"][0, :, 0, 0].tolist() == [*range(6)] * 3
 
 
+def test_episodes_of_unequal_lengths_are_played_until_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "ROLLOUT", 60)
+    torch.manual_seed(0)
+    env = make_env("vmas/balance", num_envs=4, seed=0)
+    rollout = play(env, RandomActions(), episodes=8)
+    done, terminated = rollout["next", "done"], rollout["next", "terminated"]
+    parts = rollout.shape[1] // 60
+    assert rollout.shape == (4, 60 * parts)
+    assert done[:, 59::60].all()
+    # The package falls at other times in every environment.
+    assert len({tuple(row.squeeze(-1).nonzero().squeeze(-1).tolist()) for row in terminated}) > 1
+    assert terminated.sum() >= 8 > terminated[:, : 60 * (parts - 1)].sum()
+    # Nothing is cut apart from the ends of the parts.
+    assert done.sum() - terminated.sum() <= 4 * parts
+
+
+def test_without_long_episodes_there_are_no_open_loop_errors(contacts: TensorDictBase) -> None:
+    policy = make_policy()
+    assert quality.open_loop_table(policy.world_model, contacts[:, :17]) == {}
+
+
+def test_there_is_contact_in_tag_alone() -> None:
+    name = "mpe2/simple_push_v3"  # whose groups have the names of those of tag
+    found = quality.world_model_quality(make_policy(name), name, episodes=10, seed=7)
+    assert len(found) == 18
+    assert all(key.startswith("open_loop/") for key in found)
+
+
 def test_play_samples_actions_as_in_training() -> None:
     policy = make_policy()
 
