@@ -1,7 +1,7 @@
 """A reward head of your own, which reads the whole transition (o, a, o').
 
 The rewards of meeting.py are differences of distances less the cost of a step: what a head sees of them depends on what
-it reads. The paper's reads the history, the preset's reads o' alone.
+it reads. The paper's reads the history. The preset's reads o', o' - o and a, and distances in o'.
 """
 
 from dataclasses import replace
