@@ -28,7 +28,7 @@ from matwm_rl.training.process import check_random_states, random_states, set_ra
 FOLDER = "checkpoints"
 STATE_FILE = "state.pt"
 REPLAY_FOLDER = "replay"
-VERSION = 7
+VERSION = 8
 _ENTRIES = ("version", "env_steps", "learner", "built", "replay", "collector", "random", "extra")
 
 

@@ -16,7 +16,7 @@ from matwm_rl.state_files import check_entries, check_same, read_state, write_st
 from matwm_rl.training.learner_state import check_built, describe
 from matwm_rl.training.trained_policy import PolicyCard, TrainedPolicy, check_layout
 
-VERSION = 7
+VERSION = 8
 
 SHELF = Path(__file__).parents[1] / "policies"
 """Trained policies that come with the package: ``NAME.pt``."""

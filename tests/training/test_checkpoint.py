@@ -214,7 +214,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=40)
     state = torch.load(folder / "state.pt", weights_only=True)
     write_state(folder / "state.pt", {**state, "version": 0})
-    with pytest.raises(ValueError, match="version 0; this release reads version 7"):
+    with pytest.raises(ValueError, match="version 0; this release reads version 8"):
         load_checkpoint(tmp_path, learner=learner, replay=replay)
     torch.save({**state, "version": 4}, folder / "state.pt")  # files of that version had no checksum
     with pytest.raises(ValueError, match="version 4"):

@@ -156,7 +156,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     state = {**torch.load(path, weights_only=True), "version": 0}
     write_state(path, state)
     for load in (load_policy, load_world_model):
-        with pytest.raises(ValueError, match="has version 0; this release reads version 7"):
+        with pytest.raises(ValueError, match="has version 0; this release reads version 8"):
             load(path)
     torch.save({**state, "version": 4}, path)  # files of that version had no checksum
     with pytest.raises(ValueError, match=r"policy.pt has version 4: it does not end with a checksum"):
