@@ -54,7 +54,7 @@ def main(rounds=((2000, 400, 80), (1000, 200, 80), (1000, 200, 80)), episodes: i
         for _ in range(dreams):
             with torch.no_grad():
                 dreamt = ppo.value_estimator(env.rollout(hyper.horizon, actor))
-            for part in dreamt.chunk(hyper.agent_steps):
+            for part in hyper.agent_epochs * dreamt.chunk(hyper.agent_minibatches):
                 step(ppo(part), optimizer)
         acting = actor
     for name, acting in (("random agents", RandomActions()), ("agents trained in dreams", actor)):

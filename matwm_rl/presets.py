@@ -187,7 +187,8 @@ def vectors() -> TrainConfig:
                 mean_policy_entropy_coeff=0.1,
                 signalling_coeff=1.0,
             ),
-            agent_steps=4,
+            agent_epochs=2,
+            agent_minibatches=4,
             lr_decay_updates=1000,
         ),
         replay=ReplayConfig(sequences=32, sequence_length=16, starts_per_agent=48),
@@ -295,10 +296,9 @@ def to_config(composed: Any) -> TrainConfig:
         ValueError: if it has entries that the dataclasses do not have, or one's value is refused.
 
     Examples:
-        >>> from dataclasses import replace
         >>> from omegaconf import OmegaConf
-        >>> to_config(OmegaConf.structured(replace(tiny(), run_dir="runs/mine"))).env
-        'mock'
+        >>> to_config(OmegaConf.structured(TrainConfig(run_dir="runs/mine"))).env
+        'mpe2/simple_tag_v3'
     """
     omegaconf = import_optional("omegaconf").OmegaConf
     if not (omegaconf.is_dict(composed) and issubclass(omegaconf.get_type(composed), TrainConfig)):

@@ -8,7 +8,7 @@ Read top down, every room may import from the levels below its own, and from no 
     training  evaluation
     modules  objectives  envs  data
     action_space
-    state_files
+    action_distribution  state_files
     checks  files  finite  keys  loss_functions  settings  torchrl_internals
     arguments  functional  processes
 
@@ -35,7 +35,7 @@ LEVELS = (
     (f"{PACKAGE}.training", f"{PACKAGE}.evaluation"),
     (f"{PACKAGE}.modules", f"{PACKAGE}.objectives", f"{PACKAGE}.envs", f"{PACKAGE}.data"),
     (f"{PACKAGE}.action_space",),
-    (f"{PACKAGE}.state_files",),
+    (f"{PACKAGE}.action_distribution", f"{PACKAGE}.state_files"),
     tuple(
         f"{PACKAGE}.{name}"
         for name in ("checks", "files", "finite", "keys", "loss_functions", "settings", "torchrl_internals")

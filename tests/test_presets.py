@@ -107,7 +107,7 @@ def test_a_run_is_named_after_environment_seed_and_time(env: str, name: str) -> 
         ("learner.precision=float16", r"learner.precision: .*expected one of \[float32, bfloat16\]"),
         ("learner.actor.advantage=center", r"advantage: .*expected one of \[return_scale, standardize\]"),
         ("world_model.latent=GaussianLatentConfig", "world_model.latent: .* not a subclass of LatentConfig"),
-        ("learner.agent_steps=0", "LearnerConfig.agent_steps must be a positive integer, got 0"),
+        ("learner.agent_epochs=0", "LearnerConfig.agent_epochs must be a positive integer, got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_what_does_is_named(override: str, message: str) -> None:

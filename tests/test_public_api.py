@@ -29,7 +29,10 @@ PACKAGE = Path(matwm_rl.__file__).parent
 ROOMS = ["matwm_rl", *(f"matwm_rl.{path.parent.name}" for path in sorted(PACKAGE.glob("*/__init__.py")))]
 HELPERS = [
     f"matwm_rl.{name}"
-    for name in ("action_space", "arguments", "checks", "finite", "functional", "loss_functions", "presets", "settings")
+    for name in (
+        *("action_distribution", "action_space", "arguments", "checks", "finite", "functional", "loss_functions"),
+        *("presets", "settings"),
+    )
 ]
 """Modules without ``__all__``, whose own classes and functions without an underscore others may use."""
 CONSTANT = (str, int, float, tuple, list, dict)

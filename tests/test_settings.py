@@ -185,8 +185,8 @@ def test_a_misspelt_entry_cannot_be_assigned() -> None:
 def test_what_was_assigned_is_checked_together_where_it_is_used() -> None:
     settings, env = presets.tiny(), make_env("mock", seed=0)
     model = WorldModel.from_env(env, settings.world_model)
-    settings.learner.agent_steps = 3
-    with pytest.raises(ValueError, match="agent_steps=3"):
+    settings.learner.agent_epochs = 3
+    with pytest.raises(ValueError, match="agent_epochs=3"):
         Learner(model, make_actor(model), make_critic(model), settings.learner)
     settings.world_model.num_heads = 3
     with pytest.raises(ValueError, match="hidden_size must be a multiple"):

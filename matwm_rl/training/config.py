@@ -34,8 +34,9 @@ class LearnerConfig(Settings):
         gamma: discount factor.
         lmbda: lambda of the return.
         actor: settings of the actors' loss.
-        agent_steps: optimizer steps of every actor and critic on one imagined rollout, each on an equal part of its
-            starts; more than one needs ``actor.objective`` ``ppo`` (ours).
+        agent_epochs: passes of actors and critics over one imagined rollout (ours).
+        agent_minibatches: optimizer steps in a pass, each on an equal part of the rollout's starts (ours). More than
+            one step on a rollout needs ``actor.objective`` ``ppo``.
         critic_decay: decay of the EMA critic.
         lr_decay_updates: if given, every learning rate is divided by the square root of 1 + updates / this (ours).
             This averages out the noise of Adam's steps, and the length of a run need not be known.
@@ -63,18 +64,24 @@ class LearnerConfig(Settings):
     gamma: float = setting(GAMMA, minimum=0, maximum=1)
     lmbda: float = setting(LMBDA, minimum=0, maximum=1)
     actor: ActorLossConfig = field(default_factory=ActorLossConfig)
-    agent_steps: int = setting(1, minimum=1)
+    agent_epochs: int = setting(1, minimum=1)
+    agent_minibatches: int = setting(1, minimum=1)
     critic_decay: float = setting(0.98, minimum=0, below=1)
     lr_decay_updates: int | None = setting(None, minimum=1)
     precision: Precision = Precision.float32
     cuda_graphs: bool = False
 
+    @property
+    def agent_steps(self) -> int:
+        """Optimizer steps of every actor and critic on one imagined rollout."""
+        return self.agent_epochs * self.agent_minibatches
+
     def check(self) -> None:
         """Refuse several steps without PPO, and learning rates that fall in CUDA graphs."""
         if self.agent_steps > 1 and self.actor.objective != PolicyObjective.ppo:
             raise ValueError(
-                f"agent_steps={self.agent_steps} takes several steps on one rollout, for which the actors' objective "
-                f"must be 'ppo', got {str(self.actor.objective)!r}"
+                f"agent_epochs={self.agent_epochs}, agent_minibatches={self.agent_minibatches} take several steps on "
+                f"one rollout, for which the actors' objective must be 'ppo', got {str(self.actor.objective)!r}"
             )
         if self.cuda_graphs and self.lr_decay_updates is not None:
             raise ValueError("a CUDA graph repeats one update: with cuda_graphs, lr_decay_updates must be None")

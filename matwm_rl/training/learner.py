@@ -170,7 +170,7 @@ class Learner:
         return losses.detach().set("world_model_grad_norm", gradient.norm)
 
     def update_agents(self, starts: TensorDictBase, *, train_actors: bool = True) -> TensorDict:
-        """Imagine from replayed starts, then take ``agent_steps`` steps of every actor and critic, each on its part.
+        """Imagine from replayed starts, then let actors and critics pass over it ``agent_epochs`` times in minibatches.
 
         Args:
             starts: ``[S, C+1]``, of ``replay.starts.sample()``.
@@ -205,7 +205,7 @@ class Learner:
         metrics = TensorDict({"imagined_reward": masked_mean(imagined["next", "agents", "reward"], None)})
         learning = [(self.actor_loss, self.actor_optimizer)] if train_actors else []
         learning.append((self.critic_loss, self.critic_optimizer))
-        for part in imagined.chunk(cfg.agent_steps):
+        for part in cfg.agent_epochs * imagined.chunk(cfg.agent_minibatches):
             gradients = []
             for loss, optimizer in learning:
                 with self._autocast():

@@ -12,7 +12,8 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MaskedCategorical
 
 from matwm_rl import keys
-from matwm_rl.action_space import ActionDistribution, DiscreteActions
+from matwm_rl.action_distribution import ActionDistribution
+from matwm_rl.action_space import DiscreteActions
 from matwm_rl.modules import (
     STATE_KEYS,
     ActorCriticConfig,

@@ -156,7 +156,7 @@ def test_an_environments_units_change_nothing(float64: None, units: tuple[float,
     """World model, actors and critics learn the same weights from observations and rewards in any unit."""
     actor = ActorLossConfig(objective="ppo", advantage="standardize", entropy_coeff=0.01)
     learner = make_learner(
-        make_model(**NORMALIZED), actor=actor, agent_steps=2, loss_weights=WorldModelLossWeights(reconstruction=100.0)
+        make_model(**NORMALIZED), actor=actor, agent_epochs=2, loss_weights=WorldModelLossWeights(reconstruction=100.0)
     )
     other = copy.deepcopy(learner)
     replay = mock_replay()

@@ -51,7 +51,7 @@ def vectors() -> presets.TrainConfig:
         encoder=CoordinateEncoderConfig(),
         teammate_hidden_size=16,
     )
-    learner = replace(cfg.learner, horizon=3, agent_steps=2)
+    learner = replace(cfg.learner, horizon=3, agent_minibatches=2)
     return replace(
         cfg, env="mock", world_model=world_model, learner=learner, replay=small.replay, actor_critic=small.actor_critic
     )

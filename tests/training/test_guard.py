@@ -141,7 +141,7 @@ def test_a_bad_actor_loss_stops_the_critics_step_too() -> None:
 
 
 def test_several_steps_on_a_rollout_stop_as_well() -> None:
-    learner, replay = make_learner(agent_steps=2, actor=ActorLossConfig(objective="ppo"), **OPTIONS), mock_replay()
+    learner, replay = make_learner(agent_epochs=2, actor=ActorLossConfig(objective="ppo"), **OPTIONS), mock_replay()
     update(learner, replay)
     spoil(learner.world_model.continuation)
     starts = replay.starts.sample()

@@ -188,7 +188,8 @@ def test_updating_the_agents_is_imagining_and_one_step_of_actors_and_critics() -
 
 def test_each_of_several_steps_takes_its_part_of_what_the_same_actors_dreamt() -> None:
     """One dream, one change of the EMA critic; actors and critics step as often as asked."""
-    learner = make_learner(**OPTIONS, agent_steps=2, actor=ActorLossConfig(advantage="standardize", objective="ppo"))
+    ppo = ActorLossConfig(advantage="standardize", objective="ppo")
+    learner = make_learner(**OPTIONS, agent_epochs=2, agent_minibatches=2, actor=ppo)
     imagined = learner.imagination(mock_replay().starts.sample())
     with torch.no_grad():
         chosen = learner.actor.get_dist(imagined.clone()).log_prob(imagined[keys.ACTION])
@@ -201,10 +202,10 @@ def test_each_of_several_steps_takes_its_part_of_what_the_same_actors_dreamt() -
     target = learner.critic_loss.target_critic_network_params
     before = target.clone().flatten_keys(".")
     learn_from(learner, imagined)
-    assert len(seen) == 2 and len(slow_values) == 1
-    torch.testing.assert_close(torch.cat(seen), chosen)
+    assert len(seen) == 4 and len(slow_values) == 1
+    torch.testing.assert_close(torch.cat(seen), torch.cat([chosen, chosen]))
     for optimizer in (learner.actor_optimizer, learner.critic_optimizer):
-        assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+        assert {int(state["step"]) for state in optimizer.state.values()} == {4}
     after, now = target.flatten_keys("."), learner.critic_loss.critic_network_params.flatten_keys(".")
     for name in (name for name, value in before.items() if value.is_floating_point()):
         torch.testing.assert_close(after[name], 0.98 * before[name] + 0.02 * now[name])
@@ -258,12 +259,12 @@ def test_learning_rates_fall_with_the_root_of_the_updates() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"agent_steps": 0}, "LearnerConfig.agent_steps must be a positive integer, got 0"),
+        ({"agent_epochs": 0}, "LearnerConfig.agent_epochs must be a positive integer, got 0"),
         ({"lr_decay_updates": 0}, "lr_decay_updates must be a positive integer, got 0"),
         ({"horizon": 0}, "horizon must be a positive integer, got 0"),
         ({"critic_lr": -1.0}, "critic_lr must be a positive number, got -1.0"),
         ({"actor_critic_clip": 0.0}, "actor_critic_clip must be a positive number, got 0.0"),
-        ({"agent_steps": 2}, "agent_steps=2 .* must be 'ppo', got 'reinforce'"),
+        ({"agent_epochs": 2}, "agent_epochs=2, .* must be 'ppo', got 'reinforce'"),
     ],
     ids=str,
 )
