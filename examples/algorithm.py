@@ -57,7 +57,8 @@ def main(cfg: presets.TrainConfig) -> tuple[WorldModelPolicy, Matches]:
             with torch.no_grad():  # what PPO's ratio and the critic's second target compare with
                 imagined.set(keys.ACTION_LOG_PROB, actor.get_dist(imagined).log_prob(imagined[keys.ACTION]))
                 imagined.set(keys.SLOW_VALUE, critic_loss.slow_value(imagined))
-            for part in hyper.agent_epochs * imagined.chunk(hyper.agent_minibatches):  # PPO's steps
+            parts = [imagined[first :: hyper.agent_minibatches] for first in range(hyper.agent_minibatches)]
+            for part in hyper.agent_epochs * parts:  # PPO's steps, each on a part of the starts
                 for loss in [actor_loss, critic_loss] if updates >= cfg.critic_warmup else [critic_loss]:
                     learn(loss, part)  # every agent in its own dreams alone
             slow_critic.step()

@@ -131,8 +131,8 @@ def contact_precision(world_model: WorldModel, rollout: TensorDictBase, pursuers
     if world_model.reward.reads_successor:
         (true,) = transitions
         drawn = world_model.dynamics.sample(true.hidden, true.latent)
-        following = (lambda: drawn), (lambda: true.observation), (lambda: world_model.decode(drawn))
-        sampled = Transition(true.latent, true.action, true.hidden, *following, world_model.observation_norm)
+        imagined = (lambda: drawn), (lambda: world_model.decode(true.latent)), (lambda: world_model.decode(drawn))
+        sampled = Transition(true.latent, true.action, true.hidden, *imagined, world_model.observation_norm)
         rewards["sampled"] = world_model.two_hot.decode(agents_last(world_model.reward(sampled)))
     precision = {name: average_precision(value[..., :pursuers].flatten(), contact) for name, value in rewards.items()}
     return {**precision, "base_rate": float(contact.float().mean())}

@@ -205,7 +205,10 @@ class Learner:
         metrics = TensorDict({"imagined_reward": masked_mean(imagined["next", "agents", "reward"], None)})
         learning = [(self.actor_loss, self.actor_optimizer)] if train_actors else []
         learning.append((self.critic_loss, self.critic_optimizer))
-        for part in cfg.agent_epochs * imagined.chunk(cfg.agent_minibatches):
+        # Every second start, say, and not the first half: if each of several processes has an equal part of the
+        # starts, their minibatches together are then those of one process that has all starts.
+        count = min(cfg.agent_minibatches, len(imagined))
+        for part in cfg.agent_epochs * [imagined[first::count] for first in range(count)]:
             gradients = []
             for loss, optimizer in learning:
                 with self._autocast():

@@ -31,8 +31,9 @@ from tests.training.helpers import leaves
 
 WORLD = 2
 UPDATES = 20
-# Each process has 7 slices and 7 starts of every agent. No other size is a multiple of 7, so that noise can be split.
-PART = 7
+# Each process has 14 slices and 14 starts of every agent, which make two equal minibatches. No other size is a multiple
+# of 14, so that noise can be split.
+PART = 14
 
 
 def paper() -> presets.TrainConfig:

@@ -203,7 +203,7 @@ def test_each_of_several_steps_takes_its_part_of_what_the_same_actors_dreamt() -
     before = target.clone().flatten_keys(".")
     learn_from(learner, imagined)
     assert len(seen) == 4 and len(slow_values) == 1
-    torch.testing.assert_close(torch.cat(seen), torch.cat([chosen, chosen]))
+    torch.testing.assert_close(torch.cat(seen), torch.cat(2 * [chosen[0::2], chosen[1::2]]))
     for optimizer in (learner.actor_optimizer, learner.critic_optimizer):
         assert {int(state["step"]) for state in optimizer.state.values()} == {4}
     after, now = target.flatten_keys("."), learner.critic_loss.critic_network_params.flatten_keys(".")

@@ -23,7 +23,7 @@ from matwm_rl.evaluation import RandomActions
 from protocol import Environment
 
 class Stub:
-    only = None
+    only = num_seeds = None
     def steps(self, environment):
         return environment.total_steps
     def checkpoints(self, environment):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchrl.envs import TransformedEnv
 from world_model_quality import average_precision, contact_precision, play
 
+from matwm_rl import keys
 from matwm_rl.data import add_agent_entries
 from matwm_rl.envs import make_env
 from matwm_rl.evaluation import RandomActions, episode_windows, open_loop_errors
@@ -108,14 +109,16 @@ def test_contact_precision_is_that_of_a_loop(
     precision = contact_precision(model, contacts, PURSUERS)
     logits = model(add_agent_entries(contacts.copy()))["next", "agents", "reward_logits"]
     ((hidden, latent),) = drawn
+    observation, action = (contacts[key].movedim(2, 0) for key in (keys.OBSERVATION, keys.ACTION))
     scores: dict[str, list[float]] = {"true": [], "sampled": []}
     labels = []
     with torch.no_grad():
         for e in range(contacts.shape[0]):
             for t in range(contacts.shape[1]):
-                z, h = latent[:, e : e + 1, t], hidden[:, e : e + 1, t]
-                following = (lambda z=z: z), (lambda: None), (lambda z=z: model.decode(z))
-                step = Transition(z, z[..., 0].long(), h, *following)
+                z, h, a = (value[:, e : e + 1, t] for value in (latent, hidden, action))
+                before = model.decode(model.encode(observation[:, e : e + 1, t]))
+                following = (lambda z=z: z), (lambda before=before: before), (lambda z=z: model.decode(z))
+                step = Transition(z, a, h, *following)
                 imagined = model.two_hot.decode(model.reward(step)).squeeze(-1)
                 for pursuer in range(PURSUERS):
                     labels.append(bool(contacts["next", "agents", "reward"][e, t, pursuer, 0] > 0))
