@@ -30,7 +30,7 @@ from matwm_rl.training import Learner, distribute
 from tests.training.helpers import leaves
 
 WORLD = 2
-UPDATES = 20
+UPDATES = 10
 # Each process has 14 slices and 14 starts of every agent, which make two equal minibatches. No other size is a multiple
 # of 14, so that noise can be split.
 PART = 14
@@ -110,7 +110,7 @@ def noise_of_whole_batch(rank: int | None) -> Iterator[None]:
 
 
 def learn(learner: Learner, cfg: presets.TrainConfig, rank: int | None) -> dict[str, Any]:
-    """Update 20 times, with one part of every batch or with the whole."""
+    """Update several times, with one part of every batch or with the whole."""
     metrics, checksums = [], []
     with noise_of_whole_batch(rank):
         for update, parts in enumerate(make_batches(cfg)):
