@@ -108,7 +108,8 @@ def first_run_section(results: Results, place: Place) -> str:
         f"{run['evaluation_episodes']} episodes of every match, with sampled actions. The other columns come from the "
         "sample-efficiency comparison."
     )
-    different = _different_text(differences(of_every_run(run["config"]), configuration(PRESET)))
+    shown = {"progress": True}  # what is learnt does not depend on it
+    different = _different_text(differences(of_every_run(run["config"] | shown), configuration(PRESET)))
     return "\n\n".join(filter(None, (text, first_run_table(results, run["evaluation"]), different)))
 
 
