@@ -265,7 +265,7 @@ class DiscreteActions(ActionSpace, kind="discrete"):
 
     def fit_constant(self, action: Tensor, mask: Tensor) -> Tensor:
         """See the base class: logarithms of the frequencies."""
-        taken = nn.functional.one_hot(action, self.num_parameters) * mask.unsqueeze(-1)
+        taken = self.encode(action, action.dtype) * mask.unsqueeze(-1)
         frequency = taken.sum(0) / mask.sum(0).clamp(min=1).unsqueeze(-1)
         return frequency.clamp(min=1e-12).log()
 

@@ -118,8 +118,8 @@ def push_names(layout: AgentLayout) -> dict[str, list[str]]:
     The agent has the colour of its goal.
     """
     velocity, landmarks = ["own velocity x", "own velocity y"], ["landmark 1", "landmark 2"]
-    colors = [f"{what}'s {color}" for what in ("own", *landmarks) for color in ("red", "green", "blue")]
-    colors = [name.replace("own's", "own") for name in colors]
+    whose = ("own", *(f"{landmark}'s" for landmark in landmarks))
+    colors = [f"{owner} {color}" for owner in whose for color in ("red", "green", "blue")]
     places = [f"{landmark} {axis}" for landmark in landmarks for axis in "xy"]
     agent = [*velocity, "goal x", "goal y", *colors[:3], *places, *colors[3:], "adversary_0 x", "adversary_0 y"]
     return known_sizes(layout, {"adversary_0": [*velocity, *places, "agent_0 x", "agent_0 y"], "agent_0": agent})
