@@ -32,7 +32,7 @@ from matwm_rl.training import load_policy
 HORIZONS = (1, 5, 10)
 CONTEXT = 8
 ROLLOUT = 200
-"""Steps that are played on end where episodes differ in length."""
+"""Length of a rollout where episodes differ in length."""
 QUANTITIES = ("observation", "reward", "teammate")
 PAIRINGS: tuple[list[str], ...] = ([], ["adversary"], ["agent"], ["adversary", "agent"])
 """Groups of simple_tag that are scripted; the others act randomly."""

@@ -133,16 +133,17 @@ class HiddenReward(RewardHead):
 
 
 CHANGE_UNIT = 0.05
-"""Change of a normalised coordinate up to which a reward head reads it in proportion, beyond it as its logarithm."""
+"""Reward heads read changes of normalised coordinates linearly up to about this size, and logarithmically above it."""
 
 
 class ObservationReward(RewardHead):
     """Reads the next observation, how it differs from the one before, and the action (ours).
 
-    A reward predictor that reads the history memorises it. The next observation tells of rewards for being somewhere,
-    the change of rewards for getting nearer or for what vanishes, such as food that is eaten, and the action what an
-    action costs. Changes enter as ``asinh(change / 0.05)``, so that a slow coordinate counts beside one that jumps. The
-    first and the last layer are each group's own; the outputs start at zero.
+    A reward predictor that reads the history memorises it. Some rewards are for being at a place: the next observation
+    shows these. Others are for getting nearer, or for something that vanishes, such as food that is eaten: the change
+    shows these. The action shows what an action costs. A change enters as ``asinh(change / 0.05)``, so that slow
+    coordinates are visible beside fast ones. The first and the last layer are each group's own; the outputs start at
+    zero.
 
     Args:
         observation_size: D, size of the zero-padded observation.

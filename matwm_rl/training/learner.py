@@ -205,8 +205,8 @@ class Learner:
         metrics = TensorDict({"imagined_reward": masked_mean(imagined["next", "agents", "reward"], None)})
         learning = [(self.actor_loss, self.actor_optimizer)] if train_actors else []
         learning.append((self.critic_loss, self.critic_optimizer))
-        # Every second start, say, and not the first half: if each of several processes has an equal part of the
-        # starts, their minibatches together are then those of one process that has all starts.
+        # Of n minibatches, each takes every n-th start. Where several processes have equal parts of the starts, the
+        # processes' minibatches together are then the same as those of one process that has all starts.
         count = min(cfg.agent_minibatches, len(imagined))
         for part in cfg.agent_epochs * [imagined[first::count] for first in range(count)]:
             gradients = []
