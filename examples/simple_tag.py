@@ -26,7 +26,7 @@ def train(cfg: presets.TrainConfig) -> None:
     torch.manual_seed(cfg.seed)
     prepare_process(num_threads=cfg.num_threads, matmul_precision=cfg.matmul_precision)
 
-    env = make_env(cfg.env, seed=cfg.seed, num_envs=cfg.num_envs, device=cfg.device, **cfg.env_kwargs)
+    env = make_env(cfg.env, seed=cfg.seed, num_envs=cfg.num_envs, device=cfg.env_device, **cfg.env_kwargs)
     # One world model, shared by all agents; actors and critics are each agent's or each group's, with stacked weights.
     world_model = WorldModel.from_env(env, cfg.world_model).to(cfg.device)
     actor = make_actor(world_model, cfg.actor_critic).to(cfg.device)
@@ -37,6 +37,7 @@ def train(cfg: presets.TrainConfig) -> None:
     collector = ResumableCollector(
         TransformedEnv(env, policy.make_tensordict_primer()),  # carries the histories that the policy acts by
         policy,
+        device=cfg.env_device,  # acts there, with a copy of the policy if the policy is elsewhere
         seed=cfg.seed,
         checkpoint_every=cfg.checkpoint_every,
         frames_per_batch=cfg.frames_per_batch,
@@ -46,7 +47,7 @@ def train(cfg: presets.TrainConfig) -> None:
     )
 
     # The run takes care of everything else: log, evaluations, checkpoints, pictures, Ctrl-C.
-    with TrainingRun(cfg, policy, learner=learner, replay=replay, collector=collector) as run:
+    with TrainingRun(cfg, collector.policy, learner=learner, replay=replay, collector=collector) as run:
         for batch in run.batches():
             # Algorithm 2: store what was seen; then the world model learns, and all agents learn inside it.
             replay.extend(batch)

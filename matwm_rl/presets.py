@@ -41,7 +41,8 @@ class TrainConfig(Settings):
         env_kwargs: further arguments of ``make_env``, for all environments that the run makes: ``max_cycles``.
         imports: modules to import first, such as one that registers an environment.
         seed: of everything random.
-        device: of networks, replay and environments.
+        device: of networks, replay and updates.
+        env_device: of the environments, where a copy of the policy acts if it is not ``device``.
         run_dir: folder of the run; on the command line, by default one named after environment, seed and time.
         resume: go on from the newest checkpoint in ``run_dir``.
         progress: show how far the run is.
@@ -80,6 +81,7 @@ class TrainConfig(Settings):
     imports: list[str] = field(default_factory=list)
     seed: int = setting(0, minimum=0, maximum=2**31 - 1)
     device: str = setting("cpu", is_device=True)
+    env_device: str = setting("cpu", is_device=True)
     run_dir: str = "runs/${last_part:${env}}-seed${seed}-${now:%Y-%m-%d_%H-%M-%S}"
     resume: bool = False
     progress: bool = True

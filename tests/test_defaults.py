@@ -12,7 +12,7 @@ from matwm_rl import presets
 
 ROOT = Path(__file__).resolve().parents[1]
 
-NUM_SETTINGS = 77
+NUM_SETTINGS = 78
 """Of the preset ``paper``, as the documentation quotes it; an encoder or a latent space of another kind has others."""
 
 NOT_GIVEN = {

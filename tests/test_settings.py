@@ -167,7 +167,6 @@ def test_no_setting_takes_everything(cls: type, name: str, value: Any) -> None:
             lambda: replace(presets.tiny(), num_envs=10, replay=ReplayConfig(capacity=70, sequence_length=8)),
             "replay.sequence_length asks for 8 steps of each of 10 environments, and total_steps has room for 6",
         ),
-        (lambda: LearnerConfig(cuda_graphs=True, lr_decay_updates=3), "lr_decay_updates must be None"),
         (lambda: LearnerConfig(gama=0.9), "LearnerConfig has no entry 'gama'; near ones are gamma; the entries there"),
     ],
 )

@@ -49,12 +49,14 @@ class Matwm:
         total_steps: of a run, where the environment's are not fewer; ``None``: those of the environment.
         only: the environments in which it is run by default; ``None``: all.
         num_seeds: with how many of the seeds it is run; ``None``: with all.
+        device: that it is trained on. Times are of one core of a CPU: on another device none are stored.
     """
 
     overrides: tuple[str, ...] = ()
     total_steps: int | None = None
     only: tuple[str, ...] | None = None
     num_seeds: None = None
+    device: str = "cpu"
 
     def steps(self, environment: Environment) -> int:
         return min(self.total_steps or environment.total_steps, environment.total_steps)
@@ -86,7 +88,7 @@ class Matwm:
     def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
         command = [sys.executable, clock.__file__, str(ROOT / "examples" / "simple_tag.py")]
         command += self.arguments(environment)
-        command += [f"seed={seed}", f"run_dir={folder.resolve()}"]
+        command += [f"seed={seed}", f"run_dir={folder.resolve()}", f"device={self.device}"]
         if has_checkpoint(folder):
             command += ["resume=true"]
         elif folder.exists() and not has_training(folder):
@@ -96,8 +98,8 @@ class Matwm:
             with (folder / "output.txt").open("a") as output:
                 # close_fds=False, so that the training inherits the lock of the run and holds it too.
                 done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, close_fds=False)
-            if "resume=true" in command:
-                (folder / clock.SECONDS_FILE).unlink(missing_ok=True)  # they lack those before the interruption
+            if "resume=true" in command or self.device != "cpu":
+                (folder / clock.SECONDS_FILE).unlink(missing_ok=True)  # after an interruption, not all of them
             if done.returncode:
                 raise RuntimeError(f"training failed, return code {done.returncode}, see {folder / 'output.txt'}")
         paths = sorted((folder / "policies").glob("*.pt"))
@@ -126,7 +128,7 @@ def of_every_run(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in config.items()
-        if name not in ("run_dir", "seed", "resume", "checkpoint_every", "logger")
+        if name not in ("run_dir", "seed", "resume", "checkpoint_every", "logger", "device", "env_device")
     }
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/comparison/sample_efficiency.py --jobs 2    # everything that is not finished yet
     python benchmarks/comparison/sample_efficiency.py --methods matwm ippo --environments simple_tag --seeds 0 1 2
+    python benchmarks/comparison/sample_efficiency.py --methods matwm --device cuda --jobs 16   # MATWM learns on a GPU
     python benchmarks/comparison/sample_efficiency.py --list      # what is finished
     python benchmarks/comparison/sample_efficiency.py --methods matwm --steps 10000 --results runs/short
     python benchmarks/comparison/report.py                         # curves and tables of what is finished
@@ -31,7 +32,7 @@ from threading import Event
 from typing import Any
 
 import torch
-from methods import METHODS, ROOT, has_training, is_run_in
+from methods import METHODS, ROOT, Matwm, has_training, is_run_in
 from processes import exit_when_terminated, held, run_apart
 from protocol import ENVIRONMENTS, FORMER_SEEDS, SEEDS, Environment, evaluate_policy
 from tensordict.nn import TensorDictModuleBase
@@ -61,12 +62,14 @@ class Run:
         method: its name in :data:`METHODS`.
         seed: of everything random.
         total_steps: env steps; ``None``: those of the environment.
+        device: on which MATWM is trained; the other methods, and all evaluations, are on the CPU.
     """
 
     environment: str
     method: str
     seed: int
     total_steps: int | None = None
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return f"{self.environment}-{self.method}-{self.seed}"
@@ -101,6 +104,8 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
     prepare_process(num_threads=1, matmul_precision="highest")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the training script
     environment, method = run.spec, METHODS[run.method]
+    if isinstance(method, Matwm):
+        method = replace(method, device=run.device)
     torch.manual_seed(run.seed)
     began = _core_seconds()
     figures: dict[str, dict[str, float]] = {}
@@ -116,7 +121,7 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
         figures[str(env_steps)] = {name: float(f"{value:.5g}") for name, value in metrics.items()}
 
     with held(folder):
-        resumed, made_with = has_training(folder), _made_with(folder)
+        resumed, made_with = has_training(folder), _made_with(folder, run.device)
         method.train(environment, run.seed, folder, on_checkpoint)
     if missing := [step for step in method.checkpoints(environment) if str(step) not in figures]:
         raise RuntimeError(
@@ -126,7 +131,8 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
     seconds = _core_seconds() - began
     # Evaluations included, other than at a checkpoint. The time of an interrupted attempt is unknown.
     stored = {"environment": run.environment, "method": run.method, "seed": run.seed}
-    stored |= {"core_seconds": None if resumed else round(seconds), "made_with": made_with}
+    timed = not resumed and run.device == "cpu"
+    stored |= {"core_seconds": round(seconds) if timed else None, "made_with": made_with}
     stored |= {"settings": settings, "figures": figures}
     path = run.path(results)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,14 +145,16 @@ def carry_out_apart(run: Run, results: Path, scratch: Path, stop: Event) -> str:
     command = [sys.executable, str(SCRIPT), "--in-process", f"--results={results}", f"--scratch={scratch}"]
     command += ["--environments", run.environment, "--methods", run.method, "--seeds", str(run.seed)]
     command += [] if run.total_steps is None else ["--steps", str(run.total_steps)]
+    command += ["--device", run.device]
     return run_apart(command, stop).splitlines()[-1]
 
 
-def _made_with(folder: Path) -> dict[str, str | None] | None:
-    """Return the versions that the training in a folder began with, ``None`` if unknown; note them if it is new."""
+def _made_with(folder: Path, device: str) -> dict[str, str | None] | None:
+    """Return with what the training in a folder began, ``None`` if unknown; note it if the training is new."""
     path = folder.with_name(f"{folder.name}.made_with.json")  # not in the folder, which a method may clear
     if not has_training(folder):
-        write_text(path, json.dumps({"commit": _commit(), "torch": torch.__version__}) + "\n")
+        name = device if device == "cpu" else torch.cuda.get_device_name(device)
+        write_text(path, json.dumps({"commit": _commit(), "torch": torch.__version__, "device": name}) + "\n")
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
@@ -238,7 +246,11 @@ def write_tables(results: Path) -> None:
 
 
 def chosen_runs(
-    methods: Sequence[str] | None, environments: Sequence[str], seeds: Sequence[int], total_steps: int | None = None
+    methods: Sequence[str] | None,
+    environments: Sequence[str],
+    seeds: Sequence[int],
+    total_steps: int | None = None,
+    device: str = "cpu",
 ) -> list[Run]:
     """Return the grid, seed by seed.
 
@@ -246,7 +258,7 @@ def chosen_runs(
     are takes the first of them. Scripts play where there is one.
     """
     return [
-        Run(environment, method, seed, total_steps)
+        Run(environment, method, seed, total_steps, device)
         for index, seed in enumerate(seeds)
         for method in methods or METHODS
         for environment in environments
@@ -297,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--environments", nargs="+", choices=ENVIRONMENTS, default=[*ENVIRONMENTS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[*SEEDS])
     parser.add_argument("--steps", type=int, help="env steps of every run, in a results folder of their own")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="on which MATWM is trained")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one core each")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finished runs and tables")
     parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "sample_efficiency", help="folder of trainings")
@@ -314,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.results.resolve() == RESULTS:
             parser.error("--steps makes other runs than the stored ones: name a folder for them with --results")
 
-    chosen = chosen_runs(arguments.methods, arguments.environments, arguments.seeds, arguments.steps)
+    chosen = chosen_runs(arguments.methods, arguments.environments, arguments.seeds, arguments.steps, arguments.device)
     if arguments.in_process:
         for run in chosen:
             print(f"{run}: {carry_out(run, arguments.results, arguments.scratch):.0f} s")

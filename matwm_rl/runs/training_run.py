@@ -317,18 +317,20 @@ class TrainingRun:
 
     def _make_env(self, seed: int, num_envs: int = 1) -> TransformedEnv:
         cfg = self.cfg
-        env = make_env(cfg.env, seed=seed, num_envs=num_envs, device=cfg.device, **cfg.env_kwargs)
+        env = make_env(cfg.env, seed=seed, num_envs=num_envs, device=cfg.env_device, **cfg.env_kwargs)
         return TransformedEnv(env, self.policy.make_tensordict_primer())
 
 
 @contextmanager
 def _quiet_torchrl() -> Iterator[None]:
-    """Leave out what TorchRL tells its developers, such as the shapes of storages."""
-    logger = logging.getLogger("torchrl")
-    level = logger.level
+    """Leave out what TorchRL and TensorDict tell their developers: shapes of storages, captures of CUDA graphs."""
+    loggers = [logging.getLogger(name) for name in ("torchrl", "tensordict")]
+    levels = [logger.level for logger in loggers]
     if "RL_LOGGING_LEVEL" not in os.environ:
-        logger.setLevel(logging.WARNING)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -41,12 +41,12 @@ class LearnerConfig(Settings):
         lr_decay_updates: if given, every learning rate is divided by the square root of 1 + updates / this (ours).
             This averages out the noise of Adam's steps, and the length of a run need not be known.
         precision: of the matrix products.
-        cuda_graphs: capture each update as one CUDA graph: on a GPU small networks otherwise wait for their hundreds of
-            launches. Batches must then not change their shape.
+        cuda_graphs: on a GPU, capture each update as one CUDA graph: networks otherwise wait for thousands of launches.
+            Batches must then not change their shape. Elsewhere, and where several processes learn together, nothing
+            is captured.
 
     Raises:
-        ValueError: if a number is out of range, several steps are asked for with another objective than ``ppo``, or
-            learning rates that fall with ``cuda_graphs``.
+        ValueError: if a number is out of range, or several steps are asked for with another objective than ``ppo``.
 
     Examples:
         >>> config = LearnerConfig(horizon=10, loss_weights=WorldModelLossWeights(reward=50.0))
@@ -69,7 +69,7 @@ class LearnerConfig(Settings):
     critic_decay: float = setting(0.98, minimum=0, below=1)
     lr_decay_updates: int | None = setting(None, minimum=1)
     precision: Precision = Precision.float32
-    cuda_graphs: bool = False
+    cuda_graphs: bool = True
 
     @property
     def agent_steps(self) -> int:
@@ -77,14 +77,12 @@ class LearnerConfig(Settings):
         return self.agent_epochs * self.agent_minibatches
 
     def check(self) -> None:
-        """Refuse several steps without PPO, and learning rates that fall in CUDA graphs."""
+        """Refuse several steps without PPO."""
         if self.agent_steps > 1 and self.actor.objective != PolicyObjective.ppo:
             raise ValueError(
                 f"agent_epochs={self.agent_epochs}, agent_minibatches={self.agent_minibatches} take several steps on "
                 f"one rollout, for which the actors' objective must be 'ppo', got {str(self.actor.objective)!r}"
             )
-        if self.cuda_graphs and self.lr_decay_updates is not None:
-            raise ValueError("a CUDA graph repeats one update: with cuda_graphs, lr_decay_updates must be None")
 
 
 def horizon_by_agents(num_agents: int) -> int:

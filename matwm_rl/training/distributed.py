@@ -41,8 +41,7 @@ def distribute(learner: Learner, group: dist.ProcessGroup | None = None) -> Lear
 
     Raises:
         RuntimeError: if the processes have not been connected.
-        ValueError: if a process has another learner, two of them draw the same random numbers, or the settings ask for
-            ``cuda_graphs``.
+        ValueError: if a process has another learner, or two of them draw the same random numbers.
 
     Examples:
         >>> import tempfile
@@ -66,8 +65,6 @@ def distribute(learner: Learner, group: dist.ProcessGroup | None = None) -> Lear
     group = dist.group.WORLD if group is None else group
     assert group is not None
     _check_alike(learner, group)
-    if learner.config.cuda_graphs:  # in all processes, which have the same settings
-        raise ValueError("cuda_graphs=True captures the update of one process: set it to False to distribute a learner")
     states = [_on_cpu(learner.state_dict())]
     dist.broadcast_object_list(states, group=group, group_src=0)
     learner.load_state_dict(states[0])

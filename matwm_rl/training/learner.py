@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -100,43 +101,52 @@ class Learner:
         self.actor_loss = ActorLoss(actor, num_agents=agents, **cfg.actor.arguments())
         self.critic_loss = CriticLoss(critic)
         device = next(world_model.parameters()).device
-        if cfg.cuda_graphs and device.type != "cuda":
-            raise ValueError(f"cuda_graphs needs the world model on a CUDA device, it is on {device}")
         for loss in (self.actor_loss, self.critic_loss):
             loss.to(device)
+        self.updates = 0
+        self.group: LearnerGroup | None = None
+        self._graphs: dict[str, CudaGraphModule] = {}
         self.world_model_optimizer = self._optimizer(self.world_model_loss, cfg.world_model_lr)
         self.actor_optimizer = self._optimizer(self.actor_loss, cfg.actor_lr)
         self.critic_optimizer = self._optimizer(self.critic_loss, cfg.critic_lr)
-        self.updates = 0
-        self.group: LearnerGroup | None = None
         self.built = {name: describe(part) for name, part in zip(NETWORKS, (world_model, actor, critic), strict=True)}
-        self._build_callables()
-
-    def _build_callables(self) -> None:
-        """Build the target updater and the update callables, which refer to other attributes."""
-        self.target_updater = SoftUpdate(self.critic_loss, eps=self.config.critic_decay)
-        self._world_model_step = self._graphed(self._step_world_model)
-        self._agents_step = self._graphed(self._step_agents)
+        self.target_updater = SoftUpdate(self.critic_loss, eps=cfg.critic_decay)
 
     def __getstate__(self) -> dict[str, Any]:
-        built = ("target_updater", "_world_model_step", "_agents_step")
-        state = {name: value for name, value in self.__dict__.items() if name not in built}
-        return {**state, "group": None}  # a copy learns alone
+        # What refers to other attributes is built anew. A copy learns alone.
+        state = {name: value for name, value in self.__dict__.items() if name != "target_updater"}
+        return {**state, "_graphs": {}, "group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         target = self.critic_loss.target_critic_network_params
         # A new updater starts the EMA anew.
         ema = target.data.clone()
-        self._build_callables()
+        self.target_updater = SoftUpdate(self.critic_loss, eps=self.config.critic_decay)
         target.data.update_(ema)
 
     def _optimizer(self, loss: LossModule, lr: float) -> torch.optim.Optimizer:
         trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-        return torch.optim.Adam(trained, lr=lr, fused=True, capturable=self.config.cuda_graphs)
+        captures = self.captures_graphs
+        # A graph reads the learning rate from where it was when the graph was captured.
+        rate = torch.tensor(lr, device=trained[0].device) if captures else lr
+        return torch.optim.Adam(trained, lr=rate, fused=True, capturable=captures)
 
-    def _graphed(self, step: Callable[[TensorDictBase], TensorDict]) -> Callable[[TensorDictBase], TensorDict]:
-        return CudaGraphModule(step, in_keys=[], out_keys=[]) if self.config.cuda_graphs else step
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether updates are CUDA graphs: if the settings say so, on a GPU, in a process that learns alone."""
+        on_gpu = next(self.world_model.parameters()).device.type == "cuda"
+        return self.config.cuda_graphs and on_gpu and self.group is None
+
+    def _take(self, step: Callable[[TensorDictBase], TensorDict], batch: TensorDictBase) -> TensorDict:
+        if not self.captures_graphs:
+            with self._together(batch):
+                return step(batch)
+        if (name := step.__name__) not in self._graphs:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it takes TensorDict out of PyTorch's pytree, which is not used here
+                self._graphs[name] = CudaGraphModule(step, in_keys=[], out_keys=[])
+        return self._graphs[name](batch)
 
     def update_world_model(self, sequences: TensorDictBase) -> TensorDict:
         """Take one optimizer step on one combined batch of all agents' sequences.
@@ -151,11 +161,10 @@ class Learner:
             FloatingPointError: on a CPU, if a loss or the gradient is not finite, before any weight changes. On a GPU
                 the optimizer skips the step, and the returned numbers tell.
         """
-        self._decay_learning_rate(self.world_model_optimizer)
-        if self.config.cuda_graphs:
+        self._decay_learning_rate(self.world_model_optimizer, self.config.world_model_lr)
+        if self.captures_graphs:
             self.world_model.max_boundaries = sequences.numel()
-        with self._together(sequences):
-            return self._world_model_step(sequences)
+        return self._take(self._step_world_model, sequences)
 
     def _step_world_model(self, sequences: TensorDictBase) -> TensorDict:
         clip, clip_ = self.config.world_model_clip, torch.nn.utils.clip_grad_norm_
@@ -181,18 +190,17 @@ class Learner:
             ``imagined_reward``; what the actors' loss gives is missing while they do not learn.
 
         Raises:
-            ValueError: with ``cuda_graphs``, if the actors are not to learn: a graph repeats one update.
             FloatingPointError: as :meth:`update_world_model`, also of what is imagined.
         """
         check_switches(train_actors=train_actors)
-        if self.config.cuda_graphs and not train_actors:
-            raise ValueError("a CUDA graph repeats one update: with cuda_graphs, actors learn from the first update on")
-        for optimizer in (self.actor_optimizer, self.critic_optimizer):
-            self._decay_learning_rate(optimizer)
-        with self._together(starts):
-            metrics = self._agents_step(starts) if train_actors else self._step_agents(starts, train_actors=False)
+        self._decay_learning_rate(self.actor_optimizer, self.config.actor_lr)
+        self._decay_learning_rate(self.critic_optimizer, self.config.critic_lr)
+        metrics = self._take(self._step_agents if train_actors else self._step_critics, starts)
         self.updates += 1
         return metrics
+
+    def _step_critics(self, starts: TensorDictBase) -> TensorDict:
+        return self._step_agents(starts, train_actors=False)
 
     def _step_agents(self, starts: TensorDictBase, *, train_actors: bool = True) -> TensorDict:
         cfg, imagined = self.config, self._imagine(starts)
@@ -262,11 +270,15 @@ class Learner:
         """Return the log-probabilities ``[S, H, N]`` of imagined actions under the actors that chose them."""
         return self.actor.get_dist(imagined).log_prob(imagined.get(keys.ACTION))
 
-    def _decay_learning_rate(self, optimizer: torch.optim.Optimizer) -> None:
+    def _decay_learning_rate(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
         # torch's LambdaLR is not used: it warns while actors do not step yet, and stores the number of updates again.
         if self.config.lr_decay_updates is not None:
+            rate = (1.0 + self.updates / self.config.lr_decay_updates) ** -0.5 * lr
             for group in optimizer.param_groups:
-                group["lr"] = (1.0 + self.updates / self.config.lr_decay_updates) ** -0.5 * optimizer.defaults["lr"]
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
 
     def _autocast(self) -> torch.autocast:
         return autocast(next(self.world_model.parameters()).device, self.config.precision)
@@ -297,3 +309,4 @@ class Learner:
         """
         self.check_state_dict(state)
         load_learner_state(self, state)
+        self._graphs.clear()  # they hold on to the moments of before

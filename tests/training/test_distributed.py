@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +114,3 @@ def test_a_copy_of_a_distributed_learner_learns_alone() -> None:
     learner_of_its_own = copy.deepcopy(learner)
     assert learner.group is not None and learner_of_its_own.group is None
     learner_of_its_own.update_world_model(processes.make_batches(processes.paper())[0][0][0])
-
-
-@pytest.mark.usefixtures("one_process")
-def test_cuda_graphs_are_refused() -> None:
-    learner = processes.make_learner(processes.paper())
-    learner.config = replace(learner.config, cuda_graphs=True)
-    with pytest.raises(ValueError, match="cuda_graphs"):
-        distribute(learner)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from matwm_rl.modules import make_actor, make_critic
-from matwm_rl.training import Learner, LearnerConfig, guard
+from matwm_rl.training import guard
 from tests.helpers import LATENTS, make_learner, make_model, mock_replay
 from tests.training.helpers import update
 
@@ -65,9 +64,3 @@ def test_all_tensors_of_both_presets_are_on_the_device_of_the_networks() -> None
         "acted and learnt: vectors",
         "acted and learnt: paper",
     ]
-
-
-def test_cuda_graphs_need_a_gpu() -> None:
-    model = make_model()
-    with pytest.raises(ValueError, match="on a CUDA device, it is on cpu"):
-        Learner(model, make_actor(model), make_critic(model), LearnerConfig(cuda_graphs=True))
