@@ -212,13 +212,14 @@ def random_index(mask: Tensor) -> Tensor:
 
 
 def sample_index(weights: Tensor, uniform: Tensor | None = None) -> Tensor:
-    """Draw category indices by the inverse of the cumulative distribution.
+    """Draw category indices, on a CPU by the inverse of the cumulative distribution.
 
-    One uniform number per draw: ten to thirty times faster than ``OneHotCategorical.sample`` on CPU.
+    That takes one uniform number per draw: ten to thirty times faster than ``OneHotCategorical.sample`` on CPU. On a
+    GPU, cumulative sums are slow, and indices are drawn as ``torch.multinomial`` draws them: see :func:`race`.
 
     Args:
         weights: ``[..., C]``, probabilities up to a factor.
-        uniform: the uniform numbers ``[..., 1]``; by default new ones.
+        uniform: the uniform numbers ``[..., 1]`` of the cumulative distribution; by default new ones.
 
     Returns:
         int64 ``[...]``.
@@ -227,12 +228,30 @@ def sample_index(weights: Tensor, uniform: Tensor | None = None) -> Tensor:
         >>> sample_index(torch.tensor([[0.0, 1.0], [3.0, 0.0]])).tolist()
         [1, 0]
     """
+    if weights.is_cuda and uniform is None:
+        return race(weights.detach())
     cumulative = weights.detach().cumsum(-1)
     uniform = torch.rand_like(cumulative[..., :1]) if uniform is None else uniform
     # Scaled by the rounded total and not by 1, so that no draw lies beyond the last class.
     threshold = uniform * cumulative[..., -1:]
     # Compared in place: sums of numbers take a third of the time that sums of booleans take on CPU.
     return cumulative.le_(threshold).sum(-1).long().clamp_(max=weights.shape[-1] - 1)
+
+
+def race(weights: Tensor) -> Tensor:
+    """Draw category indices: of exponential times with the weights as rates, the first one wins.
+
+    Args:
+        weights: ``[..., C]``, probabilities up to a factor, at least one in ``[C]`` above zero.
+
+    Returns:
+        int64 ``[...]``.
+
+    Examples:
+        >>> race(torch.tensor([[0.0, 1.0], [3.0, 0.0]])).tolist()
+        [1, 0]
+    """
+    return (weights / torch.empty_like(weights).exponential_()).argmax(-1)
 
 
 def one_hot_classes(latent: Tensor, num_classes: int) -> Tensor:

@@ -343,10 +343,8 @@ def _problem(error: Exception) -> str:
     """Say what was wrong with an override, in one line."""
     cause = error.__cause__
     name, kind = getattr(cause, "full_key", None), getattr(cause, "object_type", None)
-    if not name:
-        return str(error)
-    if name not in _known_names():
-        return _unknown(name)
+    if not name or name not in _known_names():
+        return _unknown(name) if name else str(error)
     what = f"{name}: {str(cause).partition(chr(10))[0]}"
     lacks = is_dataclass(kind) and name.rpartition(".")[2] not in (names := [entry.name for entry in fields(kind)])
     return f"{what}, which has {', '.join(names)}" if lacks else what

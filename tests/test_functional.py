@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from matwm_rl import functional as F
 from tests.helpers import grads
@@ -55,10 +57,11 @@ def test_shift_within_segments() -> None:
         assert torch.equal(shifted[b, t], expected)
 
 
+@pytest.mark.parametrize("draw", [F.sample_index, F.race])
 @pytest.mark.parametrize("factor", [1.0, 7.5, 1e-12])
-def test_sample_index_has_the_right_frequencies(factor: float) -> None:
+def test_categories_are_drawn_with_the_right_frequencies(draw: Callable[[Tensor], Tensor], factor: float) -> None:
     probs = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.0, 0.5]])
-    draws = F.sample_index((factor * probs).expand(40_000, 2, 3))
+    draws = draw((factor * probs).expand(40_000, 2, 3))
     assert draws.shape == (40_000, 2) and draws.dtype == torch.int64
     counts = torch.nn.functional.one_hot(draws, 3).float().mean(0)
     # Five standard deviations of the mean of 40,000 draws.

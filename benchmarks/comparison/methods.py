@@ -5,6 +5,7 @@ No script of its own. To add a method, add an entry to :data:`METHODS`.
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -130,6 +131,20 @@ def of_every_run(config: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in config.items()
         if name not in ("run_dir", "seed", "resume", "checkpoint_every", "logger", "device", "env_device")
     }
+
+
+def differences(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Return the settings that differ and change what is learnt, as ``name: then, now NOW``."""
+    then, now = _flat(stored), _flat(json.loads(json.dumps(settings)))
+    names = sorted({*then, *now} - {"device", "env_device", "learner.cuda_graphs"})
+    return [f"{name}: {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
 
 
 def has_training(folder: Path) -> bool:

@@ -15,10 +15,10 @@ from itertools import chain
 from pathlib import Path
 
 from figures import draw_curves, draw_world_model, label
-from methods import LONG_STEPS, METHODS, PRESET, ROOT, Reference, configuration, of_every_run
+from methods import LONG_STEPS, METHODS, PRESET, ROOT, Reference, configuration, differences, of_every_run
 from protocol import ENVIRONMENTS, FORMER_SEEDS
 from results import Results, measures
-from sample_efficiency import RESULTS, Run, differences, stored_runs
+from sample_efficiency import RESULTS, Run, stored_runs
 from tables import (
     STEPS,
     ablations_table,

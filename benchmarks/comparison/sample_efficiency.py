@@ -32,7 +32,7 @@ from threading import Event
 from typing import Any
 
 import torch
-from methods import METHODS, ROOT, Matwm, has_training, is_run_in
+from methods import METHODS, ROOT, Matwm, differences, has_training, is_run_in
 from processes import exit_when_terminated, held, run_apart
 from protocol import ENVIRONMENTS, FORMER_SEEDS, SEEDS, Environment, evaluate_policy
 from tensordict.nn import TensorDictModuleBase
@@ -144,8 +144,8 @@ def carry_out_apart(run: Run, results: Path, scratch: Path, stop: Event) -> str:
     """Call :func:`carry_out` in a process of its own, until ``stop`` is set; return the line that it printed."""
     command = [sys.executable, str(SCRIPT), "--in-process", f"--results={results}", f"--scratch={scratch}"]
     command += ["--environments", run.environment, "--methods", run.method, "--seeds", str(run.seed)]
-    command += [] if run.total_steps is None else ["--steps", str(run.total_steps)]
     command += ["--device", run.device]
+    command += [] if run.total_steps is None else ["--steps", str(run.total_steps)]
     return run_apart(command, stop).splitlines()[-1]
 
 
@@ -268,13 +268,6 @@ def chosen_runs(
     ]
 
 
-def differences(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """Return the settings that differ, as ``name: then, now NOW``."""
-    then, now = _flat(stored), _flat(json.loads(json.dumps(settings)))
-    names = sorted({*then, *now})
-    return [f"{name}: {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
-
-
 def carry_out_all(runs: Sequence[Run], results: Path, scratch: Path, *, jobs: int) -> int:
     """Carry out the runs, ``jobs`` at a time, report each and write the tables; return how many failed."""
     failed, stop = 0, Event()
@@ -293,13 +286,6 @@ def carry_out_all(runs: Sequence[Run], results: Path, scratch: Path, *, jobs: in
             threads.shutdown(cancel_futures=True)
     write_tables(results)
     return failed
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -56,10 +56,10 @@ def command_line(arguments: Sequence[str]) -> list[str]:
     """Return a command line as Hydra needs it, once it has been checked; print what is wrong and exit otherwise.
 
     The configuration ``"train"`` is registered with Hydra, with presets, a help text, and a summary of every sweep.
-    Where there is a GPU, and neither preset nor device are given, they are ``paper`` and ``cuda``. The runs of a sweep
-    (``-m``) are put into one folder: ``run_dir`` if it is given. Each has a folder there that is named after what
-    differs between the runs, so that ``resume=true`` finds it again. With ``hydra/launcher=joblib``, as many runs go on
-    at the same time as there are cores for, with ``num_threads`` each, unless ``hydra.launcher.n_jobs`` is given.
+    Where there is a GPU and no device is given, it is ``cuda``. The runs of a sweep (``-m``) are put into one folder:
+    ``run_dir`` if it is given. Each has a folder there that is named after what differs between the runs, so that
+    ``resume=true`` finds it again. With ``hydra/launcher=joblib``, as many runs go on at the same time as there are
+    cores for, with ``num_threads`` each, unless ``hydra.launcher.n_jobs`` is given.
 
     Args:
         arguments: of the script, without its name.
@@ -78,8 +78,8 @@ def command_line(arguments: Sequence[str]) -> list[str]:
     """
     words = [presets.open_override(word) for word in arguments]
     given = {word.lstrip("+~").partition("=")[0] for word in words}
-    if torch.cuda.is_available() and not given & {"preset", "device"}:
-        words += ["preset=paper", "device=cuda"]
+    if torch.cuda.is_available() and "device" not in given:
+        words.append("device=cuda")
     overrides = [word for word in words if "=" in word and not word.lstrip("+~").startswith(("-", "hydra"))]
     try:
         swept, first = _first_of_sweep(overrides)

@@ -74,7 +74,7 @@ def test_as_many_runs_at_a_time_as_there_are_cores_for(
 
 def test_a_gpu_is_used_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert command_line(["seed=1"]) == ["seed=1", "preset=paper", "device=cuda"]
+    assert command_line(["seed=1"]) == ["seed=1", "device=cuda"]
     assert command_line(["device=cpu"]) == ["device=cpu"]
 
 

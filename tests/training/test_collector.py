@@ -56,6 +56,23 @@ def resumed(state: dict[str, Any], env: Any, **sizes: int) -> ResumableCollector
     return collector
 
 
+def test_a_copy_that_acts_elsewhere_gets_the_weights_of_the_policy() -> None:
+    env = make_env("mock", seed=0)
+    world_model = WorldModel.from_env(env, presets.tiny().world_model)
+    policy = WorldModelPolicy(world_model, make_actor(world_model), history_length=3)
+    primed = TransformedEnv(env, policy.make_tensordict_primer())
+    options = {"frames_per_batch": 4, "total_frames": 8, "auto_register_policy_transforms": False}
+    # To TorchRL, this is another device than "cpu".
+    collector = ResumableCollector(primed, policy, seed=0, device="cpu:0", **options)
+    assert collector.policy is not policy and collector.policy.world_model is not world_model
+    for tensor in (*collector.policy.parameters(), *collector.policy.buffers()):
+        tensor.data = torch.zeros_like(tensor)  # in memory of its own, as on another device
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    collector.update_policy_weights_()
+    assert_same(collector.policy.state_dict(), before)
+    assert_same(policy.state_dict(), before)
+
+
 @pytest.mark.parametrize("restart_every", [10_000, 3 * FRAMES], ids=["from the start", "from a restart"])
 @pytest.mark.parametrize(
     ("name", "num_envs"), [("mock", 1), ("mpe2/simple_tag_v3", 2), ("vmas/balance", 2), ("butterfly/pistonball_v6", 1)]

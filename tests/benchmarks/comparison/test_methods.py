@@ -21,14 +21,14 @@ from tests.benchmarks.comparison.stubs import MOCK, SPREAD, TINY, free, wait_for
 
 def test_ablations_are_matwm_with_one_switch_off() -> None:
     environment = grid.ENVIRONMENTS["simple_tag"]
-    whole = grid._flat(grid.METHODS["matwm"].settings(environment))
+    whole = methods._flat(grid.METHODS["matwm"].settings(environment))
     switches = {
         "matwm_no_teammates": {"world_model.teammate_predictor": False},
         "matwm_no_recency": {"replay.recency_decay": 1.0},
         "matwm_no_action_scaling": {"world_model.action_scaling": False},
     }
     for name, switch in switches.items():
-        part = grid._flat(grid.METHODS[name].settings(environment))
+        part = methods._flat(grid.METHODS[name].settings(environment))
         assert {key: part[key] for key in whole if part[key] != whole[key]} == switch | {"total_steps": 10_000}
         assert grid.METHODS[name].steps(environment) == 10_000
     assert whole["total_steps"] == environment.total_steps

@@ -273,7 +273,7 @@ def test_a_run_tells_what_it_was_made_with_and_what_it_took(
     stubs["stub"] = Training()
     monkeypatch.setattr(grid, "_commit", lambda: "later")
     reused = run()
-    assert reused["made_with"] == {"commit": "earlier", "torch": torch.__version__}
+    assert reused["made_with"] == {"commit": "earlier", "torch": torch.__version__, "device": "cpu"}
     # Of a training that an earlier attempt began, the seconds are not known.
     assert reused["core_seconds"] is None
     (folder,) = (path for path in (tmp_path / "scratch").iterdir() if path.is_dir())
