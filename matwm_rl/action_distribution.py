@@ -13,7 +13,7 @@ from matwm_rl.functional import sample_index, softmax_over_few
 
 
 class ActionDistribution(MaskedCategorical):
-    """TorchRL's ``MaskedCategorical``, drawn by the inverse of the cumulative distribution.
+    """TorchRL's ``MaskedCategorical``, drawn by :func:`~matwm_rl.functional.sample_index`.
 
     ``torch.multinomial`` takes four times as long, and distributions' own checks make a GPU wait at every step.
 

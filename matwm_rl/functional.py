@@ -214,8 +214,8 @@ def random_index(mask: Tensor) -> Tensor:
 def sample_index(weights: Tensor, uniform: Tensor | None = None) -> Tensor:
     """Draw category indices, on a CPU by the inverse of the cumulative distribution.
 
-    That takes one uniform number per draw: ten to thirty times faster than ``OneHotCategorical.sample`` on CPU. On a
-    GPU, cumulative sums are slow, and indices are drawn as ``torch.multinomial`` draws them: see :func:`race`.
+    There this takes one uniform number per draw, and is ten to thirty times faster than ``OneHotCategorical.sample``.
+    On a GPU cumulative sums are slow, and indices are drawn as ``torch.multinomial`` draws them, by :func:`race`.
 
     Args:
         weights: ``[..., C]``, probabilities up to a factor.
@@ -239,7 +239,7 @@ def sample_index(weights: Tensor, uniform: Tensor | None = None) -> Tensor:
 
 
 def race(weights: Tensor) -> Tensor:
-    """Draw category indices: of exponential times with the weights as rates, the first one wins.
+    """Draw category indices: each category gets an exponential time, with its weight as rate; the first one wins.
 
     Args:
         weights: ``[..., C]``, probabilities up to a factor, at least one in ``[C]`` above zero.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from figures import draw_curves, draw_world_model, label
 from methods import LONG_STEPS, METHODS, PRESET, ROOT, Reference, configuration, differences, of_every_run
@@ -68,13 +69,36 @@ def other_settings(results: Results) -> list[str]:
 
     Without the evaluation seed of former runs, which :func:`former_runs` tells.
     """
-    runs: dict[str, list[str]] = {}
+    runs: dict[str, list[Mapping[str, Any]]] = {}
     for stored in results.runs:
         run = Run(stored["environment"], stored["method"], stored["seed"])
-        for different in run.other_settings(stored["settings"]):
-            if not (run.seed in FORMER_SEEDS and different.startswith("protocol.evaluation_seed")):
-                runs.setdefault(different, []).append(str(run))
-    return [f"{different} ({', '.join(names)})" for different, names in runs.items()]
+        different = [
+            text
+            for text in run.other_settings(stored["settings"])
+            if not (run.seed in FORMER_SEEDS and text.startswith("protocol.evaluation_seed"))
+        ]
+        if different:
+            runs.setdefault("; ".join(different), []).append(stored)
+    return [f"{different} ({_names(stored)})" for different, stored in runs.items()]
+
+
+def on_gpus(results: Results) -> str:
+    """Return a sentence that names the runs that were trained on a GPU; empty without any."""
+    runs: dict[str, list[Mapping[str, Any]]] = {}
+    for stored in results.runs:
+        device = (stored.get("made_with") or {}).get("device", "cpu")
+        if device != "cpu":
+            runs.setdefault(device, []).append(stored)
+    shown = ". ".join(f"**Trained on {device}**: {_names(stored)}" for device, stored in runs.items())
+    return f"{shown}. All other runs were trained on one core of a CPU." if runs else ""
+
+
+def _names(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return ``simple_tag-matwm 0 1 2, simple_tag-iql 0``: the runs with their seeds."""
+    seeds: dict[str, list[str]] = {}
+    for run in runs:
+        seeds.setdefault(f"{run['environment']}-{run['method']}", []).append(str(run["seed"]))
+    return ", ".join(f"{name} {' '.join(numbers)}" for name, numbers in seeds.items())
 
 
 def former_runs(results: Results) -> str:
@@ -122,7 +146,8 @@ def short_section(results: Results, place: Place) -> str:
 
 def _curves_and_targets(results: Results, place: Place) -> str:
     parts = [place.picture("curves", "Returns of all methods over env steps")]
-    parts += [_targets_text(results), targets_table(results), _different_text(other_settings(results))]
+    parts += [_targets_text(results), targets_table(results), on_gpus(results)]
+    parts.append(_different_text(other_settings(results)))
     return "\n\n".join(filter(None, parts))
 
 

@@ -104,14 +104,15 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
     prepare_process(num_threads=1, matmul_precision="highest")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the training script
     environment, method = run.spec, METHODS[run.method]
+    device = run.device if isinstance(method, Matwm) else "cpu"
     if isinstance(method, Matwm):
-        method = replace(method, device=run.device)
+        method = replace(method, device=device)
     torch.manual_seed(run.seed)
     began = _core_seconds()
     figures: dict[str, dict[str, float]] = {}
     settings = run.settings()
-    # The name has a hash of the settings, so that no training with other settings is resumed.
-    folder = scratch / f"{run}-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
+    # The name has a hash of settings and device, so that no training with others is resumed.
+    folder = scratch / f"{run}-{sha256(json.dumps([settings, device]).encode()).hexdigest()[:8]}"
 
     def on_checkpoint(env_steps: int, policy: TensorDictModuleBase, core_seconds: float | None = None) -> None:
         metrics = evaluate_policy(environment, policy)
@@ -121,7 +122,7 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
         figures[str(env_steps)] = {name: float(f"{value:.5g}") for name, value in metrics.items()}
 
     with held(folder):
-        resumed, made_with = has_training(folder), _made_with(folder, run.device)
+        resumed, made_with = has_training(folder), _made_with(folder, device)
         method.train(environment, run.seed, folder, on_checkpoint)
     if missing := [step for step in method.checkpoints(environment) if str(step) not in figures]:
         raise RuntimeError(
@@ -131,7 +132,7 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
     seconds = _core_seconds() - began
     # Evaluations included, other than at a checkpoint. The time of an interrupted attempt is unknown.
     stored = {"environment": run.environment, "method": run.method, "seed": run.seed}
-    timed = not resumed and run.device == "cpu"
+    timed = not resumed and device == "cpu"
     stored |= {"core_seconds": round(seconds) if timed else None, "made_with": made_with}
     stored |= {"settings": settings, "figures": figures}
     path = run.path(results)
@@ -150,7 +151,7 @@ def carry_out_apart(run: Run, results: Path, scratch: Path, stop: Event) -> str:
 
 
 def _made_with(folder: Path, device: str) -> dict[str, str | None] | None:
-    """Return with what the training in a folder began, ``None`` if unknown; note it if the training is new."""
+    """Return the versions and the device that a training began with, ``None`` if unknown; note those of a new one."""
     path = folder.with_name(f"{folder.name}.made_with.json")  # not in the folder, which a method may clear
     if not has_training(folder):
         name = device if device == "cpu" else torch.cuda.get_device_name(device)
@@ -304,6 +305,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # For the process of a single run: carry it out here, finished or not.
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that PyTorch can use; found none")
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
     if arguments.steps is not None:

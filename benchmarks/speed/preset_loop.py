@@ -55,7 +55,7 @@ def configuration(overrides: Sequence[str]) -> presets.TrainConfig:
 
 def build(cfg: presets.TrainConfig, stepping: Stopwatch) -> tuple[Learner, Replay, Collector]:
     """Build what the loop of the example needs; ``stepping`` times the environments."""
-    env = make_env(cfg.env, seed=cfg.seed, num_envs=cfg.num_envs, device=cfg.device)
+    env = make_env(cfg.env, seed=cfg.seed, num_envs=cfg.num_envs, device=cfg.env_device)
     env._step, env._reset = stepping.around(env._step), stepping.around(env._reset)
     world_model = WorldModel.from_env(env, cfg.world_model).to(cfg.device)
     actor = make_actor(world_model, cfg.actor_critic).to(cfg.device)
@@ -66,6 +66,7 @@ def build(cfg: presets.TrainConfig, stepping: Stopwatch) -> tuple[Learner, Repla
     collector = Collector(
         TransformedEnv(env, policy.make_tensordict_primer()),
         policy,
+        device=cfg.env_device,
         frames_per_batch=cfg.frames_per_batch,
         total_frames=-1,
         init_random_frames=cfg.init_random_steps,

@@ -18,7 +18,7 @@ from matwm_rl.evaluation.opponents import against_random
 from matwm_rl.evaluation.registry import Evaluation, register_evaluation
 from matwm_rl.files import import_optional
 
-SPREAD_REFERENCES = {"self_play": {"random": -26.4, "scripted": -7.8, "model-free, 25k": -17.0}}
+SPREAD_REFERENCES = {"self_play": {"random": -25.3, "scripted": -7.8, "model-free, 25k": -17.0}}
 LISTENER_REFERENCES = {"self_play": {"random": -42.5, "scripted": -7.2, "model-free, 25k": -15.1}}
 """Mean returns of random and scripted agents, and of the best model-free ones after 25,000 steps.
 

@@ -125,7 +125,7 @@ class RunLog:
     def accumulate(self, metrics: Mapping[str, Scalar] | TensorDictBase) -> None:
         """Add one update's metrics to the averages that :meth:`write` will write.
 
-        Values stay on their device, so that an update does not wait for the GPU.
+        Values stay on their device, so that logging does not wait for a GPU.
 
         Args:
             metrics: value of every metric, by name; the mean is taken of a tensor with several elements.

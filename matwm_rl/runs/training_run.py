@@ -54,7 +54,7 @@ class TrainingRun:
 
     Args:
         cfg: settings of the run.
-        policy: the acting policy, which is evaluated and saved.
+        policy: the acting policy, which is evaluated and saved: ``collector.policy``, where a copy acts.
         learner: part of the checkpoints.
         replay: part of the checkpoints.
         collector: part of the checkpoints; it yields the batches.

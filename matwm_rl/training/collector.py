@@ -88,8 +88,10 @@ class ResumableCollector(Collector):
             if not repeats_itself(env, seed):
                 self._restart_every = checkpoint_every
         super().__init__(env, policy, **kwargs)
-        is_copy = isinstance(policy, nn.Module) and self.policy is not policy
-        self._weights = [[*net.parameters(), *net.buffers()] for net in (self.policy, policy)] if is_copy else None
+        self._weights: tuple[list[Tensor], list[Tensor]] | None = None
+        if isinstance(policy, nn.Module) and self.policy is not policy:
+            self.policy.eval()
+            self._weights = _tensors(self.policy), _tensors(policy)
         self._seed = seed
         self._env_steps = self._seeded_at = 0
         self._actions: list[Tensor] = []
@@ -100,13 +102,20 @@ class ResumableCollector(Collector):
 
     @torch.no_grad()
     def update_policy_weights_(self, policy_or_weights: Any = None, **kwargs: Any) -> None:
-        """Give the acting copy the weights of the given policy, or of another one; nothing to do without a copy."""
-        if policy_or_weights is None and not kwargs and self._weights is not None:
+        """Give the acting copy the weights of the given policy, or others; without a copy there is nothing to do.
+
+        Args:
+            policy_or_weights: the others, as TorchRL's collector takes them.
+            kwargs: of TorchRL's collector.
+        """
+        if policy_or_weights is not None or kwargs or self._weight_sync_schemes:
+            super().update_policy_weights_(policy_or_weights, **kwargs)
+            return
+        if self._weights is not None:
             # TorchRL gathers the weights anew at every call: 40 ms in place of 1.
             acting, given = self._weights
             torch._foreach_copy_(acting, given)
-        elif policy_or_weights is not None or kwargs:
-            super().update_policy_weights_(policy_or_weights, **kwargs)
+        self.increment_version()
 
     def iterator(self) -> Iterator[TensorDictBase]:
         """Yield batches, as :class:`~torchrl.collectors.Collector` does."""
@@ -175,7 +184,7 @@ class ResumableCollector(Collector):
     def load_state_dict(self, state_dict: dict[str, Any], **kwargs: Any) -> None:
         """Bring the environments and the policy's history back to where :meth:`state_dict` was called.
 
-        The global random state stays what it is.
+        The global random state stays what it is. If a copy of the policy acts, it gets the weights that the policy has.
 
         Args:
             state_dict: of a collector of the same environments, built with the same seed.
@@ -195,6 +204,7 @@ class ResumableCollector(Collector):
             self._begin_anew()
         else:
             collector_carrier(self).update(carrier.to(self.env.device or "cpu"))
+        self.update_policy_weights_()
 
     def _play_again(self, actions: Tensor | None, carrier: TensorDictBase) -> bool:
         """Play the stored actions again; return whether the environments then show what they showed."""
@@ -229,6 +239,11 @@ class ResumableCollector(Collector):
         """Begin new episodes in all environments, with the seed for the step that they were last seeded at."""
         self.set_seed(self._seed + self._seeded_at)
         self.reset()
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    named = *module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)
+    return [tensor for _, tensor in named]
 
 
 def repeats_itself(env: EnvBase, seed: int, steps: int = 5) -> bool:

@@ -41,9 +41,10 @@ class LearnerConfig(Settings):
         lr_decay_updates: if given, every learning rate is divided by the square root of 1 + updates / this (ours).
             This averages out the noise of Adam's steps, and the length of a run need not be known.
         precision: of the matrix products.
-        cuda_graphs: on a GPU, capture each update as one CUDA graph: networks otherwise wait for thousands of launches.
-            Batches must then not change their shape. Elsewhere, and where several processes learn together, nothing
-            is captured.
+        cuda_graphs: on a GPU, capture each update as one CUDA graph: otherwise the GPU waits while the CPU launches
+            thousands of small operations. Parts of your own must then not read values of tensors, and plain numbers
+            in them stay what they were at the capture. Batches of another shape are captured anew. On a CPU, and where
+            several processes learn together, nothing is captured.
 
     Raises:
         ValueError: if a number is out of range, or several steps are asked for with another objective than ``ppo``.

@@ -103,9 +103,10 @@ class Learner:
         device = next(world_model.parameters()).device
         for loss in (self.actor_loss, self.critic_loss):
             loss.to(device)
+        world_model.eval()  # but for its own updates
         self.updates = 0
         self.group: LearnerGroup | None = None
-        self._graphs: dict[str, CudaGraphModule] = {}
+        self._graphs: dict[object, CudaGraphModule] = {}
         self.world_model_optimizer = self._optimizer(self.world_model_loss, cfg.world_model_lr)
         self.actor_optimizer = self._optimizer(self.actor_loss, cfg.actor_lr)
         self.critic_optimizer = self._optimizer(self.critic_loss, cfg.critic_lr)
@@ -127,26 +128,36 @@ class Learner:
 
     def _optimizer(self, loss: LossModule, lr: float) -> torch.optim.Optimizer:
         trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-        captures = self.captures_graphs
+        capturable = self.config.cuda_graphs and trained[0].device.type == "cuda"
         # A graph reads the learning rate from where it was when the graph was captured.
-        rate = torch.tensor(lr, device=trained[0].device) if captures else lr
-        return torch.optim.Adam(trained, lr=rate, fused=True, capturable=captures)
+        rate = torch.tensor(lr, device=trained[0].device) if capturable else lr
+        return torch.optim.Adam(trained, lr=rate, fused=True, capturable=capturable)
 
     @property
     def captures_graphs(self) -> bool:
-        """Whether updates are CUDA graphs: if the settings say so, on a GPU, in a process that learns alone."""
-        on_gpu = next(self.world_model.parameters()).device.type == "cuda"
-        return self.config.cuda_graphs and on_gpu and self.group is None
+        """Whether updates are CUDA graphs: with ``cuda_graphs``, of a learner built on a GPU that learns alone."""
+        return self.world_model_optimizer.defaults["capturable"] and self.group is None
 
     def _take(self, step: Callable[[TensorDictBase], TensorDict], batch: TensorDictBase) -> TensorDict:
         if not self.captures_graphs:
             with self._together(batch):
                 return step(batch)
-        if (name := step.__name__) not in self._graphs:
+        entries = batch.items(include_nested=True, leaves_only=True)
+        form = step.__name__, frozenset((name, value.shape, value.dtype) for name, value in entries)
+        if form not in self._graphs:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it takes TensorDict out of PyTorch's pytree, which is not used here
-                self._graphs[name] = CudaGraphModule(step, in_keys=[], out_keys=[])
-        return self._graphs[name](batch)
+                self._graphs[form] = CudaGraphModule(step, in_keys=[], out_keys=[])
+        try:
+            return self._graphs[form](batch.copy())  # it puts other tensors into what it is given
+        except RuntimeError as error:
+            if "captur" not in str(error):
+                raise
+            raise RuntimeError(
+                "an update could not be captured as a CUDA graph. A part of your own may read the value of a tensor "
+                "(`if tensor`, `.item()`), or give one a shape that depends on values: let it not, or set cuda_graphs "
+                "of LearnerConfig to False"
+            ) from error
 
     def update_world_model(self, sequences: TensorDictBase) -> TensorDict:
         """Take one optimizer step on one combined batch of all agents' sequences.
@@ -162,12 +173,13 @@ class Learner:
                 the optimizer skips the step, and the returned numbers tell.
         """
         self._decay_learning_rate(self.world_model_optimizer, self.config.world_model_lr)
-        if self.captures_graphs:
-            self.world_model.max_boundaries = sequences.numel()
         return self._take(self._step_world_model, sequences)
 
     def _step_world_model(self, sequences: TensorDictBase) -> TensorDict:
         clip, clip_ = self.config.world_model_clip, torch.nn.utils.clip_grad_norm_
+        max_boundaries = self.world_model.max_boundaries
+        if self.captures_graphs:
+            self.world_model.max_boundaries = sequences.numel()
         self.world_model.train()
         try:
             with self._autocast():
@@ -176,6 +188,7 @@ class Learner:
             guard.step([gradient], self._diagnosis(sequences, self.world_model, self.world_model_loss))
         finally:
             self.world_model.eval()
+            self.world_model.max_boundaries = max_boundaries
         return losses.detach().set("world_model_grad_norm", gradient.norm)
 
     def update_agents(self, starts: TensorDictBase, *, train_actors: bool = True) -> TensorDict:

@@ -71,6 +71,14 @@ def test_a_copy_that_acts_elsewhere_gets_the_weights_of_the_policy() -> None:
     collector.update_policy_weights_()
     assert_same(collector.policy.state_dict(), before)
     assert_same(policy.state_dict(), before)
+    # The posterior of a world model in training mode is noisy.
+    assert policy.training and not any(module.training for module in collector.policy.modules())
+    # The weights that a resumed run has loaded are those that it acts with.
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1)
+    collector.load_state_dict(collector.state_dict())
+    assert_same(collector.policy.state_dict(), policy.state_dict())
 
 
 @pytest.mark.parametrize("restart_every", [10_000, 3 * FRAMES], ids=["from the start", "from a restart"])

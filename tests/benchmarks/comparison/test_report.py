@@ -170,10 +170,21 @@ def test_runs_of_other_settings_are_named() -> None:
     for run in runs:
         if (run["environment"], run["method"]) == ("simple_tag", "iql") and run["seed"] != 11:
             run["settings"] = {**run["settings"], "gamma": 0.5}
-    different = "gamma: 0.5, now 0.95 (simple_tag-iql-10, simple_tag-iql-12)"
+    different = "gamma: 0.5, now 0.95 (simple_tag-iql 10 12)"
     assert report.other_settings(Results(runs)) == [different]
     for section in (report.long_section, report.short_section):
         assert f"**{text}**: {different}." in section(Results(runs), NOWHERE)
+
+
+def test_runs_that_were_trained_on_a_gpu_are_named() -> None:
+    runs = [run for run in full_grid() if run["environment"] == "wheel"]
+    assert report.on_gpus(Results(runs)) == ""
+    for run in runs:
+        if run["method"] == "matwm":
+            run["made_with"] = {"commit": "1", "torch": "2", "device": "NVIDIA H200"}
+    text = "**Trained on NVIDIA H200**: wheel-matwm 10 11 12. All other runs were trained on one core of a CPU."
+    assert report.on_gpus(Results(runs)) == text
+    assert text in report.short_section(Results(runs), NOWHERE)
 
 
 def test_environments_that_show_former_seeds_are_named() -> None:
@@ -192,8 +203,8 @@ def test_environments_that_show_former_seeds_are_named() -> None:
     assert report.other_settings(Results(runs)) == []
     for run in runs:
         run["settings"]["protocol"]["evaluation_seed"] = 1_000_003
-    assert "wheel-matwm-0" not in str(report.other_settings(Results(runs)))
-    assert "wheel-random-10" in str(report.other_settings(Results(runs)))
+    assert "wheel-matwm" not in str(report.other_settings(Results(runs)))
+    assert "wheel-random 10" in str(report.other_settings(Results(runs)))
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
