@@ -106,6 +106,8 @@ def make_env(
         env = _without_batch(make, name)
     elif parallel:
         env = ParallelMultiAgentEnv(num_envs, partial(_in_worker, end_rules, make, name))
+    elif family.make_batch is not None:
+        env = _make_one(family.make_batch, *make.args[1:], **make.keywords, num_envs=num_envs)
     else:
         env = SerialMultiAgentEnv(num_envs, partial(_without_batch, make, name))
     if seed is not None:

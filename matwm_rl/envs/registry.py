@@ -31,6 +31,7 @@ class Family:
 
     make: MakeFamily
     vectorized: bool
+    make_batch: MakeFamily | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,9 @@ end_rules: ClassRegistry[RegisteredEndRule] = ClassRegistry()
 renderers: ClassRegistry[Renderer] = ClassRegistry()
 
 
-def register_family(name: str, make: MakeFamily, *, vectorized: bool = False) -> None:
+def register_family(
+    name: str, make: MakeFamily, *, vectorized: bool = False, make_batch: MakeFamily | None = None
+) -> None:
     """Register a family of environments: ``make_env(f"{name}/{task}")`` then calls ``make``.
 
     Call it where the module that defines the family is imported. A name that is registered again gets the new family.
@@ -128,6 +131,8 @@ def register_family(name: str, make: MakeFamily, *, vectorized: bool = False) ->
         vectorized: whether one environment simulates a batch. Then ``make`` is called once and returns an environment
             of batch size ``[num_envs]``. Else it is called for each environment, always with ``num_envs=1``, and
             returns one without a batch dimension.
+        make_batch: of a family that is not vectorized, makes ``num_envs`` environments as one of that batch size, for
+            one process; by default they are stepped one by one.
 
     Raises:
         ValueError: if the name is empty or has a slash or a colon.
@@ -145,7 +150,7 @@ def register_family(name: str, make: MakeFamily, *, vectorized: bool = False) ->
     check_switches(vectorized=vectorized)
     if "/" in name or ":" in name:
         raise ValueError(f"the name of a family must not be empty or have a slash or a colon, got {name!r}.")
-    families[name] = Family(make, vectorized)
+    families[name] = Family(make, vectorized, make_batch)
 
 
 def register_end_rule(env_type: type[EnvBase], rule: EndRule, *, agents_die: bool = True) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,11 @@ def render_frame(env: EnvBase, env_index: int = 0) -> NDArray[np.uint8]:
 
 
 def _render_pettingzoo(env: EnvBase, env_index: int) -> NDArray[np.uint8]:
-    raw = simulator(env)
+    return render_game(simulator(env))
+
+
+def render_game(raw: Any) -> NDArray[np.uint8]:
+    """Draw a game of PettingZoo."""
     mode = getattr(raw, "render_mode", None)
     if mode != "rgb_array":
         raise RuntimeError(

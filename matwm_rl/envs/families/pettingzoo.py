@@ -7,6 +7,7 @@ import os
 import pkgutil
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,7 @@ from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, MarlGroupMapType
 from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 
+from matwm_rl.envs.families.game_batch import GameBatch
 from matwm_rl.envs.families.named import construct, unknown_environment
 from matwm_rl.envs.families.packages import import_package
 from matwm_rl.envs.game_check import CheckedGame
@@ -33,6 +35,11 @@ def make_mpe(task: str, *, num_envs: int, device: torch.device | str | None, **k
         ValueError: if there is no such module.
     """
     return _make("mpe2", "mpe2", task, extra="mpe", device=device, **({"max_cycles": MPE_MAX_CYCLES} | kwargs))
+
+
+def make_mpe_batch(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
+    """Make several environments of a module of ``mpe2`` as one; see :func:`make_mpe`."""
+    return GameBatch(partial(make_mpe, task, num_envs=1, device=device, **kwargs), num_envs)
 
 
 def make_butterfly(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
@@ -230,7 +237,7 @@ def _check_groups(env: Any, group_map: dict[str, list[str]] | MarlGroupMapType) 
             )
 
 
-register_family("mpe2", make_mpe)
+register_family("mpe2", make_mpe, make_batch=make_mpe_batch)
 register_family("butterfly", make_butterfly)
 register_family("sisl", make_sisl)
 register_family("magent2", make_magent2)
