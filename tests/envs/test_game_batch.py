@@ -15,7 +15,12 @@ from matwm_rl.envs.families.game_batch import GameBatch
 from matwm_rl.envs.registry import unwrap
 from tests.training.helpers import assert_same
 
-NAMES = ["simple_tag_v3", "simple_speaker_listener_v4", "simple_world_comm_v3"]
+NAMES = {
+    "mpe2/simple_tag_v3": {"max_cycles": 7},
+    "mpe2/simple_speaker_listener_v4": {"max_cycles": 7},
+    "mpe2/simple_world_comm_v3": {"max_cycles": 7},
+    "lbforaging/Foraging-5x5-2p-1f-v3": {"max_episode_steps": 7},
+}
 
 
 class Game:
@@ -46,8 +51,8 @@ class Game:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_is_what_single_environments_are(name: str) -> None:
-    batch = make_env(f"mpe2/{name}", seed=3, num_envs=3, max_cycles=7)
-    single = SerialMultiAgentEnv(3, partial(make_env, f"mpe2/{name}", max_cycles=7))
+    batch = make_env(name, seed=3, num_envs=3, **NAMES[name])
+    single = SerialMultiAgentEnv(3, partial(make_env, name, **NAMES[name]))
     assert isinstance(batch, MultiAgentEnv) and isinstance(unwrap(batch), GameBatch)
     check_env_specs(batch)
     for env in (batch, single):

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torchrl.envs import EnvBase
 
+from matwm_rl.envs.families.game_batch import GameBatch
 from matwm_rl.envs.families.named import construct, unknown_environment
 from matwm_rl.envs.families.packages import import_package
+from matwm_rl.envs.families.pettingzoo import wrap_pettingzoo
 from matwm_rl.envs.families.tuple_game import TupleGame
 from matwm_rl.envs.registry import register_family
 
@@ -116,5 +119,12 @@ def _make(
 
 make_rware = partial(_make, "rware", "max_steps", Warehouse)
 make_lbforaging = partial(_make, "lbforaging", "max_episode_steps", Foraging)
+
+
+def make_lbforaging_batch(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
+    """Make several environments of level-based foraging as one."""
+    return GameBatch(lambda: wrap_pettingzoo(make_lbforaging(task, num_envs=1, device=device, **kwargs)), num_envs)
+
+
 register_family("rware", make_rware)
-register_family("lbforaging", make_lbforaging)
+register_family("lbforaging", make_lbforaging, make_batch=make_lbforaging_batch)
