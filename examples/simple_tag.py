@@ -25,7 +25,6 @@ def train(cfg: presets.TrainConfig) -> None:
         importlib.import_module(module)
     torch.manual_seed(cfg.seed)
     prepare_process(num_threads=cfg.num_threads, matmul_precision=cfg.matmul_precision)
-
     env = make_env(cfg.env, seed=cfg.seed, num_envs=cfg.num_envs, device=cfg.env_device, **cfg.env_kwargs)
     # One world model, shared by all agents; actors and critics are each agent's or each group's, with stacked weights.
     world_model = WorldModel.from_env(env, cfg.world_model).to(cfg.device)

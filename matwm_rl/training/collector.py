@@ -88,6 +88,7 @@ class ResumableCollector(Collector):
             if not repeats_itself(env, seed):
                 self._restart_every = checkpoint_every
         super().__init__(env, policy, **kwargs)
+        self._has_schemes = bool(kwargs.get("weight_sync_schemes"))
         self._weights: tuple[list[Tensor], list[Tensor]] | None = None
         if isinstance(policy, nn.Module) and self.policy is not policy:
             self.policy.eval()
@@ -108,13 +109,13 @@ class ResumableCollector(Collector):
             policy_or_weights: the others, as TorchRL's collector takes them.
             kwargs: of TorchRL's collector.
         """
-        if policy_or_weights is not None or kwargs or self._weight_sync_schemes:
+        if policy_or_weights is not None or kwargs or self._has_schemes:
             super().update_policy_weights_(policy_or_weights, **kwargs)
             return
         if self._weights is not None:
             # TorchRL gathers the weights anew at every call: 40 ms in place of 1.
-            acting, given = self._weights
-            torch._foreach_copy_(acting, given)
+            for acting, given in zip(*self._weights, strict=True):
+                acting.copy_(given)
         self.increment_version()
 
     def iterator(self) -> Iterator[TensorDictBase]:

@@ -64,6 +64,7 @@ class Learner:
             :class:`~matwm_rl.objectives.ActorLoss`, :class:`~matwm_rl.modules.Imagination` and
             :class:`~matwm_rl.objectives.LambdaReturn`.
         TypeError: if the actor has no ``get_dist``.
+        RuntimeError: on a GPU, if an update of which a part reads the value of a tensor cannot become a CUDA graph.
 
     Examples:
         >>> from matwm_rl import presets

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchrl.envs.utils import check_env_specs
 
-from matwm_rl.envs import MultiAgentEnv, ParallelMultiAgentEnv, SerialMultiAgentEnv, make_env
+from matwm_rl.envs import MultiAgentEnv, SerialMultiAgentEnv, factory, make_env
 from matwm_rl.envs.families import wrap_pettingzoo
 from matwm_rl.envs.families.game_batch import GameBatch
 from matwm_rl.envs.registry import unwrap
@@ -70,10 +70,11 @@ def test_a_batch_is_what_single_environments_are(name: str) -> None:
         )
 
 
-def test_in_processes_there_is_one_environment_in_each() -> None:
-    env = make_env("mpe2/simple_spread_v3", seed=0, num_envs=2, parallel=True)
-    assert isinstance(env, ParallelMultiAgentEnv)
-    env.close()
+def test_in_processes_there_is_one_environment_in_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, MultiAgentEnv]] = []
+    monkeypatch.setattr(factory, "ParallelMultiAgentEnv", lambda num_envs, make: asked.append((num_envs, make())))
+    make_env("mpe2/simple_spread_v3", num_envs=2, parallel=True)
+    assert [(num_envs, env.batch_size) for num_envs, env in asked] == [(2, ())]
 
 
 def test_each_game_of_a_batch_can_be_drawn() -> None:

@@ -246,6 +246,6 @@ def test_an_own_renderer_is_used() -> None:
     assert env.render_frame()[0, 0, 0] == 10
     with pytest.raises(
         NotImplementedError,
-        match="no renderer for MockEnv; registered: Duel, MeltingpotWrapper, PettingZooWrapper, Vmas",
+        match="no renderer for MockEnv; registered: Duel, GameBatch, MeltingpotWrapper, PettingZooWrapper, Vmas",
     ):
         make_env("mock").render_frame()

@@ -68,12 +68,12 @@ def test_curves_show_every_measure_and_all_together(tmp_path: Path) -> None:
 
 
 def test_environments_are_compared_where_all_have_checkpoints(tmp_path: Path) -> None:
-    runs = full_grid()
+    runs = [run for run in full_grid() if run["environment"] in ("simple_spread", "balance")]
     for run in runs:
         if run["environment"] == "simple_spread":
             run["figures"] = {"22500" if step == "15000" else step: f for step, f in run["figures"].items()}
     shown = panels(figures.draw_curves(Results(runs), tmp_path / "curves.png"))
-    together = lines(shown["10 environments together: interquartile mean, 95% interval"])
+    together = lines(shown["2 environments together: interquartile mean, 95% interval"])
     assert together["MATWM"][0] == [5_000, 10_000, 20_000, 25_000]
     assert lines(shown["simple_spread: mean return"])["MATWM"][0] == [5_000, 10_000, 20_000, 22_500, 25_000]
 
@@ -92,9 +92,10 @@ def test_a_reference_far_off_is_noted_and_does_not_flatten_the_curves(tmp_path: 
 
 
 def test_the_world_model_is_drawn_over_training(tmp_path: Path) -> None:
-    figure = figures.draw_world_model(Results(full_grid()), tmp_path / "world_model.png")
+    runs = [run for run in full_grid() if run["environment"] in ("simple_tag", "balance")]
+    figure = figures.draw_world_model(Results(runs), tmp_path / "world_model.png")
     shown = panels(figure)
-    assert len(shown) == 10 * 3
+    assert len(shown) == 2 * 3
     drawn = lines(shown["simple_tag: teammates' actions"])
     assert list(drawn) == ["trivial predictor", *(f"after {step // 1000}K steps" for step in STAGES)]
     horizons, ratios = drawn["after 25K steps"]
