@@ -212,10 +212,11 @@ def random_index(mask: Tensor) -> Tensor:
 
 
 def sample_index(weights: Tensor, uniform: Tensor | None = None) -> Tensor:
-    """Draw category indices, on a CPU by the inverse of the cumulative distribution.
+    """Draw category indices.
 
-    There this takes one uniform number per draw, and is ten to thirty times faster than ``OneHotCategorical.sample``.
-    On a GPU cumulative sums are slow, and indices are drawn as ``torch.multinomial`` draws them, by :func:`race`.
+    On a CPU, they are drawn by the inverse of the cumulative distribution. This needs one uniform number per draw, and
+    is ten to thirty times faster than ``OneHotCategorical.sample``. On a GPU, where cumulative sums are slow, they are
+    drawn by :func:`race`, as in ``torch.multinomial``.
 
     Args:
         weights: ``[..., C]``, probabilities up to a factor.
@@ -239,10 +240,10 @@ def sample_index(weights: Tensor, uniform: Tensor | None = None) -> Tensor:
 
 
 def race(weights: Tensor) -> Tensor:
-    """Draw category indices: each category gets an exponential time, with its weight as rate; the first one wins.
+    """Draw category indices: every category gets an exponential random time, and the shortest time wins.
 
     Args:
-        weights: ``[..., C]``, probabilities up to a factor, at least one in ``[C]`` above zero.
+        weights: ``[..., C]``, rates of the exponential distributions: probabilities up to a factor, not all zero.
 
     Returns:
         int64 ``[...]``.

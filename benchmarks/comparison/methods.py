@@ -39,6 +39,8 @@ NO_TEAMMATES = ("world_model.teammate_predictor=false",)
 NO_RECENCY = ("replay.recency_decay=1.0",)
 NO_ACTION_SCALING = ("world_model.action_scaling=false",)
 """Overrides of the training script: the preset of all runs of MATWM, and the paper's ablations (Table 5)."""
+DEVICES = ("device", "env_device")
+"""Settings of the training script that do not change what is learnt."""
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,14 @@ def of_every_run(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in config.items()
-        if name not in ("run_dir", "seed", "resume", "checkpoint_every", "logger", "device", "env_device")
+        if name not in ("run_dir", "seed", "resume", "checkpoint_every", "logger", *DEVICES)
     }
 
 
 def differences(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """Return the settings that differ and change what is learnt, as ``name: then, now NOW``."""
     then, now = _flat(stored), _flat(json.loads(json.dumps(settings)))
-    names = sorted({*then, *now} - {"device", "env_device", "learner.cuda_graphs"})
+    names = sorted({*then, *now} - {*DEVICES, "learner.cuda_graphs"})
     return [f"{name}: {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
 
 

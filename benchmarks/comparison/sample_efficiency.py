@@ -104,9 +104,9 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
     prepare_process(num_threads=1, matmul_precision="highest")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the training script
     environment, method = run.spec, METHODS[run.method]
-    device = run.device if isinstance(method, Matwm) else "cpu"
+    device = "cpu"
     if isinstance(method, Matwm):
-        method = replace(method, device=device)
+        device, method = run.device, replace(method, device=run.device)
     torch.manual_seed(run.seed)
     began = _core_seconds()
     figures: dict[str, dict[str, float]] = {}

@@ -323,7 +323,7 @@ class TrainingRun:
 
 @contextmanager
 def _quiet_torchrl() -> Iterator[None]:
-    """Leave out what TorchRL and TensorDict tell their developers: shapes of storages, captures of CUDA graphs."""
+    """Silence messages of TorchRL and TensorDict for developers: shapes of storages, captures of CUDA graphs."""
     loggers = [logging.getLogger(name) for name in ("torchrl", "tensordict")]
     levels = [logger.level for logger in loggers]
     if "RL_LOGGING_LEVEL" not in os.environ:

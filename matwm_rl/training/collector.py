@@ -103,10 +103,10 @@ class ResumableCollector(Collector):
 
     @torch.no_grad()
     def update_policy_weights_(self, policy_or_weights: Any = None, **kwargs: Any) -> None:
-        """Give the acting copy the weights of the given policy, or others; without a copy there is nothing to do.
+        """Copy the weights of the policy into the copy that acts; if there is no copy, nothing has to be done.
 
         Args:
-            policy_or_weights: the others, as TorchRL's collector takes them.
+            policy_or_weights: other weights to act with, in a form that TorchRL's collector takes.
             kwargs: of TorchRL's collector.
         """
         if policy_or_weights is not None or kwargs or self._has_schemes:

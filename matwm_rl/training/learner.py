@@ -115,7 +115,7 @@ class Learner:
         self.target_updater = SoftUpdate(self.critic_loss, eps=cfg.critic_decay)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What refers to other attributes is built anew. A copy learns alone.
+        # The target updater and the graphs refer to tensors of this learner. A copy builds its own, and learns alone.
         state = {name: value for name, value in self.__dict__.items() if name != "target_updater"}
         return {**state, "_graphs": {}, "group": None}
 
@@ -130,13 +130,17 @@ class Learner:
     def _optimizer(self, loss: LossModule, lr: float) -> torch.optim.Optimizer:
         trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
         capturable = self.config.cuda_graphs and trained[0].device.type == "cuda"
-        # A graph reads the learning rate from where it was when the graph was captured.
+        # A graph always reads the learning rate from the same memory, so that it has to be a tensor.
         rate = torch.tensor(lr, device=trained[0].device) if capturable else lr
         return torch.optim.Adam(trained, lr=rate, fused=True, capturable=capturable)
 
     @property
     def captures_graphs(self) -> bool:
-        """Whether updates are CUDA graphs: with ``cuda_graphs``, of a learner built on a GPU that learns alone."""
+        """Whether updates run as CUDA graphs.
+
+        They do if ``cuda_graphs`` is on, the networks were on a GPU when the learner was built, and no other processes
+        learn with it.
+        """
         return self.world_model_optimizer.defaults["capturable"] and self.group is None
 
     def _take(self, step: Callable[[TensorDictBase], TensorDict], batch: TensorDictBase) -> TensorDict:
@@ -227,8 +231,8 @@ class Learner:
         metrics = TensorDict({"imagined_reward": masked_mean(imagined["next", "agents", "reward"], None)})
         learning = [(self.actor_loss, self.actor_optimizer)] if train_actors else []
         learning.append((self.critic_loss, self.critic_optimizer))
-        # Of n minibatches, each takes every n-th start. Where several processes have equal parts of the starts, the
-        # processes' minibatches together are then the same as those of one process that has all starts.
+        # Minibatch i of n has the starts i, i + n, i + 2n and so on. If several processes have equal parts of the
+        # starts, their i-th minibatches together are the i-th minibatch of one process that has all starts.
         count = min(cfg.agent_minibatches, len(imagined))
         for part in cfg.agent_epochs * [imagined[first::count] for first in range(count)]:
             gradients = []

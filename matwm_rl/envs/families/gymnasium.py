@@ -122,7 +122,7 @@ make_lbforaging = partial(_make, "lbforaging", "max_episode_steps", Foraging)
 
 
 def make_lbforaging_batch(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
-    """Make several environments of level-based foraging as one."""
+    """Make ``num_envs`` environments of level-based foraging that step as one batch."""
     return GameBatch(lambda: wrap_pettingzoo(make_lbforaging(task, num_envs=1, device=device, **kwargs)), num_envs)
 
 

@@ -38,7 +38,7 @@ def make_mpe(task: str, *, num_envs: int, device: torch.device | str | None, **k
 
 
 def make_mpe_batch(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
-    """Make several environments of a module of ``mpe2`` as one; see :func:`make_mpe`."""
+    """Make ``num_envs`` environments of a module of ``mpe2`` that step as one batch; see :func:`make_mpe`."""
     return GameBatch(partial(make_mpe, task, num_envs=1, device=device, **kwargs), num_envs)
 
 
