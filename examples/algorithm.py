@@ -27,7 +27,7 @@ def main(cfg: presets.TrainConfig) -> tuple[WorldModelPolicy, Matches]:
     imagination = Imagination(world_model, actor, horizon=hyper.horizon)
     returns = LambdaReturn(critic, gamma=hyper.gamma, lmbda=hyper.lmbda, reward_norm=world_model.two_hot.norm)
     model_loss = WorldModelLoss(world_model, weights=hyper.loss_weights)
-    actor_loss, critic_loss = ActorLoss(actor, num_agents=env.num_agents, **hyper.actor.arguments()), CriticLoss(critic)
+    actor_loss, critic_loss = ActorLoss(actor, **hyper.actor.arguments(world_model.actions)), CriticLoss(critic)
     slow_critic = SoftUpdate(critic_loss, eps=hyper.critic_decay)
     rates = {model_loss: hyper.world_model_lr, actor_loss: hyper.actor_lr, critic_loss: hyper.critic_lr}
     trained = {loss: [p for p in loss.parameters() if p.requires_grad] for loss in rates}

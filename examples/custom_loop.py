@@ -31,7 +31,7 @@ def main(total_steps: int = 2_500, episodes: int = 30, **changes) -> None:
         for _ in range(cfg.updates_per_batch):
             learner.update_world_model(replay.sequences.sample())
             learner.update_agents(replay.starts.sample(), train_actors=learner.updates >= cfg.critic_warmup)
-    for name, acting in (("random", RandomActions()), ("trained", policy)):
+    for name, acting in (("random", RandomActions(env.layout.actions)), ("trained", policy)):
         print(f"{name} agents, mean return: {evaluate(test_env, acting, episodes=episodes).per_group()['agent']:.1f}")
 
 

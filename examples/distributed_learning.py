@@ -46,7 +46,7 @@ def main(env="mpe2/simple_spread_v3", total_steps=10_000, seed=0, run_dir="", *,
         if rank == 0 and run_dir and replay.env_steps % cfg.checkpoint_every < cfg.frames_per_batch:
             save_checkpoint(run_dir, learner=learner, replay=replay, env_steps=replay.env_steps)
     if rank == 0:  # all have the same weights
-        for name, acting in (("random", RandomActions()), ("trained", policy)):
+        for name, acting in (("random", RandomActions(env.layout.actions)), ("trained", policy)):
             print(f"{name} agents, mean return: {evaluate(test_env, acting, episodes=episodes).per_group()}")
     dist.destroy_process_group()
 

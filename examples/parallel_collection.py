@@ -57,7 +57,7 @@ def main(total_steps: int = 3_000, updates: int = 15, episodes: int = 30, **chan
 
     print(f"{replay.env_steps} steps by 2 workers; the learner waited for them {waited:.0%} of the time")
     env = TransformedEnv(env, policy.make_tensordict_primer())
-    for name, acting in (("random", RandomActions()), ("trained", policy)):
+    for name, acting in (("random", RandomActions(env.layout.actions)), ("trained", policy)):
         print(f"{name} agents, mean return: {evaluate(env, acting, episodes=episodes).per_group()['agent']:.1f}")
 
 

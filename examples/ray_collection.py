@@ -51,7 +51,7 @@ def main(env="mpe2/simple_spread_v3", total_steps=10_000, seed=0, *, workers=2, 
                 break
     collector.shutdown()
     test_env = TransformedEnv(test_env, policy.make_tensordict_primer())
-    for name, acting in (("random", RandomActions()), ("trained", policy)):
+    for name, acting in (("random", RandomActions(test_env.layout.actions)), ("trained", policy)):
         print(f"{name} agents, mean return: {evaluate(test_env, acting, episodes=episodes).per_group()}")
 
 

@@ -1,15 +1,24 @@
-"""The distribution of an agent's choice among its legal actions."""
+"""The distributions of an agent's action: a choice among legal actions, or a vector of bounded numbers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
+from torch.distributions.constraints import Constraint, independent, interval
 from torchrl.modules import MaskedCategorical
 
 from matwm_rl.checks import check_shape, check_type
 from matwm_rl.functional import sample_index, softmax_over_few
+
+INVERSE_ROOT_2 = math.sqrt(0.5)
+LOG_ROOT_2_PI = 0.5 * math.log(2 * math.pi)
+LEAST_SCALE, LARGEST_SCALE = 0.1, 1.0
+"""Bounds of the scale of :class:`BoxDistribution`, as of DreamerV3's bounded normal (arXiv:2301.04104)."""
 
 
 class ActionDistribution(MaskedCategorical):
@@ -53,3 +62,126 @@ class ActionDistribution(MaskedCategorical):
     def deterministic_sample(self) -> Tensor:
         """The likeliest actions ``[*batch]``; TorchRL asks for them under deterministic exploration."""
         return self.logits.argmax(-1)
+
+
+class BoxDistribution(Distribution):
+    r"""Distribution of a vector of numbers from -1 to 1, each of them drawn by a truncated normal of its own.
+
+    .. math::
+        p(a) = \frac{1}{s Z} \phi\left(\frac{a - m}{s}\right), \qquad
+        Z = \Phi\left(\frac{1 - m}{s}\right) - \Phi\left(\frac{-1 - m}{s}\right)
+
+    with the location :math:`m = \tanh(x)` and the scale :math:`s` from 0.1 to 1, a sigmoid of :math:`y + 2`. Outputs
+    :math:`x = y = 0` of a network give a broad distribution around 0. As the location never leaves the bounds,
+    densities, entropies and their gradients are finite everywhere, at the bounds too.
+
+    TorchRL's ``TruncatedNormal`` looks at the values of its arguments when it is made and when it is asked for
+    log-probabilities: a GPU waits each time, and CUDA graphs are impossible. It has no mask.
+
+    Args:
+        logits: ``[*batch, 2 A]``, the A numbers x and then the A numbers y.
+        mask: bool ``[*batch, A]``, which numbers the agent has. The others are 0 and count as certain.
+
+    Raises:
+        ValueError: without a mask, or with one of another shape.
+
+    Examples:
+        >>> dist = BoxDistribution(logits=torch.zeros(3, 4), mask=torch.tensor([True, False]).expand(3, 2))
+        >>> dist.log_prob(torch.zeros(3, 2)).shape, dist.mode.tolist()[0]
+        (torch.Size([3]), [0.0, 0.0])
+        >>> (dist.sample()[:, 1] == 0).all()
+        tensor(True)
+    """
+
+    arg_constraints: ClassVar[dict[str, Constraint]] = {}
+    _validate_args = False
+
+    def __init__(self, *, logits: Tensor, mask: Tensor) -> None:
+        if mask is None:
+            raise ValueError("'action_mask' is missing: it says which numbers of an action an agent has")
+        check_type(mask, "'action_mask' is read", torch.bool)
+        size = logits.shape[-1] // 2
+        self.mask = check_shape(mask, "'action_mask' is read", (*logits.shape[:-1], size))
+        self.logits = logits
+        self.loc, self.scale = box_parameters(logits)
+        super().__init__(logits.shape[:-1], torch.Size([size]))
+
+    @property
+    def support(self) -> Constraint:  # type: ignore[override]
+        """Vectors of numbers from -1 to 1."""
+        return independent(interval(-1.0, 1.0), 1)
+
+    @property
+    def mode(self) -> Tensor:
+        """The likeliest actions ``[*batch, A]``."""
+        return self.loc * self.mask
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        """The likeliest actions ``[*batch, A]``; TorchRL asks for them under deterministic exploration."""
+        return self.mode
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean actions ``[*batch, A]``."""
+        low, high = self._standard_bounds()
+        return self.mask * (self.loc + self.scale * (_phi(low) - _phi(high)) / self._mass(low, high))
+
+    def sample(self, sample_shape: torch.Size | Sequence[int] | None = None) -> Tensor:
+        """Draw actions ``[*sample_shape, *batch, A]``, by the inverse of the cumulative distribution."""
+        with torch.no_grad():
+            low, high = (torch.erf(bound * INVERSE_ROOT_2) for bound in self._standard_bounds())
+            uniform = torch.rand(*(sample_shape or ()), *low.shape, dtype=low.dtype, device=low.device)
+            # erfinv is infinite at 1, which is what erf is rounded to above 4.
+            limit = 1 - torch.finfo(low.dtype).eps
+            standard = torch.erfinv((low + uniform * (high - low)).clamp(-limit, limit)) / INVERSE_ROOT_2
+            return (self.loc + self.scale * standard).clamp(-1.0, 1.0) * self.mask
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-densities ``[*batch]`` of actions ``[*batch, A]``, in nats; actions are taken to be in the bounds."""
+        check_type(value, what := "a box agent's action is read", self.logits.dtype)
+        shape = (*value.shape[: value.ndim - self.mask.ndim], *self.mask.shape)
+        return self.log_probs(check_shape(value, what, shape)).sum(-1)
+
+    def log_probs(self, value: Tensor) -> Tensor:
+        """Log-densities ``[*batch, A]`` of each number of actions ``[*batch, A]``, 0 where the mask forbids it."""
+        mass = self._mass(*self._standard_bounds())
+        standard = (value - self.loc) / self.scale
+        return torch.where(self.mask, -0.5 * standard.square() - LOG_ROOT_2_PI - (self.scale * mass).log(), 0.0)
+
+    def entropy(self) -> Tensor:
+        """Differential entropies ``[*batch]`` in nats; at most log 2 for every number."""
+        low, high = self._standard_bounds()
+        mass = self._mass(low, high)
+        edge = (low * _phi(low) - high * _phi(high)) / (2 * mass)
+        return torch.where(self.mask, 0.5 + LOG_ROOT_2_PI + (self.scale * mass).log() + edge, 0.0).sum(-1)
+
+    def _standard_bounds(self) -> tuple[Tensor, Tensor]:
+        return (-1 - self.loc) / self.scale, (1 - self.loc) / self.scale
+
+    @staticmethod
+    def _mass(low: Tensor, high: Tensor) -> Tensor:
+        """Probability between two bounds, the lower at most 0 and the upper at least 0: nothing cancels."""
+        return 0.5 * (torch.erf(high * INVERSE_ROOT_2) - torch.erf(low * INVERSE_ROOT_2))
+
+
+def box_parameters(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the locations and the scales of a :class:`BoxDistribution`.
+
+    Args:
+        logits: ``[*batch, 2 A]``.
+
+    Returns:
+        two tensors ``[*batch, A]``.
+
+    Examples:
+        >>> [part.item() for part in box_parameters(torch.tensor([0.0, 0.0]))]
+        [0.0, 0.8927...]
+    """
+    raw_loc, raw_scale = logits.chunk(2, -1)
+    return raw_loc.tanh(), LEAST_SCALE + (LARGEST_SCALE - LEAST_SCALE) * (raw_scale + 2).sigmoid()
+
+
+def _phi(x: Tensor) -> Tensor:
+    """Density of the standard normal distribution."""
+    return (-0.5 * x.square() - LOG_ROOT_2_PI).exp()

@@ -1,6 +1,7 @@
 """What agents can do: the one place that knows whether an action is an index or a vector.
 
-Legend: N agents, A numbers that describe one agent's distribution (discrete: the most actions of an agent), F features.
+Legend: N agents; A entries of an action mask: the most actions of an agent, or the most numbers in an agent's action;
+P numbers that describe one agent's action distribution; F features.
 """
 
 from __future__ import annotations
@@ -39,11 +40,14 @@ class ActionSpace(ABC):
 
     Attributes:
         num_agents: N.
-        num_parameters: A, numbers that describe one agent's action distribution: what actors and teammate predictors
-            put out. Of discrete actions these are logits.
+        num_actions: A, entries of one agent's action mask.
+        num_parameters: P, numbers that describe one agent's action distribution: what actors and teammate predictors
+            put out, under keys that are called logits for every kind of action. Of discrete actions, where P = A, these
+            are logits.
         action_shape: shape of one agent's action; ``()`` for an index.
         dtype: of actions.
-        distribution_class: makes a distribution of ``logits [*batch, N, A]`` and ``mask [*batch, N, A]``.
+        distribution_class: makes a distribution of ``logits [*batch, N, P]`` and ``mask [*batch, N, A]``.
+        has_probs: whether this distribution has ``probs``, probabilities of finitely many actions.
 
     Examples:
         >>> space: ActionSpace = DiscreteActions([3, 2])
@@ -52,10 +56,12 @@ class ActionSpace(ABC):
     """
 
     num_agents: int
+    num_actions: int
     num_parameters: int
     action_shape: tuple[int, ...]
     dtype: torch.dtype
     distribution_class: Callable[..., Distribution]
+    has_probs: bool
     _kinds: ClassVar[dict[str, type[ActionSpace]]] = {}
 
     def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:
@@ -124,8 +130,22 @@ class ActionSpace(ABC):
         """
 
     @abstractmethod
-    def mask_parameters(self, parameters: Tensor, legal: Tensor) -> Tensor:
-        """Exclude from ``parameters [..., A]`` what ``legal``, bool ``[..., A]``, says an agent does not have."""
+    def mask_parameters(self, parameters: Tensor, legal: Tensor, fill: float = ILLEGAL_LOGIT) -> Tensor:
+        """Exclude from ``parameters [..., P]`` what ``legal``, bool ``[..., A]``, says an agent does not have.
+
+        Args:
+            parameters: ``[..., P]``.
+            legal: bool ``[..., A]``.
+            fill: what is written in their place.
+        """
+
+    @abstractmethod
+    def are_drawable(self, parameters: Tensor, mask: Tensor) -> Tensor:
+        """Whether a legal action can be drawn, bool ``[...]``, by ``parameters [..., P]`` and ``mask [..., A]``."""
+
+    @abstractmethod
+    def mode(self, parameters: Tensor) -> Tensor:
+        """Return the likeliest actions ``[..., *action_shape]`` of masked ``parameters [..., P]``."""
 
     @abstractmethod
     def encode(self, action: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,15 +153,18 @@ class ActionSpace(ABC):
 
     @abstractmethod
     def features(self, parameters: Tensor) -> Tensor:
-        """Bounded form ``[..., A]`` of predicted action distributions, for networks to read."""
+        """Bounded form ``[..., P]`` of predicted, masked action distributions, for networks to read."""
 
     @abstractmethod
     def negative_log_likelihood(self, parameters: Tensor, action: Tensor) -> Tensor:
-        """Negative log-likelihood ``[...]``, in nats, of actions under predicted distributions.
+        """Negative log-likelihood ``[...]``, in nats, of actions under predicted, masked distributions.
 
         Args:
-            parameters: ``[..., A]``.
+            parameters: ``[..., P]``.
             action: ``[..., *action_shape]``.
+
+        Raises:
+            TypeError: if actions are of another dtype.
         """
 
     @abstractmethod
@@ -153,7 +176,7 @@ class ActionSpace(ABC):
             mask: bool ``[S, ...]``, which samples count.
 
         Returns:
-            parameters ``[..., A]``.
+            parameters ``[..., P]``.
         """
 
 
@@ -189,9 +212,14 @@ class DiscreteActions(ActionSpace, kind="discrete"):
         return len(self.counts)
 
     @property
-    def num_parameters(self) -> int:  # type: ignore[override]
+    def num_actions(self) -> int:  # type: ignore[override]
         """A, the most actions of any agent."""
         return max(self.counts)
+
+    @property
+    def num_parameters(self) -> int:  # type: ignore[override]
+        """A logit for every action."""
+        return self.num_actions
 
     @property
     def action_shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -208,19 +236,24 @@ class DiscreteActions(ActionSpace, kind="discrete"):
         """The distribution of one choice among the legal actions."""
         return ActionDistribution
 
+    @property
+    def has_probs(self) -> bool:  # type: ignore[override]
+        """Actions have probabilities."""
+        return True
+
     def to_dict(self) -> dict[str, Any]:
         """See the base class."""
         return {"kind": self.kind, "counts": list(self.counts)}
 
     def legal(self) -> Tensor:
         """See the base class."""
-        return torch.arange(self.num_parameters) < torch.tensor(self.counts).unsqueeze(-1)
+        return torch.arange(self.num_actions) < torch.tensor(self.counts).unsqueeze(-1)
 
     def spec(self, shape: Sequence[int], device: torch.device | str | None = None) -> TensorSpec:
         """See the base class; the spec's own mask holds the padding of agents with fewer actions, and no more."""
         size = torch.Size([*shape, self.num_agents])
         mask = self.legal().to(device)  # where None leaves it
-        return _OwnActions(self.num_parameters, shape=size, device=device, dtype=self.dtype, mask=mask)
+        return _OwnActions(self.num_actions, shape=size, device=device, dtype=self.dtype, mask=mask)
 
     def problem(self, action: Tensor) -> str | None:
         """See the base class."""
@@ -246,14 +279,22 @@ class DiscreteActions(ActionSpace, kind="discrete"):
         """See the base class and :class:`ActionRows`."""
         return ActionRows(self.counts, features, scaled=scaled)
 
-    def mask_parameters(self, parameters: Tensor, legal: Tensor) -> Tensor:
-        """See the base class: logits of missing actions become :data:`ILLEGAL_LOGIT`."""
-        return parameters.masked_fill(~legal, ILLEGAL_LOGIT)
+    def mask_parameters(self, parameters: Tensor, legal: Tensor, fill: float = ILLEGAL_LOGIT) -> Tensor:
+        """See the base class."""
+        return parameters.masked_fill(~legal, fill)
+
+    def are_drawable(self, parameters: Tensor, mask: Tensor) -> Tensor:
+        """See the base class; a logit of minus infinity is an action without probability."""
+        return parameters.masked_fill(~mask, -torch.inf).logsumexp(-1).isfinite()
+
+    def mode(self, parameters: Tensor) -> Tensor:
+        """See the base class."""
+        return parameters.argmax(-1)
 
     def encode(self, action: Tensor, dtype: torch.dtype) -> Tensor:
         """See the base class: one-hot."""
         # torch.nn.functional.one_hot waits for the smallest index, to check it.
-        return (action.unsqueeze(-1) == torch.arange(self.num_parameters, device=action.device)).to(dtype)
+        return (action.unsqueeze(-1) == torch.arange(self.num_actions, device=action.device)).to(dtype)
 
     def features(self, parameters: Tensor) -> Tensor:
         """See the base class: probabilities, zero for actions that an agent does not have."""
@@ -261,6 +302,7 @@ class DiscreteActions(ActionSpace, kind="discrete"):
 
     def negative_log_likelihood(self, parameters: Tensor, action: Tensor) -> Tensor:
         """See the base class: the cross-entropy."""
+        check_type(action, "a discrete agent's action is read", torch.int64)
         return cross_entropy(parameters.movedim(-1, 1), action, reduction="none")
 
     def fit_constant(self, action: Tensor, mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 TYPES = {
     **dict.fromkeys(("done", "terminated", "truncated", "alive", "teammate_alive", "action_mask"), torch.bool),
-    **dict.fromkeys(("teammate_action", "length"), torch.int64),
+    "length": torch.int64,
     **dict.fromkeys(("reward", "continuation", "weight", "state_value", "slow_value", "lambda_return"), torch.float32),
     **dict.fromkeys(("latent", "hidden", "teammate_logits", "logits", "action_log_prob"), torch.float32),
 }

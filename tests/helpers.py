@@ -9,7 +9,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from matwm_rl.action_space import DiscreteActions
+from matwm_rl.action_space import ActionSpace, DiscreteActions
+from matwm_rl.box_actions import BoxActions
 from matwm_rl.data import Replay, ReplayConfig, make_replay
 from matwm_rl.envs import AgentLayout, MultiAgentEnv, make_env
 from matwm_rl.modules import (
@@ -28,6 +29,8 @@ from matwm_rl.training.learner import Learner
 
 COUNTS, GROUPS, SIZE = (4, 4, 3), (0, 0, 1), 5
 """The mock environment's agents: two hunters with 4 actions, one prey with 3, observations padded to 5."""
+BOXES = BoxActions(low=[[-1.0, -1.0], [-1.0, -1.0], [0.0]], high=[[1.0, 1.0], [1.0, 1.0], [2.0]])
+"""The same agents' actions with ``make_env("mock", continuous=True)``."""
 LATENTS: dict[str, LatentConfig] = {
     "categorical": CategoricalLatentConfig(num_dims=4, num_classes=5),
     "gaussian": GaussianLatentConfig(num_dims=4),
@@ -59,20 +62,22 @@ def make_layout(
     group_index: Sequence[int] = GROUPS,
     observation_shape: Sequence[int] = (SIZE,),
     has_action_mask: bool = True,
+    actions: ActionSpace | None = None,
 ) -> AgentLayout:
-    """The mock environment's agents, or others."""
-    names = [f"agent_{n}" for n in range(len(action_counts))]
+    """The mock environment's agents, or others; ``actions`` in place of ``action_counts``."""
+    actions = DiscreteActions(list(action_counts)) if actions is None else actions
+    names = [f"agent_{n}" for n in range(actions.num_agents)]
     groups = {f"group_{g}": [n for n, own in zip(names, group_index, strict=True) if own == g] for g in group_index}
     size = torch.Size(observation_shape).numel()
     return AgentLayout(
         agent_names=names,
         group_map=groups,
         group_index=list(group_index),
-        actions=DiscreteActions(list(action_counts)),
+        actions=actions,
         observation_shape=tuple(observation_shape),
         observation_sizes=[size] * len(names),
         is_image=len(observation_shape) == 3,
-        has_action_mask=has_action_mask,
+        has_action_mask=has_action_mask and actions.has_probs,
     )
 
 
@@ -82,12 +87,13 @@ def make_model(
     observation_shape: Sequence[int] = (SIZE,),
     has_action_mask: bool = True,
     parts: Mapping[str, Any] | None = None,
+    actions: ActionSpace | None = None,
     **overrides: Any,
 ) -> WorldModel:
     """A small model; ``latent`` may be a name of :data:`LATENTS`."""
     if isinstance(latent := overrides.get("latent"), str):
         overrides["latent"] = LATENTS[latent]
-    layout = make_layout(action_counts, group_index, observation_shape, has_action_mask)
+    layout = make_layout(action_counts, group_index, observation_shape, has_action_mask, actions)
     return randomize(WorldModel.from_env(layout, WorldModelConfig(**(SMALL | overrides)), **(parts or {})))
 
 
@@ -110,6 +116,7 @@ def random_batch(
     observation_shape: Sequence[int] = (SIZE,),
     done: Tensor | None = None,
     deaths: bool = True,
+    boxes: BoxActions | None = None,
 ) -> TensorDict:
     """A batch [B, T]: random, but with successors that agree inside episodes and differ at their ends.
 
@@ -120,7 +127,9 @@ def random_batch(
         observation_shape: of one agent; images are uint8.
         done: bool [B, T, N]; random by default, each agent's own, as its slices are its own.
         deaths: whether agents are dead at random steps.
+        boxes: continuous actions in place of ``action_counts``.
     """
+    action_counts = action_counts if boxes is None else boxes.sizes
     N, A = len(action_counts), max(action_counts)
     done = torch.rand(B, T, N) < 0.25 if done is None else done
     last = done.clone()
@@ -136,6 +145,8 @@ def random_batch(
         return torch.randn(B, T, N, *observation_shape)
 
     def act(counts: Sequence[int]) -> Tensor:
+        if boxes is not None:
+            return boxes.random(torch.arange(A).expand(B, T, len(counts), A) < torch.tensor(list(counts)).unsqueeze(-1))
         return torch.stack([torch.randint(count, (B, T)) for count in counts], -1)
 
     observation = observe()
@@ -143,7 +154,10 @@ def random_batch(
     survives = torch.rand(B, T, N) < 0.8 if deaths else alive
     action = act(action_counts)
     mask = (torch.rand(B, T, N, A) < 0.6) & (torch.arange(A) < torch.tensor(list(action_counts)).unsqueeze(-1))
-    mask.scatter_(-1, action.unsqueeze(-1), True)
+    if boxes is None:
+        mask.scatter_(-1, action.unsqueeze(-1), True)
+    else:
+        mask = boxes.legal().expand(B, T, N, A)
     teammates = [act([action_counts[j] for j in others(i, N)]) for i in range(N)] if N > 1 else []
     agents = {
         "observation": observation,
@@ -172,22 +186,22 @@ def random_latent(space: LatentSpace, *shape: int) -> Tensor:
 
 def random_imagined(S: int = 4, H: int = 5, *, model: WorldModel, deaths: bool = True) -> TensorDict:
     """What Imagination and LambdaReturn give, [S, H], with random numbers in it."""
-    N, A = model.num_agents, model.num_actions
+    N, A, discrete = model.num_agents, model.num_actions, model.actions.has_probs
     teammates = 0 if model.teammates is None else N - 1
 
     def state() -> dict[str, Tensor]:
         return {
             "latent": random_latent(model.latent, S, H, N),
             "hidden": torch.randn(S, H, N, model.transformer.features),
-            "teammate_logits": torch.randn(S, H, N, teammates, A),
+            "teammate_logits": torch.randn(S, H, N, teammates, model.actions.num_parameters),
         }
 
-    mask = (torch.rand(S, H, N, A) < 0.6) & model.legal
+    mask = ((torch.rand(S, H, N, A) < 0.6) & model.legal) if discrete else model.legal.expand(S, H, N, A).clone()
     mask[..., 0] = True
     agents = {
         **state(),
         "action_mask": mask,
-        "action": torch.distributions.Categorical(mask.float()).sample(),
+        "action": model.actions.random(mask),
         "alive": (torch.rand(S, 1, N) < 0.7).expand(S, H, N) if deaths else torch.ones(S, H, N, dtype=torch.bool),
         "state_value": 5 * torch.randn(S, H, N, 1),
         "lambda_return": 5 * torch.randn(S, H, N, 1),

@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from protocol import env_argument
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.envs import TransformedEnv
@@ -38,7 +40,9 @@ PAIRINGS: tuple[list[str], ...] = ([], ["adversary"], ["agent"], ["adversary", "
 """Groups of simple_tag that are scripted; the others act randomly."""
 
 
-def world_model_quality(policy: WorldModelPolicy, env_name: str, *, episodes: int, seed: int) -> dict[str, float]:
+def world_model_quality(
+    policy: WorldModelPolicy, env_name: str, *, episodes: int, seed: int, **env_kwargs: Any
+) -> dict[str, float]:
     """Return all figures in one dictionary: those of :func:`open_loop_table` and of :func:`contact_precision`.
 
     Args:
@@ -46,18 +50,18 @@ def world_model_quality(policy: WorldModelPolicy, env_name: str, *, episodes: in
         env_name: as given to ``make_env``.
         episodes: of the policy; each pairing of scripts plays a quarter as many.
         seed: of environments and sampling; the global generator is left as it was.
+        **env_kwargs: further arguments of ``make_env``.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        env = make_env(env_name, num_envs=10, seed=seed)
+        env = make_env(env_name, num_envs=10, seed=seed, **env_kwargs)
         own = play(TransformedEnv(env, policy.make_tensordict_primer()), policy, episodes)
         metrics = open_loop_table(policy.world_model, own)
         if is_tag(env_name, env.layout):
-            env, script = make_env(env_name, num_envs=10, seed=seed), TagScript(env.layout)
-            played = [
-                play(env, CrossPlay(script, RandomActions(), env.layout, groups), max(10, episodes // len(PAIRINGS)))
-                for groups in PAIRINGS
-            ]
+            env = make_env(env_name, num_envs=10, seed=seed, **env_kwargs)
+            script, random = TagScript(env.layout), RandomActions(env.layout.actions)
+            quota = max(10, episodes // len(PAIRINGS))
+            played = [play(env, CrossPlay(script, random, env.layout, groups), quota) for groups in PAIRINGS]
             for name, rollout in {"own": own, "scripted": torch.cat(played)}.items():
                 precision = contact_precision(policy.world_model, rollout, len(env.layout.group_map["adversary"]))
                 metrics |= {f"contact_precision/{name}/{latent}": value for latent, value in precision.items()}
@@ -152,12 +156,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policy", type=Path, help="policy.pt of a run")
     parser.add_argument("--env", default="mpe2/simple_tag_v3", help="the environment it was trained in")
+    env_help = "arguments of make_env, such as continuous_actions=true"
+    parser.add_argument("--env-kwargs", type=env_argument, nargs="+", default=[], metavar="NAME=VALUE", help=env_help)
     parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--seed", type=int, default=12345)
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     arguments = parser.parse_args()
-    policy = load_policy(arguments.policy, layout=make_env(arguments.env).layout)
-    metrics = world_model_quality(policy, arguments.env, episodes=arguments.episodes, seed=arguments.seed)
+    env_kwargs = dict(arguments.env_kwargs)
+    policy = load_policy(arguments.policy, layout=make_env(arguments.env, **env_kwargs).layout)
+    asked = {"episodes": arguments.episodes, "seed": arguments.seed, **env_kwargs}
+    metrics = world_model_quality(policy, arguments.env, **asked)
     for name, value in metrics.items():
         print(f"{name:36s} {value:8.3f}")
     if arguments.output:

@@ -11,6 +11,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from matwm_rl.box_actions import TOLERANCE
 from matwm_rl.checks import read_entry
 from matwm_rl.finite import first_non_finite, is_finite
 from matwm_rl.keys import (
@@ -39,7 +40,8 @@ def check_rollout(td: TensorDictBase, num_agents: int) -> None:
     Raises:
         TypeError: if flags are not bool, or rewards no floating-point numbers.
         ValueError: if an entry has another shape or type than plain data has, holds a NaN or an infinity, or if the
-            action of a living agent is not among its legal ones; names entry, agent, environment and step.
+            action of a living agent is not among its legal ones, or a continuous one is not within its bounds; names
+            entry, agent, environment and step.
 
     Examples:
         >>> from matwm_rl.envs import make_env
@@ -102,8 +104,11 @@ def check_like_stored(td: TensorDictBase, stored: TensorDictBase, keys: Sequence
 
 
 def _check_shapes(td: TensorDictBase, num_agents: int) -> None:
-    note = "actions are categorical: one index for each agent"
-    agents = read_entry(td, ACTION, _READER, (*td.batch_size, None), note).shape
+    note = "actions are one index for each agent, or a vector of floating-point numbers"
+    action = read_entry(td, ACTION, _READER)
+    is_vector = action.is_floating_point() and action.ndim > td.ndim + 1
+    read_entry(td, ACTION, _READER, (*td.batch_size, *[None] * (1 + is_vector)), note)
+    agents = action.shape[: td.ndim + 1]
     if agents[-1] != num_agents:
         raise ValueError(f"got actions of {agents[-1]} agents; this buffer was built for {num_agents}.")
     observation = read_entry(td, OBSERVATION, _READER)
@@ -119,7 +124,9 @@ def _check_shapes(td: TensorDictBase, num_agents: int) -> None:
 
 def _check_types(td: TensorDictBase) -> None:
     action = td.get(ACTION)
-    _check_type(td, ACTION, action.dtype == torch.int64, "indices of torch.int64 (of one-hot actions: argmax(-1))")
+    expected = torch.int64 if action.ndim == td.ndim + 1 else torch.float32
+    kind = "indices of torch.int64 (of one-hot actions: argmax(-1)), or vectors of torch.float32"
+    _check_type(td, ACTION, action.dtype == expected, kind)
     observation = td.get(OBSERVATION)
     known = observation.is_floating_point() or observation.dtype == torch.uint8
     _check_type(td, OBSERVATION, known, "floating-point numbers, or images of torch.uint8")
@@ -135,6 +142,9 @@ def _check_type(td: TensorDictBase, key: NestedKey, is_right: bool, expected: st
 def _check_actions(td: TensorDictBase) -> None:
     action, mask, alive = td.get(ACTION), td.get(ACTION_MASK), td.get(ALIVE)
     count = mask.shape[-1]
+    if action.is_floating_point():
+        _check_vectors(action, mask)
+        return
     if (outside := (action < 0) | (action >= count)).any():
         index = _first(outside)
         raise ValueError(
@@ -152,6 +162,20 @@ def _check_actions(td: TensorDictBase) -> None:
                 if legal
                 else f"which {ACTION_MASK!r} allows no action, though it is alive; allow it at least one"
             )
+        )
+
+
+def _check_vectors(action: Tensor, mask: Tensor) -> None:
+    """Check continuous actions ``[*batch, N, A]``; those of agents that cannot act may be anything."""
+    if action.shape != mask.shape:
+        raise ValueError(
+            f"replay got actions of {action.shape[-1]} numbers, of which {ACTION_MASK!r} has {mask.shape[-1]} entries"
+        )
+    if (outside := ~(action.abs() <= 1 + TOLERANCE)).any():  # of NaN this is false
+        index = _first(outside)[:-1]
+        raise ValueError(
+            f"replay got the action {action[tuple(index)].tolist()} {_place(index)}; expected numbers from -1 to 1, "
+            "which stand for the bounds of the environment's actions"
         )
 
 

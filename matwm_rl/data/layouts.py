@@ -69,24 +69,25 @@ A truncation of the episode needs no key of its own: it is done and not terminat
 def add_agent_entries(td: TensorDictBase) -> TensorDictBase:
     """Add to plain data, for each agent, its teammates' actions and the end of its episode.
 
-    Writes ``("agents", "teammate_action")`` ``[*batch, N, N-1]``, ``("agents", "teammate_alive")`` if there is
-    ``("agents", "alive")`` (the action of a dead teammate is no target), and ``("next", "agents", "done")`` and
-    ``("next", "agents", "terminated")`` ``[*batch, N, 1]`` where the root has them. Teammates are in agent order,
-    without the agent itself.
+    Writes ``("agents", "teammate_action")`` ``[*batch, N, N-1]``, of continuous actions ``[*batch, N, N-1, A]``,
+    ``("agents", "teammate_alive")`` if there is ``("agents", "alive")`` (the action of a dead teammate is no target),
+    and ``("next", "agents", "done")`` and ``("next", "agents", "terminated")`` ``[*batch, N, 1]`` where the root has
+    them. Teammates are in agent order, without the agent itself.
 
     An agent's own episode also ends where a time limit takes it out alone (``("next", "agents", "truncated")``): it is
     done, not terminated, and counts as alive in its last observation, as agents do that end with the episode. And it
     begins anew where the agent joins or returns, so that nothing reaches across its absence.
 
     Args:
-        td: plain data, ``[*batch]``, with ``("agents", "action")`` ``[*batch, N]``.
+        td: plain data, ``[*batch]``, with ``("agents", "action")`` ``[*batch, N]``, or ``[*batch, N, A]`` if they are
+            continuous.
 
     Returns:
         A shallow copy with the new entries.
 
     Raises:
         KeyError: If there are no actions.
-        ValueError: If the action does not have one dimension more than the batch.
+        ValueError: If discrete actions do not have one dimension more than the batch, or continuous ones two.
 
     Examples:
         >>> td = TensorDict({"agents": {"action": torch.tensor([[0, 1, 2]])}, "next": {"done": torch.ones(1, 1)}}, [1])
@@ -95,20 +96,21 @@ def add_agent_entries(td: TensorDictBase) -> TensorDictBase:
         ([[[1, 2], [0, 2], [0, 1]]], torch.Size([1, 3, 1]))
     """
     action = read_entry(td, ACTION, "add_agent_entries")
-    if action.shape[:-1] != td.batch_size:
+    own = int(action.is_floating_point())
+    if action.ndim != td.ndim + 1 + own:
         raise ValueError(
             f"got {ACTION} of shape {tuple(action.shape)} in a batch of {tuple(td.batch_size)}; expected the batch and "
-            "one dimension of agents, actions being categorical."
+            f"one dimension of agents, actions being {'vectors, which have one more' if own else 'categorical'}."
         )
-    td = td.copy()
-    td.set(TEAMMATE_ACTION, _of_teammates(action))
+    td, num_agents = td.copy(), action.shape[td.ndim]
+    td.set(TEAMMATE_ACTION, _of_teammates(action, td.ndim))
     alive = td.get(ALIVE, default=None)
     if alive is not None:
-        td.set(TEAMMATE_ALIVE, _of_teammates(alive))
+        td.set(TEAMMATE_ALIVE, _of_teammates(alive, td.ndim))
     for root_key, agent_key in ((DONE, AGENT_DONE), (TERMINATED, AGENT_TERMINATED)):
         root = td.get(root_key, default=None)
         if root is not None:
-            td.set(agent_key, root.unsqueeze(-2).expand(*td.batch_size, action.shape[-1], 1))
+            td.set(agent_key, root.unsqueeze(-2).expand(*td.batch_size, num_agents, 1))
     _end_lives(td)
     return td
 
@@ -130,17 +132,17 @@ def _end_lives(td: TensorDictBase) -> None:
         td.set(AGENT_DONE, done)
 
 
-def _of_teammates(entry: Tensor) -> Tensor:
-    """Give each agent the others' entries, in agent order: ``[..., N]`` to ``[..., N, N-1]``."""
-    num_agents = entry.shape[-1]
+def _of_teammates(entry: Tensor, dim: int) -> Tensor:
+    """Give each agent the others' entries, in agent order: N in ``dim`` becomes N, N-1."""
+    num_agents = entry.shape[dim]
     agent = torch.arange(num_agents, device=entry.device).unsqueeze(-1)
     other = torch.arange(num_agents - 1, device=entry.device)
-    return entry[..., other + (other >= agent).long()]
+    return entry.movedim(dim, 0)[other + (other >= agent).long()].movedim((0, 1), (dim, dim + 1))
 
 
 def _to_rows(td: TensorDictBase) -> TensorDictBase:
     """Turn plain data ``[*batch]`` into rows ``[*batch, N]``; root entries, which belong to no agent, are dropped."""
-    batch = (*td.batch_size, td.get(ACTION).shape[-1])
+    batch = (*td.batch_size, td.get(ACTION).shape[td.ndim])
     rows = TensorDict(dict(td.get(AGENTS).items()), batch)
     rows.set("next", TensorDict(dict(td.get(("next", AGENTS)).items()), batch))
     return rows

@@ -36,12 +36,12 @@ class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
     ======================================  ======================  ===================================================
     key                                     shape, dtype            content
     ======================================  ======================  ===================================================
-    ``("agents", "action")``                ``[S, N]`` int64
+    ``("agents", "action")``                ``[S, N]`` int64        or, of continuous actions, ``[S, N, A]`` float32
     ``("agents", "action_mask")``           ``[S, N, A]`` bool      predicted legal actions
     ``("agents", "alive")``                 ``[S, N]`` bool         the agent's dream goes on
     ``("agents", "latent")``                ``[S, N, Z]``           z_t
     ``("agents", "hidden")``                ``[S, N, F]``           h_t
-    ``("agents", "teammate_logits")``       ``[S, N, N-1, A]``      p_t
+    ``("agents", "teammate_logits")``       ``[S, N, N-1, P]``      p_t
     ``("agents", "continuation")``          ``[S, N, 1]``           predicted probability that the last step was not
                                                                     the end; 1 at a start
     ``("agents", "observation")``           ``[S, N, D]``, images   with ``decode`` only: z_t decoded, in the form that

@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
 from matwm_rl.action_space import ActionSpace
-from matwm_rl.envs.actions import GroupActions, join_actions, read_action_specs, read_stored_actions
+from matwm_rl.envs.actions import Bound, GroupActions, join_actions, read_action_specs, read_stored_actions
 from matwm_rl.envs.entries import ObservationEntries, action_mask_key, agent_specs
 from matwm_rl.envs.images import ImageFormat, Images
 
@@ -60,14 +60,14 @@ class AgentLayout:
 
     @property
     def action_counts(self) -> list[int]:
-        """For each agent the number of its actions: how many of the A entries it has."""
+        """For each agent the number of its actions, or of the numbers of its action: how many of A entries it has."""
         counts: list[int] = self.actions.legal().sum(-1).tolist()
         return counts
 
     @property
     def num_actions(self) -> int:
-        """The number A of actions of the agent that has most."""
-        return self.actions.num_parameters
+        """The number A of actions, or of the numbers of an action, of the agent that has most."""
+        return self.actions.num_actions
 
     def to_dict(self) -> dict[str, Any]:
         """Return the layout as plain Python values, to be stored.
@@ -120,8 +120,8 @@ class AgentLayout:
             images: which observations are images; see :class:`~matwm_rl.envs.MultiAgentEnv`.
 
         Raises:
-            ValueError: if ``env`` has no ``group_map``, lacks one of these keys, has actions that are not discrete, or
-                has both image and vector observations.
+            ValueError: if ``env`` has no ``group_map``, lacks one of these keys, has actions that are neither discrete
+                nor vectors between bounds, or has both image and vector observations, or both kinds of actions.
         """
         group_map = getattr(env, "group_map", None)
         if not isinstance(group_map, dict) or not group_map:
@@ -129,17 +129,18 @@ class AgentLayout:
                 f"expected an environment with a `group_map` (such as PettingZooWrapper or VmasEnv), got {env}."
             )
         observations: list[tuple[int, ImageFormat | None]] = []
-        actions: list[GroupActions] = []
+        actions: dict[str, GroupActions] = {}
         for group, names in group_map.items():
             entries = ObservationEntries.of_env(env, group, names, images)
             observations += zip(entries.sizes, entries.formats, strict=True)
-            actions.append(read_action_specs(agent_specs(env, env.full_action_spec, (group, "action"), names), group))
+            specs = agent_specs(env, env.full_action_spec, (group, "action"), names)
+            actions[group] = read_action_specs(specs, group)
         observation_keys = set(env.full_observation_spec.keys(True, True))
         return cls._of(
             {group: list(names) for group, names in group_map.items()},
             observations=observations,
             actions=join_actions(actions),
-            has_action_mask=any(action_mask_key(observation_keys, group) is not None for group in group_map),
+            masked=[group for group in group_map if action_mask_key(observation_keys, group) is not None],
             image_size=image_size,
         )
 
@@ -149,6 +150,7 @@ class AgentLayout:
         rollout: TensorDictBase,
         *,
         num_actions: Mapping[str, int] | None = None,
+        action_bounds: Mapping[str, tuple[Bound, Bound]] | None = None,
         image_size: int = 64,
         images: Images = "auto",
     ) -> AgentLayout:
@@ -161,11 +163,14 @@ class AgentLayout:
             rollout: ``[T]`` or ``[E, T]``, see :func:`~matwm_rl.envs.merge_rollout`.
             num_actions: for each group the number of an agent's actions. Only needed of groups whose actions are
                 categorical and have no ``"action_mask"``, which would tell.
+            action_bounds: for each group the lowest and the highest values of continuous actions, each a number or one
+                for every number of an action.
             image_size: side S of the square to which uint8 images are resized.
             images: which observations are images; see :class:`~matwm_rl.envs.MultiAgentEnv`.
 
         Raises:
-            ValueError: if there are no groups, both image and vector observations, or the number of actions is unknown.
+            ValueError: if there are no groups, both image and vector observations, or the number of actions or their
+                bounds are unknown.
 
         Examples:
             >>> from matwm_rl.envs import MockEnv
@@ -179,18 +184,17 @@ class AgentLayout:
             raise ValueError(f"no entry holds an observation and an action; there are {sorted(map(str, present))}.")
         group_map: dict[str, list[str]] = {}
         observations: list[tuple[int, ImageFormat | None]] = []
-        actions: list[GroupActions] = []
+        actions: dict[str, GroupActions] = {}
         for group in groups:
-            group_actions = read_stored_actions(rollout, group, num_actions or {})
-            group_map[group] = [f"{group}_{agent}" for agent in range(len(group_actions.counts))]
+            actions[group] = read_stored_actions(rollout, group, num_actions or {}, action_bounds or {})
+            group_map[group] = [f"{group}_{agent}" for agent in range(len(actions[group].sizes))]
             entries = ObservationEntries.of_rollout(rollout, group, group_map[group], images)
             observations += zip(entries.sizes, entries.formats, strict=True)
-            actions.append(group_actions)
         return cls._of(
             group_map,
             observations=observations,
             actions=join_actions(actions),
-            has_action_mask=any(action_mask_key(present, group) is not None for group in groups),
+            masked=[group for group in groups if action_mask_key(present, group) is not None],
             image_size=image_size,
         )
 
@@ -201,10 +205,15 @@ class AgentLayout:
         *,
         observations: list[tuple[int, ImageFormat | None]],
         actions: ActionSpace,
-        has_action_mask: bool,
+        masked: list[str],
         image_size: int,
     ) -> AgentLayout:
-        """Build a layout from the size of each agent's observation, and the format of its images."""
+        """Build a layout from the size of each agent's observation, the format of its images, and groups with masks."""
+        if masked and not actions.has_probs:
+            raise ValueError(
+                f"the groups {masked} have action masks, which are for discrete actions; theirs are continuous. Leave "
+                "the masks out."
+            )
         names = [name for agents in group_map.values() for name in agents]
         channels = {
             name: None if image is None else image.channels
@@ -232,5 +241,5 @@ class AgentLayout:
             observation_shape=shape,
             observation_sizes=sizes,
             is_image=num_channels is not None,
-            has_action_mask=has_action_mask,
+            has_action_mask=bool(masked),
         )

@@ -63,8 +63,8 @@ class MergeGroups(Transform):
             images: which observations are images.
 
         Raises:
-            ValueError: if ``base_env`` is not a grouped environment with discrete actions in which all agents act at
-                once.
+            ValueError: if ``base_env`` is not a grouped environment in which all agents act at once, or see
+                :meth:`AgentLayout.from_env <matwm_rl.envs.AgentLayout.from_env>`.
         """
         unwrapped = unwrap(base_env)
         if isinstance(unwrapped, PettingZooWrapper) and not unwrapped.parallel:
@@ -152,12 +152,14 @@ class MergeGroups(Transform):
             )
         # A copy, because transforms appended after this one get these inputs too and may read observations and actions.
         inputs = tensordict.copy()
+        agents = action.ndim - len(self.layout.actions.action_shape)
         for group in self._groups:
-            part = group.actions.from_dense(action[..., group.rows])
+            rows = range(self.layout.num_agents)[group.rows]
+            part = group.actions.from_dense(action.narrow(agents - 1, rows.start, len(rows)))
             if group.name == AGENTS:
                 inputs.set(ACTION, part)
             else:
-                inputs.set(group.name, TensorDict({"action": part}, batch_size=part.shape[: action.ndim]))
+                inputs.set(group.name, TensorDict({"action": part}, batch_size=part.shape[:agents]))
         return inputs
 
     # ------------------------------------------------------------------ outputs

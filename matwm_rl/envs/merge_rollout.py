@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torch.nn.functional import pad
 
 from matwm_rl.checks import read_entry
 from matwm_rl.envs.entries import observation_keys
@@ -99,11 +100,19 @@ def _check_rollout(rollout: TensorDictBase, layout: AgentLayout) -> None:
             read_entry(rollout, ("next", group, "reward"), reader)
         action = read_entry(rollout, (group, "action"), reader)
         read_entry(rollout, (group, "action"), reader, (*shape, *[None] * (action.ndim > len(shape))))
+        if action.is_floating_point() != layout.actions.dtype.is_floating_point:
+            raise ValueError(f"stored actions of group {group!r} are {action.dtype}; the layout has {layout.actions}.")
 
 
 def _stored_actions(rollout: TensorDictBase, layout: AgentLayout, groups: list[Group]) -> Tensor:
-    action = torch.cat([group.actions.to_dense(rollout.get((group.name, "action"))) for group in groups], -1)
-    if layout.actions.problem(action) is not None:
+    parts = [group.actions.to_dense(rollout.get((group.name, "action"))) for group in groups]
+    if layout.actions.action_shape:
+        parts = [pad(part, (0, layout.num_actions - part.shape[-1])) for part in parts]
+    action = torch.cat(parts, rollout.ndim)
+    problem = layout.actions.problem(action)
+    if problem is not None and layout.actions.action_shape:
+        raise ValueError(f"stored actions, scaled to the bounds of {layout.actions}: {problem}; correct the layout.")
+    if problem is not None:
         found = action.flatten(0, -2).amax(0).tolist()
         raise ValueError(
             f"stored actions go up to {found}, where agents {layout.agent_names} have {layout.action_counts} actions; "

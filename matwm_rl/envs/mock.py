@@ -8,15 +8,17 @@ from typing import Literal
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Categorical, Composite, Unbounded
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from matwm_rl.arguments import check_ints, check_kinds
+from matwm_rl.arguments import check_ints, check_kinds, check_switches
 
 GROUPS: dict[str, list[str]] = {"hunter": ["hunter_0", "hunter_1"], "prey": ["prey_0"]}
 OBSERVATION_SIZES = {"hunter": 5, "prey": 3}
 ACTION_COUNTS = {"hunter": 4, "prey": 3}
 FIRST_INDEX = {"hunter": 0, "prey": 2}
+BOUNDS = {"hunter": ([-1.0, -1.0], [1.0, 1.0]), "prey": ([0.0], [2.0])}
+"""Of continuous actions."""
 MORTAL = 1
 """Index of the agent that dies: ``hunter_1``."""
 
@@ -37,6 +39,9 @@ class MockEnv(EnvBase):
 
     ``hunter_1`` dies in step ``death_step``: it is still rewarded for it, and from then on observes zeros.
 
+    With ``continuous`` hunters take two numbers from -1 to 1, the prey one from 0 to 2. The last action that is
+    observed is the first of them, and the reward is ``(i + 1)`` times their sum. There is no ``"action_mask"`` then.
+
     Keys of each group with n agents: ``"observation"`` ``[*E, n, 5 or 3]`` float32, ``"action"`` ``[*E, n]`` int64,
     ``"action_mask"`` ``[*E, n, 4 or 3]`` bool, ``"mask"`` ``[*E, n]`` bool (False for the dead and after the end),
     ``"reward"``, ``"done"``, ``"terminated"`` and ``"truncated"`` ``[*E, n, 1]``, beside the done keys ``[*E, 1]`` of
@@ -48,6 +53,7 @@ class MockEnv(EnvBase):
         death_step: step in which ``hunter_1`` dies, or None if nobody does.
         ending: how an episode ends: ``"truncate"`` (a time limit), ``"terminate"``, or ``"alternate"``: even episodes
             truncate, odd ones terminate.
+        continuous: whether actions are vectors of numbers.
         device: device of the tensors.
 
     Raises:
@@ -66,9 +72,11 @@ class MockEnv(EnvBase):
         episode_length: int = 6,
         death_step: int | None = 3,
         ending: Ending = "alternate",
+        continuous: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         check_ints(1, episode_length=episode_length)
+        check_switches(continuous=continuous)
         if death_step is not None:
             check_ints(1, death_step=death_step)
         check_kinds(Sequence, batch_size=batch_size)
@@ -81,6 +89,7 @@ class MockEnv(EnvBase):
         self.episode_length = episode_length
         self.death_step = death_step
         self.ending = ending
+        self.continuous = continuous
         self._steps = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
         self._episodes = torch.full_like(self._steps, -1)
         self._last_actions = torch.full((*self.batch_size, 3), -1, device=self.device)
@@ -105,6 +114,10 @@ class MockEnv(EnvBase):
             "mask": Categorical(2, shape=shape, dtype=torch.bool, device=self.device),
         }
         action = {"action": Categorical(actions, shape=shape, dtype=torch.int64, device=self.device)}
+        if self.continuous:
+            low, high = (torch.tensor(bound, device=self.device).expand(*shape, -1) for bound in BOUNDS[group])
+            action = {"action": Bounded(low, high, shape=low.shape, dtype=torch.float32, device=self.device)}
+            del observation["action_mask"]
         reward = {"reward": Unbounded([*shape, 1], dtype=torch.float32, device=self.device)}
         done = Composite(self._done_specs(shape), shape=shape)
         return Composite(observation, shape=shape), Composite(action, shape=shape), Composite(reward, shape=shape), done
@@ -126,19 +139,24 @@ class MockEnv(EnvBase):
         return self._output(*self._ends())
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        actions = torch.cat([tensordict.get((group, "action")) for group in GROUPS], -1)
-        dead = self._dead()
-        for group in GROUPS:
-            self._check_legal(tensordict.get((group, "action")), group, dead)
+        taken, dead = [tensordict.get((group, "action")) for group in GROUPS], self._dead()
+        for group, action in zip(GROUPS, taken, strict=True):
+            self._check_legal(action, group, dead)
         self._steps = self._steps + 1
-        self._last_actions = actions
+        self._last_actions = torch.cat([action[..., 0] for action in taken] if self.continuous else taken, -1)
         output = self._output(*self._ends())
-        rewards = (actions * torch.arange(1, 4, device=self.device)).masked_fill(dead, 0).float().unsqueeze(-1)
+        total = torch.cat([action.sum(-1) for action in taken], -1) if self.continuous else self._last_actions
+        rewards = (total * torch.arange(1, 4, device=self.device)).masked_fill(dead, 0).float().unsqueeze(-1)
         for group in GROUPS:
             output.set((group, "reward"), rewards[..., self._rows(group), :].clone())
         return output
 
     def _check_legal(self, action: Tensor, group: str, dead: Tensor) -> None:
+        if self.continuous:
+            low, high = (torch.tensor(bound, device=self.device) for bound in BOUNDS[group])
+            if not ((action >= low) & (action <= high)).all():
+                raise ValueError(f"{group} took the actions {action.tolist()}, expected {BOUNDS[group]}.")
+            return
         legal = self._legal(group).gather(-1, action.unsqueeze(-1)).squeeze(-1)
         if not (legal | dead[..., self._rows(group)]).all():
             raise ValueError(
@@ -188,9 +206,11 @@ class MockEnv(EnvBase):
             rows = self._rows(group)
             legal = self._legal(group)
             entries = {name: flag[..., rows].unsqueeze(-1).clone() for name, flag in flags.items()}
-            entries |= {"observation": self._observation(group), "action_mask": legal, "mask": ~done[..., rows]}
+            entries |= {"observation": self._observation(group), "mask": ~done[..., rows]}
+            if not self.continuous:
+                entries["action_mask"] = legal
+                self.full_action_spec[group, "action"].update_mask(legal.clone())
             output.set(group, TensorDict(entries, batch_size=done[..., rows].shape, device=self.device))
-            self.full_action_spec[group, "action"].update_mask(legal.clone())
         return output
 
     def _observation(self, group: str) -> Tensor:

@@ -68,7 +68,8 @@ class MultiAgentEnv(_WithLayout, TransformedEnv):
     ====================================  ==========================  ==============================================
     ``("agents", "observation")``         ``[*E, N, D]`` float32      flattened and padded with zeros; or, if images,
                                                                       ``[*E, N, C, S, S]`` uint8
-    ``("agents", "action")``              ``[*E, N]`` int64
+    ``("agents", "action")``              ``[*E, N]`` int64           an index; continuous actions are vectors
+                                                                      ``[*E, N, A]`` float32, see below
     ``("agents", "action_mask")``         ``[*E, N, A]`` bool         legal actions; False beyond an agent's own
     ``("agents", "alive")``               ``[*E, N]`` bool            the agent acts, its observation is real
     ``("next", "agents", "reward")``      ``[*E, N, 1]`` float32
@@ -78,6 +79,10 @@ class MultiAgentEnv(_WithLayout, TransformedEnv):
     ``"episode"``                         ``[*E, 1]`` int64           how often the environment was reset since it was
                                                                       made or seeded
     ====================================  ==========================  ==============================================
+
+    Continuous actions are numbers from -1 to 1, which stand for the bounds of the environment's own actions, and zeros
+    beyond an agent's own numbers. A is then the most numbers in an agent's action, and ``"action_mask"`` tells which of
+    them an agent has: none if it is dead. All agents must have one kind of actions.
 
     A death does not end the episode: the dead agent observes zeros and has exactly one legal action, which is ignored.
     Agents may also join late, leave, and return: ``"alive"`` tells. An episode is ``truncated`` if a time limit ended
@@ -106,7 +111,8 @@ class MultiAgentEnv(_WithLayout, TransformedEnv):
     :func:`~matwm_rl.envs.make_env` does): unlike TorchRL's own they draw only legal random actions.
 
     Raises:
-        ValueError: if ``env`` has no groups, actions that are not discrete, images whose channels or scale cannot be
+        ValueError: if ``env`` has no groups, actions that are neither discrete nor vectors between finite bounds, or of
+            both kinds, images whose channels or scale cannot be
             told, images beside vectors, or agents that act in turns.
 
     Examples:

@@ -89,7 +89,11 @@ def _draw_futures(axis: Any, steps: range, imagined: Tensor) -> None:
 
 
 def draw_teammates(axis: Any, scene: Scene, agent: int) -> None:
-    """Draw the predicted probability, a mean over the futures, of the action that each teammate took."""
+    """Draw the predicted probability, a mean over the futures, of the action that each teammate took.
+
+    Continuous actions have densities in place of probabilities: these are drawn as how many times as likely the action
+    was by the prediction as by a uniform guess, the geometric mean over the numbers of the action.
+    """
     logits = scene.result["imagined", *keys.TEAMMATE_LOGITS][:, :, agent]
     others = [index for index in range(scene.layout.num_agents) if index != agent]
     if logits.shape[2] == 0:
@@ -97,14 +101,17 @@ def draw_teammates(axis: Any, scene: Scene, agent: int) -> None:
         axis.set_axis_off()
         return
     real = scene.result["real"]
-    action = real[keys.TEAMMATE_ACTION][:, :, agent].unsqueeze(-1)
-    probability = logits.softmax(-1).gather(-1, action).squeeze(-1).mean(0)
+    actions, discrete = scene.layout.actions, scene.layout.actions.has_probs
+    counts = [scene.layout.action_counts[other] for other in others]
+    action = real[keys.TEAMMATE_ACTION][:, :, agent].expand(*logits.shape[:3], *actions.action_shape)
+    probability = (-actions.negative_log_likelihood(logits, action)).exp().mean(0)
+    if not discrete:
+        probability = 2 * probability.pow(1 / torch.tensor(counts))
     there = still_running(real)[0, :, agent].unsqueeze(-1).expand_as(probability)
     if (alive := real.get(keys.TEAMMATE_ALIVE, None)) is not None:
         there = there & alive[0, :, agent]
     probability = probability.masked_fill(~there, torch.nan)
     steps = range(scene.context, scene.context + len(probability))
-    counts = [scene.layout.action_counts[other] for other in others]
     if len(others) > MAX_TEAMMATES:
         low, high = probability.nan_to_num(torch.inf).amin(-1), probability.nan_to_num(-torch.inf).amax(-1)
         axis.fill_between(steps, low, high, where=there.any(-1), color=COLORS[0], alpha=0.2, linewidth=0)
@@ -116,15 +123,19 @@ def draw_teammates(axis: Any, scene: Scene, agent: int) -> None:
             # A line through one point is invisible.
             look = {"color": color, "marker": "o" if there[:, place].sum() == 1 else None, "markersize": 3.5}
             axis.plot(steps, probability[:, place].tolist(), linewidth=1.5, label=name, **look)
-    # A teammate is guessed among the actions that it has; those of equal numbers share a line.
-    for style, count in zip(("--", ":", "-.") * len(counts), sorted(set(counts)), strict=False):
-        whose = [place for place, own in enumerate(counts) if own == count]
-        color = COLORS[whose[0] % len(COLORS)] if len(whose) == 1 and len(others) > 1 else TRIVIAL
-        axis.axhline(1 / count, color=color, linestyle=style, linewidth=1, label=f"guess among {count}")
-    axis.set_ylim(0, 1.45)
-    axis.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    if discrete:
+        # A teammate is guessed among the actions that it has; those of equal numbers share a line.
+        for style, count in zip(("--", ":", "-.") * len(counts), sorted(set(counts)), strict=False):
+            whose = [place for place, own in enumerate(counts) if own == count]
+            color = COLORS[whose[0] % len(COLORS)] if len(whose) == 1 and len(others) > 1 else TRIVIAL
+            axis.axhline(1 / count, color=color, linestyle=style, linewidth=1, label=f"guess among {count}")
+        axis.set_ylim(0, 1.45)
+        axis.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    else:
+        axis.axhline(1, color=TRIVIAL, linestyle="--", linewidth=1, label="uniform guess")
+        axis.set_ylim(0, 1.45 * max(1.0, *probability.nan_to_num(0.0).flatten().tolist()))
     axis.set_title("teammates' actions", fontsize=9)
-    axis.set_ylabel("predicted probability", fontsize=7)
+    axis.set_ylabel("predicted probability" if discrete else "density relative to uniform", fontsize=7)
     axis.legend(fontsize=6.5, frameon=False, loc="upper center", ncols=2, columnspacing=1.0, handlelength=1.5)
     _time_axis(axis, scene)
 

@@ -16,6 +16,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
 from matwm_rl import keys
+from matwm_rl.action_space import ActionSpace
 from matwm_rl.arguments import check_kinds
 from matwm_rl.checks import read_entry
 from matwm_rl.envs import AgentLayout
@@ -25,6 +26,9 @@ from matwm_rl.functional import random_index
 
 class RandomActions(TensorDictModuleBase):
     """Policy that draws every agent's action uniformly from its legal actions.
+
+    Args:
+        actions: the action space, ``env.layout.actions``. Without it actions are discrete.
 
     Keys read: ``("agents", "action_mask")``; written: ``("agents", "action")``.
 
@@ -37,8 +41,11 @@ class RandomActions(TensorDictModuleBase):
         torch.Size([3, 3])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, actions: ActionSpace | None = None) -> None:
         super().__init__()
+        if actions is not None:
+            check_kinds(ActionSpace, actions=actions)
+        self._draw = random_index if actions is None else actions.random
         self.in_keys: list[NestedKey] = [keys.ACTION_MASK]
         self.out_keys: list[NestedKey] = [keys.ACTION]
 
@@ -46,7 +53,7 @@ class RandomActions(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write random legal actions."""
         mask = read_entry(tensordict, keys.ACTION_MASK, self)
-        return tensordict.set(keys.ACTION, random_index(mask))
+        return tensordict.set(keys.ACTION, self._draw(mask))
 
 
 class CrossPlay(TensorDictModuleBase):
@@ -92,6 +99,7 @@ class CrossPlay(TensorDictModuleBase):
             raise ValueError(f"unknown groups {unknown}; the environment has {names}")
         self.policy, self.opponents = policy, opponents
         acts = torch.tensor([names[index] in groups for index in layout.group_index])
+        acts = acts.view(-1, *[1] * len(layout.actions.action_shape))
         self.register_buffer("acts", acts, persistent=False)
         self.in_keys = list(dict.fromkeys([*policy.in_keys, *opponents.in_keys]))
         self.out_keys = list(policy.out_keys)
@@ -137,12 +145,12 @@ def against_random(
         >>> register_evaluation("mine/contest*", Evaluation(against_random))
     """
     layout: AgentLayout = env.layout
-    groups = list(layout.group_map)
+    groups, random = list(layout.group_map), RandomActions(layout.actions)
     if len(groups) < 2:
         raise ValueError(f"expected groups that play against each other, got the single group {groups}")
     returns = {
         f"{group}_vs_random": evaluate(
-            env, CrossPlay(policy, RandomActions(), layout, [group]), episodes=episodes, exploration=exploration
+            env, CrossPlay(policy, random, layout, [group]), episodes=episodes, exploration=exploration
         )
         for group in groups
     }

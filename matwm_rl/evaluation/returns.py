@@ -217,7 +217,7 @@ def evaluate(
         tensordict = env.reset()
         while bool((played < quota).any()):
             acting = policy(tensordict)
-            check_logits(acting, acting.get(keys.ACTION_MASK), policy)
+            check_logits(acting, env.layout.actions, acting.get(keys.ACTION_MASK), policy)
             step, tensordict = env.step_and_maybe_reset(acting)
             running += step.get(keys.REWARD).reshape(num_envs, -1).cpu()
             done = step.get(keys.DONE).reshape(num_envs).cpu()

@@ -13,6 +13,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
 from matwm_rl import keys
+from matwm_rl.action_space import ActionSpace
 from matwm_rl.arguments import check_ints, check_numbers
 from matwm_rl.checks import read_entry
 from matwm_rl.envs import AgentLayout
@@ -50,7 +51,8 @@ class TagScript(TensorDictModuleBase):
 
     An observation is ``[velocity 2, position 2, obstacles 2 each, other agents 2 each, ...]``; obstacles and agents are
     relative to the observer. The actions of mpe2 are 0 stay, 1 left, 2 right, 3 down, 4 up. VMAS has nine,
-    ``3 x + y``, where x and y are 0 for stay, 1 for the negative and 2 for the positive direction.
+    ``3 x + y``, where x and y are 0 for stay, 1 for the negative and 2 for the positive direction. Continuous actions
+    are five numbers in mpe2, with the force in each of these directions, and two in VMAS, the forces along x and y.
 
     Args:
         layout: layout of a simple_tag environment with one evader.
@@ -76,11 +78,13 @@ class TagScript(TensorDictModuleBase):
         if list(groups) != ["adversary", "agent"] or groups["agent"] != 1:
             raise ValueError(f"TagScript plays simple_tag with one evader, got the groups {groups}")
         self.num_pursuers = groups["adversary"]
-        # Index: axis (0 = x, 1 = y), then direction (0 = negative, 1 = positive).
-        steps = {5: [[1, 2], [3, 4]], 9: [[3, 6], [1, 2]]}.get(layout.num_actions)
+        steps = _steps(layout.actions)
         if steps is None:
-            raise ValueError(f"TagScript knows 5 (mpe2) or 9 (VMAS) actions, got {layout.num_actions}")
-        self.register_buffer("steps", torch.tensor(steps), persistent=False)
+            raise ValueError(
+                "TagScript knows 5 (mpe2) or 9 (VMAS) discrete actions, or continuous ones of 5 or 2 numbers, got "
+                f"{layout.actions}"
+            )
+        self.register_buffer("steps", steps, persistent=False)
         # The evader's observation ends with the pursuers' positions; what precedes them is the same for all agents.
         self.others_start = layout.observation_sizes[-1] - 2 * self.num_pursuers
         self.in_keys: list[NestedKey] = [keys.OBSERVATION]
@@ -100,13 +104,24 @@ class TagScript(TensorDictModuleBase):
         position = observation[..., -1, 2:4]
         outside = position.abs().amax(-1, keepdim=True) > ARENA
         flee = self._step_along(torch.where(outside, -position, away))
-        return tensordict.set(keys.ACTION, torch.cat([chase, flee.unsqueeze(-1)], -1))
+        agents = observation.ndim - 2
+        return tensordict.set(keys.ACTION, torch.cat([chase, flee.unsqueeze(agents)], agents))
 
     def _step_along(self, direction: Tensor) -> Tensor:
         """Return the action that moves along the larger axis of ``direction [..., 2]``."""
         axis = direction.abs().argmax(-1, keepdim=True)
         positive = direction.gather(-1, axis) > 0
-        return self.steps[axis, positive.long()].squeeze(-1)
+        return self.steps[axis.squeeze(-1), positive.long().squeeze(-1)]
+
+
+def _steps(actions: ActionSpace) -> Tensor | None:
+    """Return the action of every step, by axis (0 = x, 1 = y) and direction (0 = negative, 1 = positive), if known."""
+    if actions.has_probs:
+        steps = {5: [[1, 2], [3, 4]], 9: [[3, 6], [1, 2]]}.get(actions.num_actions)
+        return None if steps is None else torch.tensor(steps)
+    if actions.num_actions == 5:
+        return 2 * torch.eye(5)[torch.tensor([[1, 2], [3, 4]])] - 1  # -1 stands for no force
+    return torch.stack([-torch.eye(2), torch.eye(2)], 1) if actions.num_actions == 2 else None
 
 
 def evaluate_tag(
@@ -140,7 +155,7 @@ def evaluate_tag(
         >>> list(evaluate_tag(env, RandomActions(), episodes=1).summary())[:2]
         ['adversaries_vs_random_prey', 'adversaries_vs_fleeing_prey']
     """
-    script, random = TagScript(env.layout), RandomActions()
+    script, random = TagScript(env.layout), RandomActions(env.layout.actions)
     matches = {
         "adversaries_vs_random_prey": (random, "adversary"),
         "adversaries_vs_fleeing_prey": (script, "adversary"),

@@ -49,7 +49,8 @@ class ActorCriticConfig(Settings):
 class StateMLP(nn.Module):
     """A stack of MLPs, each agent's on its own s_t = (z_t, h_t, p_t), in TorchRL's layout.
 
-    Predictions of teammates enter in a bounded form: of discrete actions, as probabilities.
+    Predictions of teammates enter in a bounded form: of discrete actions as probabilities, of continuous actions as
+    locations and scales.
 
     Args:
         world_model: gives the sizes; no reference to it is kept.
@@ -79,7 +80,7 @@ class StateMLP(nn.Module):
             config.num_cells if config.depth else out_features,
             index,
             num_classes=world_model.latent.num_classes,
-            extra_features=world_model.transformer.features + self.others * world_model.num_actions,
+            extra_features=world_model.transformer.features + self.others * world_model.actions.num_parameters,
             zero_init=not config.depth,
         )
         self.rest = StackedSequential()
@@ -94,7 +95,7 @@ class StateMLP(nn.Module):
         Args:
             latent: ``[*batch, N, Z]``.
             hidden: ``[*batch, N, F]``.
-            teammate_logits: ``[*batch, N, N-1, A]``.
+            teammate_logits: ``[*batch, N, N-1, P]``.
 
         Returns:
             ``[*batch, N, out_features]``.
@@ -120,7 +121,8 @@ def make_actor(world_model: WorldModel, config: ActorCriticConfig | None = None)
         config: sizes of the networks; by default the paper's.
 
     Keys read: ``("agents", "latent" | "hidden" | "teammate_logits" | "action_mask")``; written:
-    ``("agents", "logits" | "action")``. The distribution never gives weight to an action that the mask forbids.
+    ``("agents", "logits" | "action")``. The distribution never gives weight to an action that the mask forbids. Of
+    continuous actions the logits are the parameters of a :class:`~matwm_rl.action_distribution.BoxDistribution`.
 
     Examples:
         >>> from matwm_rl import presets
@@ -130,7 +132,8 @@ def make_actor(world_model: WorldModel, config: ActorCriticConfig | None = None)
         [('agents', 'logits'), ('agents', 'action')]
     """
     check_kinds(WorldModel, world_model=world_model)
-    network = StateMLP(world_model, world_model.num_actions, ActorCriticConfig() if config is None else config)
+    size = world_model.actions.num_parameters
+    network = StateMLP(world_model, size, ActorCriticConfig() if config is None else config)
     return ProbabilisticActor(
         TensorDictModule(network, in_keys=STATE_KEYS, out_keys=[keys.LOGITS]),
         in_keys={"logits": keys.LOGITS, "mask": keys.ACTION_MASK},
@@ -195,7 +198,8 @@ def read_action(outputs: TensorDictBase, actor: nn.Module, actions: ActionSpace,
         KeyError: if it has written none.
         ValueError: if they have another shape or type.
     """
-    note = "an actor writes one action for every agent; of one-hot actions write argmax(-1)"
+    note = "an actor writes one action for every agent"
+    note += "; of one-hot actions write argmax(-1)" if actions.has_probs else ", numbers from -1 to 1"
     action = read_output(outputs, keys.ACTION, actor, (*batch, actions.num_agents, *actions.action_shape), note)
     if action.is_floating_point() != actions.dtype.is_floating_point:
         name = type(actor).__name__
@@ -203,7 +207,7 @@ def read_action(outputs: TensorDictBase, actor: nn.Module, actions: ActionSpace,
     return action
 
 
-def check_logits(outputs: TensorDictBase, mask: Tensor, actor: nn.Module) -> None:
+def check_logits(outputs: TensorDictBase, actions: ActionSpace, mask: Tensor, actor: nn.Module) -> None:
     """Check that the logits of an actor, if it has written any, are a distribution. This reads their values.
 
     With NaN logits the first action would be drawn, even where the mask forbids it. A logit of minus infinity is an
@@ -211,6 +215,7 @@ def check_logits(outputs: TensorDictBase, mask: Tensor, actor: nn.Module) -> Non
 
     Args:
         outputs: of the actor.
+        actions: the action space.
         mask: bool ``[*batch, N, A]``, the legal actions.
         actor: for the message.
 
@@ -220,8 +225,7 @@ def check_logits(outputs: TensorDictBase, mask: Tensor, actor: nn.Module) -> Non
     logits = outputs.get(keys.LOGITS, None)
     if logits is None or is_finite(logits):
         return
-    bad = logits.masked_fill(~mask, -torch.inf).logsumexp(-1).isfinite().logical_not()
-    if bad.any():
+    if (bad := ~actions.are_drawable(logits, mask)).any():
         index = bad.nonzero()[0].tolist()
         raise FloatingPointError(
             f"{type(actor).__name__} gave agent {index[-1]} the logits {logits[tuple(index)].tolist()}, from which no "

@@ -207,9 +207,7 @@ def build_parts(layout: Any, config: WorldModelConfig, **given: Any) -> dict[str
         ),
         "end_reward": part("end_reward", lambda: head(width, bins, zero_init=True) if reward.reads_successor else None),
         "continuation": part("continuation", lambda: head(width, 1)),
-        "action_mask": part(
-            "action_mask", lambda: head(size, actions.num_parameters) if layout.has_action_mask else None
-        ),
+        "action_mask": part("action_mask", lambda: head(size, actions.num_actions) if layout.has_action_mask else None),
     }
 
 

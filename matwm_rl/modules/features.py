@@ -76,7 +76,7 @@ class WorldModelFeatures(Transform):
         shapes: dict[NestedKey, tuple[int, ...]] = {
             keys.LATENT: (model.num_agents, model.latent.latent_size),
             keys.HIDDEN: (model.num_agents, model.transformer.features),
-            keys.TEAMMATE_LOGITS: (model.num_agents, others, model.num_actions),
+            keys.TEAMMATE_LOGITS: (model.num_agents, others, model.actions.num_parameters),
         }
         return {key: Unbounded(shape, dtype=torch.float32) for key, shape in shapes.items()}
 

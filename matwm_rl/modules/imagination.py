@@ -89,12 +89,14 @@ class Imagination(TensorDictModuleBase):
                 rollout = self.world_model.imagine(state, caches, self._act, self.horizon)
             # Packed outside of inference mode, because a backward pass refuses inference tensors.
             imagined = rollout.pack()
-        starts = tensordict.get(keys.ACTION).shape
+        starts = tensordict.get(keys.AGENT_DONE).shape[:-1]
         imagined = imagined.reshape(*starts[:-2], self.horizon)
         alive = read_optional(tensordict, keys.ALIVE, self, starts)
-        alive = torch.ones_like(imagined[keys.ACTION], dtype=torch.bool) if alive is None else alive[..., -1:, :]
+        alive = self.world_model.legal.new_ones(starts[-1:]) if alive is None else alive[..., -1:, :]
         return imagined.set(keys.ALIVE, alive.expand(*imagined.shape, -1))
 
     def _act(self, state: State, mask: Tensor) -> Tensor:
         inputs = TensorDict({**state.entries(), keys.ACTION_MASK: agents_last(mask)}, batch_size=mask.shape[1:2])
-        return agents_first(read_action(self.actor(inputs), self.actor, self.world_model.actions, inputs.batch_size), 0)
+        actions = self.world_model.actions
+        action = read_action(self.actor(inputs), self.actor, actions, inputs.batch_size)
+        return agents_first(action, len(actions.action_shape))

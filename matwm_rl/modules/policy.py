@@ -70,7 +70,7 @@ class WorldModelPolicy(StateEstimator):
         outputs = self.actor(state.set(keys.ACTION_MASK, mask))
         logits = outputs.get(keys.LOGITS, None)
         if logits is not None and is_readable(logits):
-            check_logits(outputs, mask, self.actor)
+            check_logits(outputs, model.actions, mask, self.actor)
         action = read_action(outputs, self.actor, model.actions, batch)
         tensordict.set(keys.ACTION, action)
         if logits is not None:

@@ -188,7 +188,7 @@ class ObservationReward(RewardHead):
         self.distances = PointDistances(observation_size, size=point_size) if point_size else None
         size = observation_size if self.distances is None else self.distances.num_distances
         features = size * self.features.size_factor + (0 if self.distances is None else observation_size)
-        features += observation_size + actions.num_parameters
+        features += observation_size + actions.num_actions
         self.input = StackedLinear(features, num_cells, group_index)
         self.trunk = nn.Sequential(nn.LayerNorm(num_cells), nn.SiLU(), mlp(num_cells, num_cells, depth - 1))
         self.output = StackedLinear(num_cells, num_bins, group_index, zero_init=True)

@@ -32,7 +32,7 @@ class Rollout:
     Attributes:
         world_model: the model that they were imagined with.
         states: s_0 .. s_H, each ``[N, S]``.
-        actions: a_0 .. a_{H-1}, each ``[N, S]``.
+        actions: a_0 .. a_{H-1}, each ``[N, S, *action_shape]``.
         masks: the predicted legal actions of steps 0 .. H-1, each bool ``[N, S, A]``.
 
     Examples:
@@ -65,7 +65,7 @@ class Rollout:
         action = torch.stack(self.actions, 2)
         state, following = states[:, :, :-1], states[:, :, 1:]
         reward, continuation = self.world_model.predict_outcome(state, action, following)
-        packed = TensorDict({}, batch_size=action.shape[1:], device=action.device)
+        packed = TensorDict({}, batch_size=action.shape[1:3], device=action.device)
         for key, value in states.entries().items():
             packed.set(key, value[:, :-1])
             packed.set(("next", *key), value[:, 1:])

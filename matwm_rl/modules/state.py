@@ -1,6 +1,6 @@
 """What the world model knows of a moment, and what it keeps of the past.
 
-Dimension letters: N agents, S starts, Z latent size, F hidden size, A numbers of an action distribution.
+Dimension letters: N agents, S starts, Z latent size, F hidden size, P numbers of an action distribution.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class State:
     Attributes:
         latent: z_t, ``[N, *batch, Z]``.
         hidden: h_t, the transformer's output after (z_{t-1}, a_{t-1}), zero at an episode's start; ``[N, *batch, F]``.
-        teammate_logits: p_t, ``[N, *batch, N-1, A]`` (``[N, *batch, 0, A]`` without teammate predictor).
+        teammate_logits: p_t, ``[N, *batch, N-1, P]`` (``[N, *batch, 0, P]`` without teammate predictor).
 
     Examples:
         >>> state = State(torch.zeros(3, 2, 16), torch.zeros(3, 2, 8), torch.zeros(3, 2, 2, 5))

@@ -33,7 +33,8 @@ class TeammatePredictorBase(nn.Module):
         actions: the action space of the N agents.
 
     Attributes:
-        num_outputs: (N-1) * A, what :meth:`logits` gives for every agent: the others in agent order, A numbers of each.
+        num_outputs: (N-1) * P, what :meth:`logits` gives for every agent: the others in agent order, P numbers of each,
+            which are logits of discrete actions, and locations and scales of continuous ones.
 
     Raises:
         NotImplementedError: by :meth:`forward`, :meth:`prefill` and :meth:`step`, if neither they nor :meth:`logits`
@@ -71,7 +72,7 @@ class TeammatePredictorBase(nn.Module):
         self.register_buffer("legal", legal, persistent=False)
 
     def logits(self, latent: Tensor) -> Tensor:
-        """Predict from the present latent alone, ``[N, *batch, Z]`` to ``[N, *batch, (N-1) * A]``.
+        """Predict from the present latent alone, ``[N, *batch, Z]`` to ``[N, *batch, (N-1) * P]``.
 
         The latents come without gradient. What is said of actions that a teammate does not have is overwritten.
         """
@@ -85,24 +86,24 @@ class TeammatePredictorBase(nn.Module):
             mask: bool attention mask, ``[T, T]`` or ``[N * B, T, T]``: which steps a step may see.
 
         Returns:
-            ``[N, B, T, N-1, A]``.
+            ``[N, B, T, N-1, P]``.
         """
         return self._predict(latent)
 
     def prefill(self, latent: Tensor, mask: Tensor, room: int) -> tuple[Tensor, Any]:
-        """Predict ``[N, S, N-1, A]`` at the last of the steps ``[N, S, T, Z]``, and cache what ``room`` more need."""
+        """Predict ``[N, S, N-1, P]`` at the last of the steps ``[N, S, T, Z]``, and cache what ``room`` more need."""
         return self._predict(latent[:, :, -1]), None
 
     def step(self, latent: Tensor, cache: Any) -> Tensor:
-        """Predict ``[N, S, N-1, A]`` at the next step ``latent [N, S, Z]``; the cache is written in place."""
+        """Predict ``[N, S, N-1, P]`` at the next step ``latent [N, S, Z]``; the cache is written in place."""
         return self._predict(latent)
 
     def _predict(self, latent: Tensor) -> Tensor:
         return self._split(self.logits(latent.detach()))
 
     def _split(self, output: Tensor) -> Tensor:
-        """Turn ``[N, *batch, (N-1) * A]`` into ``[N, *batch, N-1, A]``, in float32, without illegal actions."""
-        name = f"{type(self).__name__} must give logits ((N-1) * A = {self.num_agents - 1} * {self.num_parameters})"
+        """Turn ``[N, *batch, (N-1) * P]`` into ``[N, *batch, N-1, P]``, in float32, without illegal actions."""
+        name = f"{type(self).__name__} must give logits ((N-1) * P = {self.num_agents - 1} * {self.num_parameters})"
         check_shape(output, name, (self.num_agents, *[None] * (output.ndim - 2), self.num_outputs))
         parameters = at_least_float32(output).unflatten(-1, (self.num_agents - 1, self.num_parameters))
         legal = self.legal.view(self.num_agents, *[1] * (parameters.ndim - 3), *self.legal.shape[1:])

@@ -121,7 +121,7 @@ class WorldModel(TensorDictModuleBase):
         check_kinds(ActionSpace, actions=actions)
         check_switches(reencode=reencode)
         self.actions = actions
-        self.num_agents, self.num_actions = actions.num_agents, actions.num_parameters
+        self.num_agents, self.num_actions = actions.num_agents, actions.num_actions
         self.observation_shape = tuple(observation_shape)
         self.observation_dims = len(self.observation_shape)
         groups = [0] * self.num_agents if group_index is None else group_index
@@ -345,6 +345,6 @@ class WorldModel(TensorDictModuleBase):
     def _teammate_logits(self, logits: Tensor | None, latent: Tensor) -> Tensor:
         """Return what the teammate predictor said, if it is of the right shape; of none, logits of no teammates."""
         if logits is None:
-            return latent.new_zeros(*latent.shape[:-1], 0, self.num_actions)
+            return latent.new_zeros(*latent.shape[:-1], 0, self.actions.num_parameters)
         what = f"{type(self.teammates).__name__} must give logits"
-        return check_shape(logits, what, (*latent.shape[:-1], self.num_agents - 1, self.num_actions))
+        return check_shape(logits, what, (*latent.shape[:-1], self.num_agents - 1, self.actions.num_parameters))

@@ -13,6 +13,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictParams, d
 from torch import Tensor, nn
 
 from matwm_rl import keys
+from matwm_rl.action_space import ActionSpace
 from matwm_rl.arguments import check_ints, check_kinds, check_numbers, read_choice
 from matwm_rl.checks import check_shape, read_entry, read_optional
 from matwm_rl.loss_functions import masked_mean, per_agent_mean
@@ -50,10 +51,13 @@ class ActorLossConfig(Settings):
         advantage: how advantages are normalised.
         objective: ``reinforce`` (the paper's) or ``ppo``.
         mean_policy_entropy_coeff: weight of :class:`MeanPolicyEntropy` (ours); 0: none.
-        signalling_coeff: weight of :class:`Signalling` (ours); 0: none.
+        signalling_coeff: weight of :class:`Signalling` (ours); 0: none. Both bonuses need the probabilities of discrete
+            actions, and are left out where actions are continuous.
 
     Examples:
-        >>> ActorLossConfig(entropy_coeff=0.01, signalling_coeff=1.0).arguments()["regularizers"]
+        >>> from matwm_rl.action_space import DiscreteActions
+        >>> config = ActorLossConfig(entropy_coeff=0.01, signalling_coeff=1.0)
+        >>> config.arguments(DiscreteActions([5, 5]))["regularizers"]
         [Signalling()]
     """
 
@@ -63,14 +67,18 @@ class ActorLossConfig(Settings):
     mean_policy_entropy_coeff: float = setting(0.0, minimum=0)
     signalling_coeff: float = setting(0.0, minimum=0)
 
-    def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of :class:`ActorLoss`: bonuses as objects, those with a weight of 0 left out."""
+    def arguments(self, actions: ActionSpace) -> dict[str, Any]:
+        """Return the keyword arguments of :class:`ActorLoss` for agents with these actions.
+
+        Bonuses are objects; those with a weight of 0, and those that do not fit the actions, are left out.
+        """
         bonuses = [MeanPolicyEntropy(self.mean_policy_entropy_coeff), Signalling(self.signalling_coeff)]
         return {
+            "num_agents": actions.num_agents,
             "entropy_coeff": self.entropy_coeff,
             "advantage": self.advantage,
             "objective": self.objective,
-            "regularizers": [bonus for bonus in bonuses if bonus.coeff],
+            "regularizers": [bonus for bonus in bonuses if bonus.coeff and actions.has_probs],
         }
 
 

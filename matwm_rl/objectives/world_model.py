@@ -9,10 +9,11 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrl.modules import SymExpTwoHot
 
 from matwm_rl import keys
+from matwm_rl.action_space import DiscreteActions
 from matwm_rl.arguments import check_kinds, check_numbers
 from matwm_rl.checks import read_entry, read_optional, read_output
 from matwm_rl.functional import agents_first
@@ -59,7 +60,8 @@ class WorldModelLoss(KeyedLoss):
     Args:
         world_model: any module with the keys of :class:`~matwm_rl.modules.WorldModel`. One that does not write
             ``("next", "agents", "dynamics_kl" | "representation_kl")`` must write posterior and prior as
-            log-probabilities ``[..., K, C]``.
+            log-probabilities ``[..., K, C]``. The actions of one without an attribute ``actions``, an
+            :class:`~matwm_rl.action_space.ActionSpace`, are discrete.
         two_hot: turns rewards into targets of the logits; by default ``world_model.two_hot``, else TorchRL's
             ``SymExpTwoHot``.
         weights: weights of the terms.
@@ -239,13 +241,14 @@ class WorldModelLoss(KeyedLoss):
         return binary_cross_entropy_with_logits(logits, (~ended).to(logits), reduction="none")
 
     def _teammate(self, model: TensorDictBase, shape: Sequence[int]) -> Tensor:
-        """Cross-entropy ``[*B, T, N]`` of the others' actions at t, summed over the living others."""
+        """Negative log-likelihood ``[*B, T, N]`` of the others' actions at t, summed over the living others."""
         k = self.tensor_keys
         logits = read_output(model, k.teammate_logits, self.world_model, (*shape, None, None))
         if logits.shape[-2] == 0:
             return logits.new_zeros(logits.shape[:-2])
-        action = read_entry(model, k.teammate_action, self, logits.shape[:-1])
-        error = cross_entropy(logits.movedim(-1, 1), action, reduction="none")
+        actions = getattr(self.world_model, "actions", None) or DiscreteActions([logits.shape[-1]])
+        action = read_entry(model, k.teammate_action, self, (*logits.shape[:-1], *actions.action_shape))
+        error = actions.negative_log_likelihood(logits, action)
         if (alive := read_optional(model, k.teammate_alive, self, logits.shape[:-1])) is not None:
             error = torch.where(alive, error, 0.0)
         return error.sum(-1)

@@ -41,7 +41,8 @@ class Evaluator:
         self.last: Matches | None = None
         self.last_steps = 0
         self.random: dict[str, dict[str, float]] = {}
-        self._known = find_evaluation(cfg.env).references
+        # Known returns are of an environment as it is without further arguments.
+        self._known = {} if cfg.env_kwargs else find_evaluation(cfg.env).references
         self._cfg, self._env, self._log, self._time, self._stop = cfg, env, log, time_left, stop
         self._every = cfg.evaluation.every or max(1, cfg.total_steps // EVALUATIONS)
 
@@ -86,7 +87,8 @@ class Evaluator:
         """Play random agents, for the pictures, unless the environment's evaluation knows what they get."""
         if any("random" in lines for lines in self._known.values()):
             return
-        matches = self._play(RandomActions(), self._cfg.evaluation.episodes, "evaluation of random agents")
+        random = RandomActions(self._env.layout.actions)
+        matches = self._play(random, self._cfg.evaluation.episodes, "evaluation of random agents")
         if matches is not None:
             for match, returns in matches.returns.items():
                 groups = returns.per_group()

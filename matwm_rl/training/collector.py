@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
+from math import prod
 from typing import Any
 
 import torch
@@ -163,17 +164,19 @@ class ResumableCollector(Collector):
         actions = state["actions"]
         if actions is None and int(state["frames"]) == state["seeded_at"] >= 0:
             return
-        shape = [*self.env.batch_size, None, self.env.layout.num_agents]
-        if not isinstance(actions, Tensor) or actions.dtype != torch.int64:
-            raise ValueError(f"{source} actions must be an int64 tensor, found {type(actions).__name__}")
+        space = self.env.layout.actions
+        shape = [*self.env.batch_size, None, space.num_agents, *space.action_shape]
+        if not isinstance(actions, Tensor) or actions.dtype != space.dtype:
+            found = f"{actions.dtype} tensor" if isinstance(actions, Tensor) else type(actions).__name__
+            raise ValueError(f"{source} actions must be a {space.dtype} tensor, found a {found}")
         check_shape(actions, f"{source} actions must be", shape)
-        steps = actions.numel() // self.env.layout.num_agents
+        steps = actions.numel() // prod(shape[self.env.ndim + 1 :])
         if not 0 <= state["seeded_at"] <= int(state["frames"]) == state["seeded_at"] + steps:
             raise ValueError(
                 f"{source} has the actions of {steps} steps; expected those of the steps from {state['seeded_at']} to "
                 f"{int(state['frames'])}"
             )
-        if (problem := self.env.layout.actions.problem(actions.cpu())) is not None:
+        if (problem := space.problem(actions.cpu())) is not None:
             raise ValueError(f"{source} actions: {problem}")
 
     def _flat_carrier(self) -> dict[str, Tensor]:
@@ -219,7 +222,7 @@ class ResumableCollector(Collector):
 
     @torch.no_grad()
     def _play(self, actions: Tensor | None) -> TensorDictBase:
-        """Play the actions ``[*E, T, N]`` from where the environments are."""
+        """Play the actions ``[*E, T, N, ...]`` from where the environments are."""
         tensordict = collector_carrier(self).exclude("collector")
         for action in () if actions is None else actions.unbind(self.env.ndim):
             _, tensordict = self.env.step_and_maybe_reset(

@@ -39,7 +39,7 @@ def export_policy(policy: WorldModelPolicy, path: str | Path) -> None:
     ``action_mask``             ``[E, N, A]`` bool  legal actions, at least one of every agent
     ``alive``                   ``[E, N]`` bool     an agent that is not alive forgets its history
     ``history_code``            ``[E, N, W, K]``    zeros at the start of an episode, then what came out
-    ``history_action``          ``[E, N, W]``       the same, int64
+    ``history_action``          ``[E, N, W]``       the same, int64; of continuous actions ``[E, N, W, A]`` float32
     ``history_length``          ``[E, N]``          the same, int64
     ``noise``                   ``[E, N, K]``       uniform numbers from 0 to less than 1, float32, new in every step;
                                                     only where latents are drawn, as the paper's are
@@ -47,8 +47,10 @@ def export_policy(policy: WorldModelPolicy, path: str | Path) -> None:
 
     Outputs: ``logits`` ``[E, N, A]``, minus infinity where an action is illegal; ``action`` ``[E, N]``, the most
     probable; and the history of the next step, ``next_history_code``, ``next_history_action`` and
-    ``next_history_length``. Who draws actions from the logits writes them into the last step of the history:
-    ``next_history_action[:, :, -1] = drawn``.
+    ``next_history_length``. Of continuous actions ``logits`` are ``[E, N, 2 A]``, the parameters of a
+    :class:`~matwm_rl.action_distribution.BoxDistribution`, and ``action`` is ``[E, N, A]``, from -1 to 1; the layout in
+    the file has the bounds that these stand for. Who draws actions from the logits writes them into the last step of
+    the history: ``next_history_action[:, :, -1] = drawn``.
 
     Names, shapes and types of all these are in the file. Its metadata, JSON texts, hold the ``layout`` of the agents
     (names, groups, numbers of actions, sizes of observations) and, of a :class:`TrainedPolicy`, its ``card``.
@@ -116,12 +118,13 @@ class _Decision(nn.Module):
         codes = torch.cat([agents_first(history_code, 2), newest], 2)
         # The history is right-aligned: its last `length` steps are this episode's.
         valid = torch.arange(self.history_length) >= self.history_length - length.unsqueeze(-1)
-        state, _ = model.prefill(model.latent.from_code(codes), agents_first(history_action), valid)
-        logits = self.actor(*state.entries().values()).masked_fill(~action_mask, -torch.inf)
-        action = logits.argmax(-1)
+        taken = agents_first(history_action, 1 + len(model.actions.action_shape))
+        state, _ = model.prefill(model.latent.from_code(codes), taken, valid)
+        logits = model.actions.mask_parameters(self.actor(*state.entries().values()), action_mask, -torch.inf)
+        action = model.actions.mode(logits)
         following = (
             agents_last(codes[:, :, 1:], 2),
-            torch.cat([history_action[:, :, 1:], action.unsqueeze(-1)], -1),
+            torch.cat([history_action[:, :, 1:], action.unsqueeze(2)], 2),
             (history_length + 1).clamp(max=self.history_length).masked_fill(~alive, 0),
         )
         return dict(zip(OUTPUTS, (logits, action, *following), strict=True))

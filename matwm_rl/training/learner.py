@@ -99,7 +99,7 @@ class Learner:
         horizon = cfg.horizon or horizon_by_agents(agents)
         self.imagination = Imagination(world_model, actor, horizon=horizon, precision=cfg.precision)
         self.returns = LambdaReturn(critic, gamma=cfg.gamma, lmbda=cfg.lmbda, reward_norm=world_model.two_hot.norm)
-        self.actor_loss = ActorLoss(actor, num_agents=agents, **cfg.actor.arguments())
+        self.actor_loss = ActorLoss(actor, **cfg.actor.arguments(world_model.actions))
         self.critic_loss = CriticLoss(critic)
         device = next(world_model.parameters()).device
         for loss in (self.actor_loss, self.critic_loss):

@@ -70,7 +70,7 @@ def test_agents_get_the_ends_of_their_episodes_and_the_rest_stays():
 
 def test_one_hot_actions_are_refused():
     td = rollout(4, num_agents=2)
-    td["agents", "action"] = torch.zeros(4, 2, 5)
+    td["agents", "action"] = torch.zeros(4, 2, 5, dtype=torch.long)
     with pytest.raises(ValueError, match="categorical"):
         add_agent_entries(td)
 

@@ -11,6 +11,7 @@ from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import keys
+from matwm_rl.action_space import DiscreteActions
 from matwm_rl.envs import ImaginationEnv
 from matwm_rl.evaluation import RunLog, evaluate
 from matwm_rl.modules import WorldModelPolicy, make_actor
@@ -67,9 +68,9 @@ def test_only_legal_actions_count_and_minus_infinity_is_no_probability(logits: l
     outputs = TensorDict({"agents": {"logits": torch.tensor([logits])}})
     if is_refused:
         with pytest.raises(FloatingPointError, match="no legal action can be drawn"):
-            check_logits(outputs, mask, nn.Identity())
+            check_logits(outputs, DiscreteActions([4]), mask, nn.Identity())
     else:
-        check_logits(outputs, mask, nn.Identity())
+        check_logits(outputs, DiscreteActions([4]), mask, nn.Identity())
 
 
 @pytest.mark.parametrize("part", ["reward", "continuation"])

@@ -110,5 +110,5 @@ def test_predictors_that_lack_a_method_or_give_another_shape_are_named() -> None
 
     with pytest.raises(NotImplementedError, match="Silent must override `logits`, or `forward`, `prefill` and `step`"):
         make_model(parts={"teammates": Silent(actions)})(random_batch())
-    with pytest.raises(ValueError, match=r"Short must give logits .*\(N-1\) \* A = 2 \* 4.* found \[3, 3, 7, 3\]"):
+    with pytest.raises(ValueError, match=r"Short must give logits .*\(N-1\) \* P = 2 \* 4.* found \[3, 3, 7, 3\]"):
         make_model(parts={"teammates": Short(actions)})(random_batch())

@@ -77,7 +77,7 @@ class GameBatch(EnvBase):
         ends = {name: np.zeros(len(self.games), dtype=bool) for name in ("terminated", "truncated")}
         for index, game in enumerate(self.games):
             actions = {
-                agent: int(chosen[group][index, number])
+                agent: action if (action := chosen[group][index, number]).ndim else int(action)
                 for group, names in self.group_map.items()
                 for number, agent in enumerate(names)
             }

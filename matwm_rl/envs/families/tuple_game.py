@@ -75,7 +75,8 @@ class TupleGame:
 
     def step(self, actions: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
         """Take a step with the actions of all agents; those of agents that left are passed on too."""
-        joint = tuple(int(actions[agent]) for agent in self.possible_agents)
+        chosen = [actions[agent] for agent in self.possible_agents]
+        joint = tuple(action if np.ndim(action) else int(action) for action in chosen)
         observations, rewards, terminated, truncated, info = self._parts(self.env.step(joint), 5)
         acting = self.agents
         seen = self._of(acting, self._each("observations", observations))
