@@ -20,7 +20,7 @@ from matwm_rl.training import prepare_process
 def main(cfg: presets.TrainConfig) -> tuple[WorldModelPolicy, Matches]:
     prepare_process(num_threads=cfg.num_threads, matmul_precision=cfg.matmul_precision)
     torch.manual_seed(cfg.seed)
-    env, hyper = make_env(cfg.env, seed=cfg.seed, num_envs=cfg.num_envs), cfg.learner
+    env, hyper = make_env(cfg.env, seed=cfg.seed, num_envs=cfg.num_envs, **cfg.env_kwargs), cfg.learner
     world_model = WorldModel.from_env(env, cfg.world_model)  # one, shared by all agents
     actor, critic = make_actor(world_model, cfg.actor_critic), make_critic(world_model, cfg.actor_critic)
     policy = WorldModelPolicy(world_model, actor, history_length=cfg.policy.history_length)
@@ -42,7 +42,7 @@ def main(cfg: presets.TrainConfig) -> tuple[WorldModelPolicy, Matches]:
         optimizers[loss].param_groups[0]["lr"] = rates[loss] * decay
         optimizers[loss].step()
 
-    test_env = make_env(cfg.env, seed=cfg.seed + 1, num_envs=cfg.evaluation.num_envs)
+    test_env = make_env(cfg.env, seed=cfg.seed + 1, num_envs=cfg.evaluation.num_envs, **cfg.env_kwargs)
     env, test_env = (TransformedEnv(e, policy.make_tensordict_primer()) for e in (env, test_env))  # carries histories
     frames = {"frames_per_batch": cfg.frames_per_batch, "total_frames": cfg.total_steps}
     frames |= {"init_random_frames": cfg.init_random_steps, "auto_register_policy_transforms": False}

@@ -30,15 +30,30 @@ class NumpyPolicy:
         return {i.name: np.zeros((num_envs, *i.shape[1:]), TYPES[i.type]) for i in self.session.get_inputs()}
 
     def act(self, inputs, sample=True):
-        """Return actions [E, N], and write the history of the next step into the inputs."""
+        """Return actions [E, N], or [E, N, A] from -1 to 1, and write the history of the next step into the inputs."""
         if "noise" in inputs:
             inputs["noise"] = self.random.random(inputs["noise"].shape, np.float32)
         outputs = dict(zip((o.name for o in self.session.get_outputs()), self.session.run(None, inputs), strict=True))
-        if sample:  # by the largest of the logits with Gumbel noise
-            outputs["action"] = (outputs["logits"] + self.random.gumbel(size=outputs["logits"].shape)).argmax(-1)
+        if sample:
+            outputs["action"] = self.draw(outputs["logits"])
             outputs["next_history_action"][:, :, -1] = outputs["action"]
         inputs.update({name[5:]: value for name, value in outputs.items() if name.startswith("next_")})
         return outputs["action"]
+
+    def draw(self, logits):
+        if self.layout["actions"]["kind"] == "discrete":  # the largest of the logits with Gumbel noise
+            return (logits + self.random.gumbel(size=logits.shape)).argmax(-1)
+        x, y = np.split(logits, 2, -1)  # minus infinity where an agent has fewer numbers than others
+        loc, scale = np.tanh(x), 0.1 + 0.9 / (1 + np.exp(-y - 2))
+        drawn = self.random.normal(loc, scale)
+        while (outside := np.abs(drawn) > 1).any():
+            drawn[outside] = self.random.normal(loc, scale)[outside]
+        return np.where(np.isfinite(x), drawn, 0).astype(np.float32)
+
+    def in_units(self, agent, action):
+        """Return an agent's continuous action [A] as its environment takes it."""
+        low, high = (np.array(self.layout["actions"][bound][agent]) for bound in ("low", "high"))
+        return low + (action[: len(low)] + 1) / 2 * (high - low)
 
 
 def main(path="policy.onnx", episodes=20):

@@ -198,6 +198,11 @@ class DiscreteActions(ActionSpace, kind="discrete"):
         'got the actions [2, 2] of agents with [3, 2] actions'
     """
 
+    action_shape = ()
+    dtype = torch.int64
+    distribution_class = ActionDistribution
+    has_probs = True
+
     counts: list[int]
     kind: str = field(default="discrete", init=False, repr=False)
     """Kind of action space; stored with the counts."""
@@ -220,26 +225,6 @@ class DiscreteActions(ActionSpace, kind="discrete"):
     def num_parameters(self) -> int:  # type: ignore[override]
         """A logit for every action."""
         return self.num_actions
-
-    @property
-    def action_shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """An action is one index."""
-        return ()
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """The dtype of action indices."""
-        return torch.int64
-
-    @property
-    def distribution_class(self) -> Callable[..., Distribution]:  # type: ignore[override]
-        """The distribution of one choice among the legal actions."""
-        return ActionDistribution
-
-    @property
-    def has_probs(self) -> bool:  # type: ignore[override]
-        """Actions have probabilities."""
-        return True
 
     def to_dict(self) -> dict[str, Any]:
         """See the base class."""

@@ -5,7 +5,7 @@ Legend: N agents, A the most numbers in an agent's action, F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import isfinite
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torchrl.data import Bounded, TensorSpec
 
 from matwm_rl.action_distribution import BoxDistribution, box_parameters
@@ -56,6 +55,10 @@ class BoxActions(ActionSpace, kind="box"):
         'got the action [0.0, 2.0, 0.0] of agent 0; expected numbers from -1 to 1'
     """
 
+    dtype = torch.float32
+    distribution_class = BoxDistribution
+    has_probs = False
+
     low: list[list[float]]
     high: list[list[float]]
     kind: str = field(default="box", init=False, repr=False)
@@ -95,21 +98,6 @@ class BoxActions(ActionSpace, kind="box"):
     def action_shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """An action is a vector."""
         return (self.num_actions,)
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """The dtype of actions."""
-        return torch.float32
-
-    @property
-    def distribution_class(self) -> Callable[..., Distribution]:  # type: ignore[override]
-        """Truncated normals."""
-        return BoxDistribution
-
-    @property
-    def has_probs(self) -> bool:  # type: ignore[override]
-        """There are densities only."""
-        return False
 
     def to_dict(self) -> dict[str, Any]:
         """See the base class."""

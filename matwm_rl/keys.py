@@ -43,7 +43,7 @@ key                                            shape after batch dims    meaning
 ``"episode"``                                  ``[1]``                   how often the environment was reset (int64)
 =============================================  ========================  =============================================
 
-Where actions are continuous (:class:`~matwm_rl.action_space.BoxActions`), A is the most numbers in an agent's action.
+Where actions are continuous (:class:`~matwm_rl.box_actions.BoxActions`), A is the most numbers in an agent's action.
 Actions have these in a last dimension of their own, ``("agents", "action")`` ``[N, A]`` float32 from -1 to 1 and
 ``("agents", "teammate_action")`` ``[N, N-1, A]``. ``"logits"`` and ``"teammate_logits"`` hold 2 A numbers each, the
 parameters of a distribution in place of logits. ``"action_mask"`` tells which numbers an agent has.

@@ -7,6 +7,7 @@ Read top down, every room may import from the levels below its own, and from no 
     presets
     training  evaluation
     modules  objectives  envs  data
+    box_actions
     action_space
     action_distribution  state_files
     checks  files  finite  keys  loss_functions  settings  torchrl_internals
@@ -34,6 +35,7 @@ LEVELS = (
     (f"{PACKAGE}.presets",),
     (f"{PACKAGE}.training", f"{PACKAGE}.evaluation"),
     (f"{PACKAGE}.modules", f"{PACKAGE}.objectives", f"{PACKAGE}.envs", f"{PACKAGE}.data"),
+    (f"{PACKAGE}.box_actions",),
     (f"{PACKAGE}.action_space",),
     (f"{PACKAGE}.action_distribution", f"{PACKAGE}.state_files"),
     tuple(
@@ -48,9 +50,9 @@ LEVEL_OF[PACKAGE] = 0.5
 OURS = ("examples", "benchmarks", "tests", PACKAGE)
 # Import names, torch.utils.tensorboard because it imports tensorboard at once.
 OPTIONAL = (
-    *("PIL", "gymnasium", "hydra", "imageio", "lbforaging", "magent2", "matplotlib", "mlflow", "mpe2", "omegaconf"),
-    *("onnx", "onnxruntime", "onnxscript", "pettingzoo", "pygame", "ray", "rware", "tensorboard"),
-    *("torch.utils.tensorboard", "tqdm", "vmas", "wandb"),
+    *("PIL", "gymnasium", "gymnasium_robotics", "hydra", "imageio", "lbforaging", "magent2", "matplotlib", "mlflow"),
+    *("mpe2", "mujoco", "omegaconf", "onnx", "onnxruntime", "onnxscript", "pettingzoo", "pygame", "ray", "rware"),
+    *("tensorboard", "torch.utils.tensorboard", "tqdm", "vmas", "wandb"),
 )
 
 

@@ -14,6 +14,7 @@ from torchrl.envs import TransformedEnv, check_env_specs
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from matwm_rl import keys, presets
+from matwm_rl.action_distribution import BoxDistribution
 from matwm_rl.data import ReplayConfig, add_agent_entries, make_replay
 from matwm_rl.envs import ImaginationEnv, make_env
 from matwm_rl.evaluation import (
@@ -27,7 +28,7 @@ from matwm_rl.evaluation import (
 )
 from matwm_rl.modules import ActorCriticConfig, Imagination, WorldModel, WorldModelPolicy, make_actor
 from matwm_rl.objectives import ActorLoss, ActorLossConfig, MeanPolicyEntropy, Signalling, WorldModelLoss
-from matwm_rl.training import guard
+from matwm_rl.training import PolicyCard, TrainedPolicy, export_policy, guard
 from matwm_rl.training.collector import ResumableCollector
 from tests.helpers import (
     BOXES,
@@ -253,27 +254,35 @@ def test_scripts_and_matches_play_continuous_simple_tag(name: str) -> None:
     assert len(matches.summary()) == 4
 
 
-def test_a_program_decides_as_the_policy(tmp_path: Path) -> None:
-    from matwm_rl.training import PolicyCard, TrainedPolicy, export_policy
-    from matwm_rl.training.export import example_inputs
+def test_programs_decide_and_draw_as_the_policy(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason='needs pip install "matwm_rl[onnx]"')
+    pytest.importorskip("onnxruntime", reason='needs pip install "matwm_rl[onnx]"')
+    from examples.numpy_policy import NumpyPolicy
 
     env = mock_env(continuous=True)
     model = randomize(WorldModel.from_env(env, replace(presets.tiny().world_model, latent=LATENTS["gaussian"]))).eval()
     actor, card = randomize(make_actor(model, SMALL)), PolicyCard(env="mock", env_kwargs={"continuous": True})
     policy = TrainedPolicy(model, actor, history_length=3, card=card).eval()
-    export_policy(policy, tmp_path / "policy.pt2")
-    decide = torch.export.load(tmp_path / "policy.pt2").module()
+    export_policy(policy, tmp_path / "policy.onnx")
+    player = NumpyPolicy(tmp_path / "policy.onnx")
     assert env.layout.actions == BOXES
     env = policy.make_env(seed=0, num_envs=2)
-    inputs, tensordict = example_inputs(policy, num_envs=2), env.reset()
+    inputs, tensordict = player.reset(2), env.reset()
     for _ in range(5):
-        inputs |= {name: tensordict["agents", name] for name in ("observation", "action_mask", "alive")}
+        inputs |= {name: tensordict["agents", name].numpy() for name in ("observation", "action_mask", "alive")}
         with set_exploration_type(ExplorationType.DETERMINISTIC):
             tensordict = policy(tensordict)
-        outputs = decide(**inputs)
-        torch.testing.assert_close(outputs["action"], tensordict[keys.ACTION])
+        chosen = torch.as_tensor(player.act(inputs, sample=False))
+        torch.testing.assert_close(chosen, tensordict[keys.ACTION], rtol=0, atol=1e-5)
         following: TensorDict = tensordict["next", "history"]
         for name in ("code", "action", "length"):
-            inputs[f"history_{name}"] = outputs[f"next_history_{name}"]
-            torch.testing.assert_close(inputs[f"history_{name}"], following[name])
+            torch.testing.assert_close(torch.as_tensor(inputs[f"history_{name}"]), following[name], rtol=0, atol=1e-5)
         _, tensordict = env.step_and_maybe_reset(tensordict)
+    logits = torch.randn(N, 4)
+    mask = BOXES.legal()
+    drawn = torch.as_tensor(player.draw(BOXES.mask_parameters(logits, mask, -torch.inf).expand(4_000, N, 4).numpy()))
+    expected = BoxDistribution(logits=logits, mask=mask)
+    assert BOXES.problem(drawn) is None
+    torch.testing.assert_close(drawn.mean(0), expected.mean, rtol=0, atol=0.05)
+    torch.testing.assert_close(drawn.std(0), expected.sample((4_000,)).std(0), rtol=0, atol=0.05)
+    assert player.in_units(2, drawn.numpy()[0, 2]).tolist() == pytest.approx([1 + float(drawn[0, 2, 0])])

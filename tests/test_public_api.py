@@ -30,8 +30,8 @@ ROOMS = ["matwm_rl", *(f"matwm_rl.{path.parent.name}" for path in sorted(PACKAGE
 HELPERS = [
     f"matwm_rl.{name}"
     for name in (
-        *("action_distribution", "action_space", "arguments", "checks", "finite", "functional", "loss_functions"),
-        *("presets", "settings"),
+        *("action_distribution", "action_space", "arguments", "box_actions", "checks", "finite", "functional"),
+        *("loss_functions", "presets", "settings"),
     )
 ]
 """Modules without ``__all__``, whose own classes and functions without an underscore others may use."""

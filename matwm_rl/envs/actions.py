@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from tensordict import TensorDictBase
@@ -111,8 +112,14 @@ class BoxGroupActions(GroupActions):
         return torch.where((dense - inside).abs() <= TOLERANCE, inside, dense).float()
 
     def _bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        low, high = (torch.tensor(bound, dtype=torch.float64, device=device) for bound in (self.low, self.high))
+        low, high = (_on_device(tuple(map(tuple, bound)), device) for bound in (self.low, self.high))
         return low, high
+
+
+@lru_cache(maxsize=128)
+def _on_device(bound: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    """Return bounds as a tensor that nobody may write into; kept, since a GPU would wait for it at every step."""
+    return torch.tensor(bound, dtype=torch.float64, device=device)
 
 
 def read_action_specs(specs: Sequence[TensorSpec], group: str) -> GroupActions:

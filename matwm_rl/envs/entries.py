@@ -124,7 +124,7 @@ def agent_specs(env: EnvBase, spec: Composite, key: Key, names: Sequence[str]) -
     if key not in spec.keys(True, True):
         found = sorted(str(found) for found in spec.keys(True, True))
         raise ValueError(
-            f"expected one tensor under {key}, found {found}. The environment must make one discrete action of actions "
+            f"expected one tensor under {key}, found {found}. The environment must make one action of actions "
             "of several tensors (Dict or Tuple spaces)."
         )
     batch = len(env.batch_size)

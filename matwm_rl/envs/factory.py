@@ -38,14 +38,14 @@ def make_env(
     ``"mpe2/simple_tag_v3"``                  every module of ``mpe2``; 25 steps unless   ``matwm_rl[mpe]``
                                               ``max_cycles`` is given
     ``"butterfly/pistonball_v6"``             every module of ``pettingzoo.butterfly``    ``matwm_rl[butterfly]``
-    ``"sisl/pursuit_v5"``                     modules of ``pettingzoo.sisl`` with         ``matwm_rl[sisl]``
-                                              discrete actions
+    ``"sisl/pursuit_v5"``                     every module of ``pettingzoo.sisl``         ``matwm_rl[sisl]``
     ``"magent2/battle_v4"``                   every module of ``magent2.environments``    ``matwm_rl[magent2]``
     ``"vmas/simple_tag"``                     every scenario of VMAS; 100 steps unless    ``matwm_rl[vmas]``
                                               ``max_steps`` is given
     ``"rware/rware-tiny-2ag-v2"``             every id that ``rware`` registers with      ``matwm_rl[rware]``
                                               Gymnasium
     ``"lbforaging/Foraging-8x8-2p-3f-v3"``    every id that ``lbforaging`` registers      ``matwm_rl[lbforaging]``
+    ``"mamujoco/HalfCheetah-2x3"``            robots and partitions of MaMuJoCo           ``matwm_rl[mamujoco]``
     ``"mock"``                                :class:`~matwm_rl.envs.MockEnv`             none
     ``"package.module:function"``             what this function returns                  none
     ========================================  ==========================================  ========================

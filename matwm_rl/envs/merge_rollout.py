@@ -102,6 +102,9 @@ def _check_rollout(rollout: TensorDictBase, layout: AgentLayout) -> None:
         read_entry(rollout, (group, "action"), reader, (*shape, *[None] * (action.ndim > len(shape))))
         if action.is_floating_point() != layout.actions.dtype.is_floating_point:
             raise ValueError(f"stored actions of group {group!r} are {action.dtype}; the layout has {layout.actions}.")
+        if layout.actions.action_shape:
+            size = layout.action_counts[layout.agent_names.index(names[0])]
+            read_entry(rollout, (group, "action"), reader, (*shape, size))
 
 
 def _stored_actions(rollout: TensorDictBase, layout: AgentLayout, groups: list[Group]) -> Tensor:

@@ -50,7 +50,8 @@ def wrap_env(
 
     Raises:
         TypeError: if ``env`` is none of these.
-        ValueError: if its agents act in turns, its actions are not discrete, or its groups or spaces cannot be read.
+        ValueError: if its agents act in turns, its actions are neither discrete nor vectors between finite bounds, or
+            its groups or spaces cannot be read.
 
     Examples:
         >>> from mpe2 import simple_tag_v3

@@ -27,7 +27,10 @@ def first_legal_policy() -> TensorDictModule:
 
 
 def assert_legal(data: TensorDictBase) -> None:
-    assert data[ACTION_MASK].gather(-1, data[ACTION].unsqueeze(-1)).all()
+    if data[ACTION].is_floating_point():
+        assert (data[ACTION].abs() <= data[ACTION_MASK]).all()
+    else:
+        assert data[ACTION_MASK].gather(-1, data[ACTION].unsqueeze(-1)).all()
 
 
 def starts(size: int = S, context: int = C, **kwargs: Any) -> TensorDict:

@@ -65,7 +65,7 @@ class Row:
         make: makes it.
         package: that has to be installed.
         groups: how many agents each of its groups has.
-        counts: of actions.
+        counts: of actions, or of the numbers of an action.
         observation: of one agent.
         masks: whether it has masks of legal actions.
         deaths: whether agents die in ``STEPS`` random steps.
@@ -109,6 +109,20 @@ ROWS = {
         counts=[5] * 3,
         observation=(147,),
     ),
+    "sisl, continuous": Row(
+        make=named("sisl/multiwalker_v9", n_walkers=2, max_cycles=15),
+        package="Box2D",
+        groups=[2],
+        counts=[4] * 2,
+        observation=(31,),
+    ),
+    "mpe2, continuous": Row(
+        make=named("mpe2/simple_speaker_listener_v4", continuous_actions=True),
+        package="mpe2",
+        groups=[1, 1],
+        counts=[3, 5],
+        observation=(11,),
+    ),
     "magent2": Row(
         make=named("magent2/combined_arms_v6", map_size=16, max_cycles=38),
         package="magent2",
@@ -120,6 +134,20 @@ ROWS = {
     ),
     "vmas": Row(
         make=named("vmas/simple_tag", max_steps=15), package="vmas", groups=[3, 1], counts=[9] * 4, observation=(16,)
+    ),
+    "vmas, continuous": Row(
+        make=named("vmas/balance", max_steps=15, continuous_actions=True),
+        package="vmas",
+        groups=[3],
+        counts=[2] * 3,
+        observation=(16,),
+    ),
+    "mamujoco": Row(
+        make=named("mamujoco/HalfCheetah-2x3", max_episode_steps=15),
+        package="gymnasium_robotics",
+        groups=[2],
+        counts=[3] * 2,
+        observation=(12,),
     ),
     "rware": Row(
         make=named("rware/rware-tiny-2ag-v2", max_steps=15),
@@ -201,6 +229,7 @@ def test_it_is_played_and_learnt_from(row: Row, monkeypatch: pytest.MonkeyPatch)
     assert_legal(data)
     alive = data[ALIVE]
     assert alive.all() == (not row.deaths)
-    assert not data[OBSERVATION][~alive].any() and (data[ACTION_MASK][~alive].sum(-1) == 1).all()
+    spared = int(env.layout.actions.has_probs)
+    assert not data[OBSERVATION][~alive].any() and (data[ACTION_MASK][~alive].sum(-1) == spared).all()
     assert data[DONE].any() and torch.equal(data[DONE], data[TERMINATED] ^ data[TRUNCATED])
     learn(env, data)

@@ -112,7 +112,7 @@ def test_group_map_is_passed_on() -> None:
         ("vmas/simple_tga", r"unknown environment 'vmas/simple_tga'; near ones: simple_tag.*; scenarios: .*balance"),
         (
             "atari/pong_v3",
-            r"'atari/pong_v3'; registered families: butterfly, lbforaging, magent2, mock, mpe2, .*register_family",
+            r"'atari/pong_v3'; registered families: butterfly, lbforaging, magent2, mamujoco, mock, .*register_family",
         ),
         ("magnet2/battle_v4", "near ones: magent2/battle_v4; registered"),
         ("lbforaging/Foraging-8x8-2p-3f-v2", r"near ones: Foraging-8x8-2p-3f-v3, .*; environments: .* 1917 more"),
@@ -142,6 +142,7 @@ def test_no_environments() -> None:
         ("magent2/battle_v4", "magent2.environments", "magent2"),
         ("rware/rware-tiny-2ag-v2", "rware", "rware"),
         ("lbforaging/Foraging-5x5-2p-1f-v3", "lbforaging", "lbforaging"),
+        ("mamujoco/HalfCheetah-2x3", "gymnasium_robotics", "mamujoco"),
     ],
 )
 def test_missing_package_names_the_extra(name: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +159,7 @@ def test_missing_package_names_the_extra(name: str, package: str, extra: str, mo
         ("sisl/pursuit_v5", {"n_evader": 5}, "'n_evader'; near ones: .*n_evaders.*; it takes x_size, "),
         ("vmas/simple_tag", {"num_landmark": 5}, "'num_landmark'$"),
         ("lbforaging/Foraging-5x5-2p-1f-v3", {"sigt": 2}, "'sigt'; near ones: sight; it takes players, "),
+        ("mamujoco/HalfCheetah-2x3", {"agent_obks": 0}, "'agent_obks'; near ones: agent_obsk; it takes agent_obsk, "),
         ("mock", {"length": 5}, "'length'; near ones: episode_length; it takes "),
         ("tests.envs.population:Population", {"lenght": 5}, "'lenght'; near ones: length; it takes names, "),
     ],
@@ -173,14 +175,6 @@ def test_other_errors_of_a_constructor_are_its_own() -> None:
 
     with pytest.raises(TypeError, match=r"^open\(\) got"):
         make_env(broken, size=3)
-
-
-@pytest.mark.parametrize(
-    ("name", "kwargs"), [("mpe2/simple_tag_v3", {"continuous_actions": True}), ("sisl/multiwalker_v9", {})]
-)
-def test_continuous_actions_are_refused(name: str, kwargs: dict[str, bool]) -> None:
-    with pytest.raises(ValueError, match="one discrete action per agent"):
-        make_env(name, **kwargs)
 
 
 def test_a_function_is_called_for_each_environment() -> None:

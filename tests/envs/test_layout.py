@@ -5,11 +5,12 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from torchrl.data import Categorical, OneHot
+from torchrl.data import Bounded, Categorical, OneHot, TensorSpec, Unbounded
 
 from matwm_rl.action_space import ActionSpace, DiscreteActions
+from matwm_rl.box_actions import BoxActions
 from matwm_rl.envs import AgentLayout, MockEnv, make_env
-from matwm_rl.envs.actions import GroupActions, join_actions, read_action_specs
+from matwm_rl.envs.actions import BoxGroupActions, DiscreteGroupActions, join_actions, read_action_specs
 
 
 @pytest.mark.parametrize("name", ["mock", "mpe2/simple_speaker_listener_v4", "butterfly/pistonball_v6"])
@@ -67,14 +68,19 @@ def test_every_row_of_a_mask_keeps_an_action() -> None:
 
 
 def test_actions_of_groups_are_joined_in_order() -> None:
-    groups = [GroupActions([4, 2], is_one_hot=False), GroupActions([3], is_one_hot=True)]
+    groups = {"b": DiscreteGroupActions([4, 2], is_one_hot=False), "a": DiscreteGroupActions([3], is_one_hot=True)}
     assert join_actions(groups) == DiscreteActions([4, 2, 3])
-    assert [group.num_actions for group in groups] == [4, 3]
+    assert [group.num_actions for group in groups.values()] == [4, 3]
+    boxes = {"b": BoxGroupActions([[0.0, 1.0]], [[2.0, 3.0]]), "a": BoxGroupActions([[-1.0]] * 2, [[1.0], [4.0]])}
+    assert join_actions(boxes) == BoxActions([[0.0, 1.0], [-1.0], [-1.0]], [[2.0, 3.0], [1.0], [4.0]])
+    assert [(group.sizes, group.num_actions) for group in boxes.values()] == [([2], 2), ([1, 1], 1)]
+    with pytest.raises(ValueError, match=r"groups \['a'\] are continuous, those of \['b'\] are discrete; expected one"):
+        join_actions({"a": boxes["a"], "b": groups["b"]})
 
 
 @pytest.mark.parametrize("is_one_hot", [False, True])
 def test_actions_of_a_group_come_back(is_one_hot: bool) -> None:
-    actions, dense = GroupActions([3, 3], is_one_hot=is_one_hot), torch.tensor([[0, 2], [1, 1]])
+    actions, dense = DiscreteGroupActions([3, 3], is_one_hot=is_one_hot), torch.tensor([[0, 2], [1, 1]])
     own = actions.from_dense(dense)
     assert own.shape == ((2, 2, 3) if is_one_hot else (2, 2))
     assert torch.equal(actions.to_dense(own), dense)
@@ -82,12 +88,31 @@ def test_actions_of_a_group_come_back(is_one_hot: bool) -> None:
 
 
 def test_action_specs() -> None:
-    assert read_action_specs([Categorical(3), Categorical(2)], "team") == GroupActions([3, 2], is_one_hot=False)
-    assert read_action_specs([OneHot(3), OneHot(3)], "team") == GroupActions([3, 3], is_one_hot=True)
+    assert read_action_specs([Categorical(3), Categorical(2)], "team") == DiscreteGroupActions([3, 2], False)
+    assert read_action_specs([OneHot(3), OneHot(3)], "team") == DiscreteGroupActions([3, 3], is_one_hot=True)
     with pytest.raises(ValueError, match="group 'team' has one-hot actions of unequal sizes"):
         read_action_specs([OneHot(3), OneHot(2)], "team")
-    with pytest.raises(ValueError, match="one discrete action per agent"):
-        read_action_specs([Categorical(3, shape=[2])], "team")
+    box = Bounded(torch.tensor([0.0, -1.0]), torch.tensor([0.5, 1.0]), dtype=torch.float64)
+    expected = BoxGroupActions([[0.0, -1.0]] * 2, [[0.5, 1.0]] * 2, torch.float64)
+    assert read_action_specs([box, box], "team") == expected
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        [Categorical(3, shape=[2])],
+        [Bounded(-1, 1, shape=[])],
+        [Bounded(-1, 1, shape=[0])],
+        [Bounded(-1, 1, shape=[2, 2])],
+        [Bounded(-1, 1, shape=[2], dtype=torch.int64)],
+        [Unbounded([2])],
+        [Bounded(-1, 1, shape=[2]), Categorical(3)],
+    ],
+    ids=["two choices", "a number", "no number", "a matrix", "whole numbers", "unbounded", "mixed"],
+)
+def test_actions_of_other_kinds_are_refused(specs: list[TensorSpec]) -> None:
+    with pytest.raises(ValueError, match=r"(?s)group 'team' has .* one discrete action, or one vector of numbers b"):
+        read_action_specs(specs, "team")
 
 
 # ---------------------------------------------------------------------- stored data

@@ -114,7 +114,9 @@ def test_bad_family_names(name: str) -> None:
 
 def test_unknown_names_list_what_is_registered() -> None:
     register_family("mine", Recorder())
-    with pytest.raises(ValueError, match=r"magent2, mine, mock, mpe2, .*, vmas\. .*Register another family with"):
+    with pytest.raises(
+        ValueError, match=r"magent2, mamujoco, mine, mock, mpe2, .*, vmas\. .*Register another family with"
+    ):
         make_env("other/one")
 
 

@@ -38,6 +38,14 @@ def test_it_trains_and_evaluates(preset: str) -> None:
     assert 0 < hunter < 27 and 0 < prey < 36
 
 
+def test_it_trains_agents_with_continuous_actions_as_well() -> None:
+    policy, matches = train("preset=vectors", "total_steps=60", "env_kwargs.continuous=true")
+    assert not policy.world_model.actions.has_probs
+    # Every number is from -1 to 1, of the prey from 0 to 2.
+    hunter, prey = matches.summary().values()
+    assert abs(hunter) < 18 and 0 < prey < 36
+
+
 def test_it_trains_the_very_weights_of_the_script(tmp_path: Path) -> None:
     # The script has `Learner`, and also evaluates halfway.
     settings = [*SMALL, "preset=tiny", "total_steps=120", "updates_per_batch=2"]

@@ -4,6 +4,7 @@ Importing this package registers them.
 """
 
 from matwm_rl.envs.families.gymnasium import make_lbforaging, make_rware
+from matwm_rl.envs.families.mamujoco import make_mamujoco
 from matwm_rl.envs.families.mock import make_mock
 from matwm_rl.envs.families.named import construct, unknown_environment
 from matwm_rl.envs.families.pettingzoo import make_butterfly, make_magent2, make_mpe, make_sisl, wrap_pettingzoo
@@ -16,6 +17,7 @@ __all__ = [
     "make_butterfly",
     "make_lbforaging",
     "make_magent2",
+    "make_mamujoco",
     "make_mock",
     "make_mpe",
     "make_rware",

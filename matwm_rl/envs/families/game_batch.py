@@ -23,8 +23,7 @@ from matwm_rl.torchrl_internals import simulator
 class GameBatch(EnvBase):
     """A batch ``[E]`` of PettingZoo games, which all step at once; it has the entries of ``PettingZooWrapper``.
 
-    It is for games in which all agents act in every step and end together, as in mpe2, with vector observations and
-    discrete actions.
+    It is for games in which all agents act in every step and end together, as in mpe2, with vector observations.
 
     Args:
         make: makes one wrapped game; all must be alike.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import sys
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -17,6 +18,7 @@ from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, MarlGroupMapType
 from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 
+from matwm_rl.arguments import check_ints
 from matwm_rl.envs.families.game_batch import GameBatch
 from matwm_rl.envs.families.named import construct, unknown_environment
 from matwm_rl.envs.families.packages import import_package
@@ -26,6 +28,8 @@ from matwm_rl.torchrl_internals import simulator
 
 MPE_MAX_CYCLES = 25
 """Length of an episode of mpe2 unless ``max_cycles`` is given."""
+MULTIWALKER_MAX_CYCLES = 500
+"""Length of an episode of multiwalker unless ``max_cycles`` is given, as it has it."""
 
 
 def make_mpe(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
@@ -56,10 +60,16 @@ def make_butterfly(task: str, *, num_envs: int, device: torch.device | str | Non
 def make_sisl(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
     """Make an environment of a module of ``pettingzoo.sisl``; see :func:`wrap_pettingzoo` for ``group_map``.
 
+    Multiwalker reports its time limit as a termination, from which values do not bootstrap. Another takes its place.
+
     Raises:
         ValueError: if there is no such module.
     """
-    return _make("sisl", "pettingzoo.sisl", task, extra="sisl", device=device, **kwargs)
+    limit = None
+    if task.startswith("multiwalker"):
+        limit = kwargs.pop("max_cycles", MULTIWALKER_MAX_CYCLES)
+        kwargs["max_cycles"] = sys.maxsize
+    return _make("sisl", "pettingzoo.sisl", task, extra="sisl", device=device, limit=limit, **kwargs)
 
 
 def make_magent2(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
@@ -79,6 +89,7 @@ def _make(
     extra: str,
     device: torch.device | str | None,
     group_map: dict[str, list[str]] | MarlGroupMapType | None = None,
+    limit: int | None = None,
     **kwargs: Any,
 ) -> EnvBase:
     # pygame opens a window at import otherwise, which fails on a machine without a screen.
@@ -87,6 +98,7 @@ def _make(
     # So that it can be drawn; nothing is, unless asked, but some of butterfly never draw what their agents observe.
     kwargs.setdefault("render_mode", "rgb_array")
     game = construct(f"{family}/{task}", module.parallel_env, kwargs)
+    game = game if limit is None else _TimeLimit(game, limit)
     return wrap_pettingzoo(game, group_map=group_map, device=device)
 
 
@@ -100,6 +112,52 @@ def _module(package: ModuleType, task: str, family: str) -> ModuleType:
         # PettingZoo warns that a registry will replace this import, but no release has one yet.
         warnings.filterwarnings("ignore", message="The old environment creation API")
         return importlib.import_module(f"{package.__name__}.{task}")
+
+
+class GameAround:
+    """What is around a parallel environment, and has all that the environment has.
+
+    Args:
+        game: the parallel environment.
+    """
+
+    def __init__(self, game: Any) -> None:
+        self.game = game
+
+    def __getattr__(self, name: str) -> Any:
+        # While this is being copied, the game is not there yet.
+        if name == "game" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.game, name)
+
+
+class _TimeLimit(GameAround):
+    """Truncates episodes after ``max_cycles`` steps.
+
+    Args:
+        game: the parallel environment.
+        max_cycles: length of an episode.
+    """
+
+    def __init__(self, game: Any, max_cycles: int) -> None:
+        super().__init__(game)
+        check_ints(1, max_cycles=max_cycles)
+        self._max_cycles = max_cycles
+        self._steps = 0
+
+    def reset(self, *args: Any, **kwargs: Any) -> Any:
+        """Begin an episode."""
+        self._steps = 0
+        return self.game.reset(*args, **kwargs)
+
+    def step(self, actions: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+        """Take a step; after the last of an episode no agent is left."""
+        observations, rewards, terminated, truncated, infos = self.game.step(actions)
+        self._steps += 1
+        if self._steps >= self._max_cycles:
+            truncated = dict.fromkeys(truncated, True)
+            self.game.agents = []
+        return observations, rewards, terminated, truncated, infos
 
 
 def wrap_pettingzoo(
