@@ -17,7 +17,6 @@ from statistics import median
 from protocol import ENVIRONMENTS, evaluate_policy
 from world_model_quality import world_model_quality
 
-from matwm_rl.envs import make_env
 from matwm_rl.files import write_text
 from matwm_rl.training import load_policy, prepare_process
 
@@ -34,15 +33,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     prepare_process(num_threads=1, matmul_precision="highest")
     environment = ENVIRONMENTS[options.environment]
-    layout = make_env(environment.env).layout
+    layout = environment.make().layout
     figures: dict[str, dict[str, float]] = {}
     for seed, path in enumerate(options.policies):
         policy = load_policy(path, layout=layout)
         figures[str(path)] = evaluate_policy(environment, policy)
         if options.world_model:
-            figures[str(path)] |= world_model_quality(
-                policy, environment.env, episodes=QUALITY_EPISODES, seed=seed + 1_000
-            )
+            asked = {"episodes": QUALITY_EPISODES, "seed": seed + 1_000, **environment.env_kwargs}
+            figures[str(path)] |= world_model_quality(policy, environment.env, **asked)
         print(f"{seed}: {path}", flush=True)
     print(f"{'':40s}" + "".join(f"{seed:>9}" for seed in range(len(figures))) + "   median")
     for metric in next(iter(figures.values())):

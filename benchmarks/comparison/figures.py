@@ -200,8 +200,13 @@ def draw_world_model(results: Results, path: Path) -> Any | None:
 
 
 def _ratios(results: Results, environment: str, quantity: str) -> dict[int, dict[int, list[float]]]:
-    """Return ``{env steps: {steps ahead: each seed's error of the model over that of the trivial predictor}}``."""
+    """Return ``{env steps: {steps ahead: each seed's error of the model over that of the trivial predictor}}``.
+
+    There are none of teammates' continuous actions: the error is a negative log-density, which may be below 0.
+    """
     lines: dict[int, dict[int, list[float]]] = {}
+    if quantity == "teammate" and ENVIRONMENTS[environment].is_continuous:
+        return lines
     for step in results.steps(environment, "matwm"):
         for horizon in HORIZONS:
             name = f"open_loop/{quantity}/{horizon}"

@@ -1,6 +1,7 @@
 """The model-free methods: their settings, and how the agents of one group learn with TorchRL's own losses.
 
-No script of its own: model_free.py trains with them. The agents of one original group (the pursuers of simple_tag, the
+No script of its own: model_free.py trains with them. Actions are discrete here; continuous_learners.py has what differs
+where they are continuous. The agents of one original group (the pursuers of simple_tag, the
 speaker) share a network and learn together; groups share nothing. A group's agents are a batch dimension: its view of a
 batch (:meth:`Group.view`) is a single-agent batch ``[*batch, n]`` with TorchRL's default keys, which its losses take
 unchanged. Time limits are not terminations: values bootstrap from the true last observation.
@@ -80,7 +81,13 @@ METHODS: dict[str, Settings] = {
 
 
 class Group:
-    """The agents of one original group, which are consecutive in agent order."""
+    """The agents of one original group, which are consecutive in agent order.
+
+    Attributes:
+        agents: their place among all agents.
+        size: n, how many they are.
+        num_actions: how many actions each of them has.
+    """
 
     def __init__(self, layout: AgentLayout, index: int) -> None:
         first, size = layout.group_index.index(index), layout.group_index.count(index)
@@ -98,9 +105,9 @@ class Group:
     def view(self, batch: TensorDictBase) -> TensorDict:
         """Return the transitions that the group learns from, ``[*batch, n]``."""
         now, after = self.acting_view(batch), self.acting_view(batch.get("next"))
-        for key in ("action", "action_log_prob"):
-            if (keys.AGENTS, key) in batch.keys(True):
-                now[key] = batch.get((keys.AGENTS, key))[..., self.agents]
+        now["action"] = self.own_action(batch.get(keys.ACTION))
+        if (log_prob := batch.get((keys.AGENTS, "action_log_prob"), None)) is not None:
+            now["action_log_prob"] = log_prob[..., self.agents]
         # The episode of a dead agent has ended, although the other agents play on.
         dead = ~batch.get(keys.NEXT_ALIVE)[..., self.agents].unsqueeze(-1)
         after["done"] = batch.get(keys.DONE).unsqueeze(-2) | dead
@@ -108,15 +115,23 @@ class Group:
         after["reward"] = batch.get(keys.REWARD)[..., self.agents, :]
         return now.set("next", after)
 
+    def own_action(self, action: Tensor) -> Tensor:
+        """Return the group's actions ``[*batch, n]`` of those of all agents ``[*batch, N]``."""
+        return action[..., self.agents]
+
+    def env_action(self, action: Tensor) -> Tensor:
+        """Return the group's actions as the environment takes them."""
+        return action
+
     def state(self, observation: Tensor) -> Tensor:
         """Return all observations and a one-hot index of the agent in its group, ``[*batch, n, S]``."""
         everything = observation.flatten(-2).unsqueeze(-2).expand(*observation.shape[:-2], self.size, -1)
         which = torch.eye(self.size, device=observation.device).expand(*everything.shape[:-1], -1)
         return torch.cat([everything, which], -1)
 
-    def mlp(self, settings: Settings, out_features: int) -> MLP:
-        """Return a network that reads one agent's observation."""
-        return _mlp(settings, self.layout.observation_shape[0], out_features)
+    def mlp(self, settings: Settings, out_features: int, *, more_inputs: int = 0) -> MLP:
+        """Return a network that reads one agent's observation, and so many numbers more."""
+        return _mlp(settings, self.layout.observation_shape[0] + more_inputs, out_features)
 
     def actor(self, settings: Settings) -> ProbabilisticActor:
         """Return a policy that samples legal actions."""
@@ -138,9 +153,11 @@ class Learner:
     """One group's networks and their updates.
 
     Attributes:
+        group: whose agents learn.
         policy: reads and writes a view of the group; explores under ``ExplorationType.RANDOM``.
     """
 
+    group: Group
     policy: TensorDictModuleBase
     loss: LossModule
 

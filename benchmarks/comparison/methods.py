@@ -21,7 +21,6 @@ from protocol import Environment
 from tensordict.nn import TensorDictModuleBase
 
 from matwm_rl import presets
-from matwm_rl.envs import make_env
 from matwm_rl.evaluation import RandomActions
 from matwm_rl.settings import to_plain
 from matwm_rl.training import has_checkpoint, load_policy
@@ -73,6 +72,7 @@ class Matwm:
         return [
             PRESET,
             f"env={environment.env}",
+            *(f"env_kwargs.{name}={json.dumps(value)}" for name, value in environment.env_kwargs.items()),
             f"total_steps={self.steps(environment)}",
             "max_minutes=null",
             "progress=false",
@@ -176,11 +176,14 @@ class ModelFree:
         return environment.total_steps if self.total_steps is None or shortened else self.total_steps
 
     def checkpoints(self, environment: Environment) -> list[int]:
+        """Return the env steps after which the policy is evaluated: none where the method cannot learn the actions."""
+        if environment.is_continuous and self.name not in model_free.BOX_METHODS:
+            return []
         total_steps, usual = self.steps(environment), environment.total_steps
         return environment.checkpoints if total_steps == usual else [*range(usual, total_steps + 1, usual)]
 
     def settings(self, environment: Environment) -> dict[str, Any]:
-        return asdict(model_free.METHODS[self.name])
+        return asdict(model_free.method_settings(self.name, continuous=environment.is_continuous))
 
     def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
         time = clock.Clock()
@@ -196,6 +199,7 @@ class ModelFree:
             total_steps=self.steps(environment),
             checkpoints=self.checkpoints(environment),
             on_checkpoint=shown,
+            env_kwargs=environment.env_kwargs,
         )
 
 
@@ -217,10 +221,11 @@ class Reference:
         return {"scripted": self.scripted}
 
     def train(self, environment: Environment, seed: int, folder: Path, on_checkpoint: OnCheckpoint) -> None:
+        layout = environment.make().layout
         if not self.scripted:
-            on_checkpoint(0, RandomActions(), None)
+            on_checkpoint(0, RandomActions(layout.actions), None)
         elif environment.script is not None:
-            on_checkpoint(0, environment.script(make_env(environment.env).layout), None)
+            on_checkpoint(0, environment.script(layout), None)
 
 
 LONG_STEPS = 100_000

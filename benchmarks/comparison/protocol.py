@@ -6,14 +6,16 @@ No script of its own: sample_efficiency.py and its report import it. To add an e
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from scripts import ListenerScript, SpreadScript
 from tensordict.nn import TensorDictModuleBase
-from torchrl.envs import TransformedEnv
+from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 
 from matwm_rl.envs import AgentLayout, make_env
@@ -43,6 +45,7 @@ class Environment:
         every: env steps between evaluations.
         episodes: of every match of an evaluation, in each of the two action modes.
         num_envs: environments that are played in parallel.
+        env_kwargs: further arguments of ``make_env``, for training and evaluation.
     """
 
     env: str
@@ -51,6 +54,16 @@ class Environment:
     every: int = 5_000
     episodes: int = 100
     num_envs: int = 10
+    env_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether actions are continuous; the environments of mpe2 and VMAS are asked for them alike."""
+        return bool(self.env_kwargs.get("continuous_actions", False))
+
+    def make(self, **options: Any) -> EnvBase:
+        """Return the environment; ``options`` of ``make_env`` are the seed and the number of parallel ones."""
+        return make_env(self.env, **options, **self.env_kwargs)
 
     @property
     def checkpoints(self) -> list[int]:
@@ -60,10 +73,11 @@ class Environment:
     @property
     def protocol(self) -> dict[str, Any]:
         """The settings of the evaluation, on which figures depend besides the method."""
-        names = ("env", "every", "episodes", "num_envs")
+        names = ("env", "every", "episodes", "num_envs", *(["env_kwargs"] if self.env_kwargs else []))
         return {name: getattr(self, name) for name in names} | {"evaluation_seed": EVALUATION_SEED}
 
 
+CONTINUOUS = {"continuous_actions": True}
 ENVIRONMENTS = {
     "simple_tag": Environment("mpe2/simple_tag_v3", TagScript),
     "simple_spread": Environment("mpe2/simple_spread_v3", SpreadScript, episodes=200),
@@ -75,7 +89,32 @@ ENVIRONMENTS = {
     "simple_adversary": Environment("mpe2/simple_adversary_v3", episodes=200),
     "simple_push": Environment("mpe2/simple_push_v3", episodes=200),
     "lbforaging": Environment("lbforaging/Foraging-8x8-2p-3f-v3", episodes=200),
+    "simple_tag_continuous": Environment("mpe2/simple_tag_v3", TagScript, env_kwargs=CONTINUOUS),
+    "simple_spread_continuous": Environment("mpe2/simple_spread_v3", SpreadScript, episodes=200, env_kwargs=CONTINUOUS),
+    "vmas_simple_tag_continuous": Environment("vmas/simple_tag", TagScript, num_envs=100, env_kwargs=CONTINUOUS),
+    "balance_continuous": Environment("vmas/balance", num_envs=100, env_kwargs=CONTINUOUS),
 }
+
+
+def env_argument(text: str) -> tuple[str, Any]:
+    """Return the name and the value of an environment's argument that is written ``NAME=VALUE``.
+
+    The value is read as JSON, and as text if it is not JSON.
+
+    Raises:
+        argparse.ArgumentTypeError: if there is no name or no value.
+
+    Examples:
+        >>> env_argument("continuous_actions=true"), env_argument("max_cycles=50"), env_argument("render_mode=human")
+        (('continuous_actions', True), ('max_cycles', 50), ('render_mode', 'human'))
+    """
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def evaluate_policy(environment: Environment, policy: TensorDictModuleBase) -> dict[str, float]:
@@ -92,7 +131,7 @@ def evaluate_policy(environment: Environment, policy: TensorDictModuleBase) -> d
     for name, exploration in EXPLORATION.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(EVALUATION_SEED)
-            env = make_env(environment.env, num_envs=environment.num_envs, seed=EVALUATION_SEED)
+            env = environment.make(num_envs=environment.num_envs, seed=EVALUATION_SEED)
             if isinstance(policy, WorldModelPolicy):
                 env = TransformedEnv(env, policy.make_tensordict_primer())
             matches = evaluate_matches(

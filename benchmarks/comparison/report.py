@@ -197,7 +197,9 @@ def long_section(results: Results, place: Place) -> str:
 
 
 def _targets_text(results: Results) -> str:
-    names = ", ".join(name for name in ENVIRONMENTS if measures(name)[0].kind == "sampled")
+    # Those with continuous actions are named once there are runs.
+    known = [name for name, spec in ENVIRONMENTS.items() if not spec.is_continuous or name in results.environments]
+    names = ", ".join(name for name in known if measures(name)[0].kind == "sampled")
     return (
         f"Median (min to max) over {targets_seeds(results)}. In the cross-play of {names}, actions are sampled, "
         "because deterministic policies are easy to exploit; in the other environments they are greedy. The next "

@@ -118,7 +118,8 @@ def carry_out(run: Run, results: Path, scratch: Path) -> float:
         metrics = evaluate_policy(environment, policy)
         metrics |= {} if core_seconds is None else {"core_seconds": core_seconds}
         if isinstance(policy, WorldModelPolicy):
-            metrics |= world_model_quality(policy, environment.env, episodes=QUALITY_EPISODES, seed=run.seed + 1_000)
+            asked = {"episodes": QUALITY_EPISODES, "seed": run.seed + 1_000, **environment.env_kwargs}
+            metrics |= world_model_quality(policy, environment.env, **asked)
         figures[str(env_steps)] = {name: float(f"{value:.5g}") for name, value in metrics.items()}
 
     with held(folder):

@@ -11,13 +11,14 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from matwm_rl import keys
 from matwm_rl.envs import AgentLayout
 
 LANDMARKS = 3
 STEPS = torch.tensor([[1, 2], [3, 4]])
-"""mpe2's action for a step along an axis (0 = x, 1 = y) in the negative or positive direction."""
+"""mpe2's discrete action for a step along an axis (0 = x, 1 = y) in the negative or positive direction."""
 NEAR = 0.05
 """Distance below which an agent stays."""
 GLIDE = 0.2
@@ -25,22 +26,30 @@ GLIDE = 0.2
 
 
 class _Script(TensorDictModuleBase):
-    """Reads ``("agents", "observation")``, writes ``("agents", "action")``."""
+    """Reads ``("agents", "observation")``, writes ``("agents", "action")``.
+
+    Continuous actions of mpe2 have a number for each discrete one: 1 for the action that is chosen, -1, which means
+    nothing, for the others.
+    """
 
     def __init__(self, layout: AgentLayout, expected: dict[str, int]) -> None:
         super().__init__()
         groups = {name: len(agents) for name, agents in layout.group_map.items()}
         if groups != expected or layout.num_actions != 5:
             raise ValueError(f"{type(self).__name__} plays mpe2 with the groups {expected}, got {groups}")
+        self.continuous, self.legal = not layout.actions.has_probs, layout.actions.legal()
         self.in_keys: list[NestedKey] = [keys.OBSERVATION]
         self.out_keys: list[NestedKey] = [keys.ACTION]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the actions."""
-        return tensordict.set(keys.ACTION, self.act(tensordict.get(keys.OBSERVATION)))
+        action = self.act(tensordict.get(keys.OBSERVATION))
+        if self.continuous:
+            action = (2.0 * one_hot(action, self.legal.shape[-1]) - 1.0) * self.legal
+        return tensordict.set(keys.ACTION, action)
 
     def act(self, observation: Tensor) -> Tensor:
-        """Return actions ``[*batch, N]`` for observations ``[*batch, N, D]``."""
+        """Return discrete actions ``[*batch, N]`` for observations ``[*batch, N, D]``."""
         raise NotImplementedError
 
 

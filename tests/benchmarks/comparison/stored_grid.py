@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -74,9 +74,13 @@ def score(method: str, env_steps: int, seed: int) -> float:
     return best * env_steps / 25_000 + 0.01 * (seed - SEEDS[1])
 
 
-def full_grid(seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
+DISCRETE = [name for name, spec in ENVIRONMENTS.items() if not spec.is_continuous]
+
+
+def full_grid(seeds: tuple[int, ...] = SEEDS, environments: Sequence[str] = DISCRETE) -> list[dict[str, Any]]:
     runs = []
-    for environment, spec in ENVIRONMENTS.items():
+    for environment in environments:
+        spec = ENVIRONMENTS[environment]
         for method in [name for name in METHODS if is_run_in(METHODS[name], environment)]:
             steps = METHODS[method].steps(spec)
             for seed in seeds if METHODS[method].checkpoints(spec) else ():

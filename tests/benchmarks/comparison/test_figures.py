@@ -8,10 +8,11 @@ from typing import Any
 import figures
 import pytest
 from PIL import Image
-from protocol import ENVIRONMENTS, SEEDS
+from protocol import SEEDS
 from results import Results, measures
 
 from tests.benchmarks.comparison.stored_grid import (
+    DISCRETE,
     RANDOM_EVADER,
     STAGES,
     full_grid,
@@ -39,7 +40,7 @@ def test_curves_show_every_measure_and_all_together(tmp_path: Path) -> None:
     shown = panels(figure)
     crossed = ("simple_tag", "vmas_simple_tag", "simple_adversary", "simple_push")
     matches = [f"{name}: {m.title}" for name in crossed for m in measures(name)]
-    others = [f"{name}: mean return" for name in ENVIRONMENTS if name not in crossed]
+    others = [f"{name}: mean return" for name in DISCRETE if name not in crossed]
     assert list(shown) == [*matches, *others, "10 environments together: interquartile mean, 95% interval"]
     spread = lines(shown["simple_spread: mean return"])
     assert set(spread) == {"MATWM", "MAPPO", "IPPO", "IQL", "ISAC", "random", "scripted", LONG}
@@ -102,3 +103,8 @@ def test_the_world_model_is_drawn_over_training(tmp_path: Path) -> None:
     assert horizons == [1, 5, 10]
     assert ratios == pytest.approx([(10_000 + SEEDS[1]) / 25_000 / 2.0] * 3)
     assert len(figure.legends) == 1
+
+
+def test_densities_of_teammates_actions_are_not_compared_by_ratios(tmp_path: Path) -> None:
+    figure = figures.draw_world_model(Results(full_grid(environments=["balance_continuous"])), tmp_path / "model.png")
+    assert [*panels(figure)] == ["balance_continuous: observations", "balance_continuous: rewards"]

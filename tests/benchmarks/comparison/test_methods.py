@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import methods
+import model_free
 import pytest
 import sample_efficiency as grid
 from methods import Matwm, ModelFree, Reference
@@ -58,10 +60,48 @@ def test_a_model_free_method_is_run(tmp_path: Path, method: str) -> None:
     assert shown == ([1_000] if method == "ippo" else [250, 500])
 
 
+CONTINUOUS = replace(SPREAD, env_kwargs={"continuous_actions": True})
+
+
+def test_methods_that_can_learn_continuous_actions_are_run_with_them(tmp_path: Path) -> None:
+    names = [name for name, environment in grid.ENVIRONMENTS.items() if environment.is_continuous]
+    chosen = grid.chosen_runs(None, names, (10,))
+    assert {run.method for run in chosen} == {"random", "scripted", "matwm", "mappo", "ippo", "isac"}
+    assert grid.chosen_runs(["iql", "iql_100k"], names, (10,)) == []
+    for method in ("mappo", "ippo", "isac"):
+        settings = grid.Run("balance_continuous", method, 10).settings()
+        assert settings.pop("protocol")["env_kwargs"] == {"continuous_actions": True}
+        assert settings == asdict(model_free.BOX_METHODS[method])
+        assert grid.Run("balance", method, 10).settings()["num_envs"] == settings["num_envs"]
+    with pytest.raises(ValueError, match="'iql' learns discrete actions only"):
+        grid.Run("balance_continuous", "iql", 10).settings()
+
+
+def test_continuous_actions_change_nothing_else_of_matwm() -> None:
+    names = ("simple_spread", "simple_spread_continuous")
+    discrete, continuous = (grid.METHODS["matwm"].settings(grid.ENVIRONMENTS[name]) for name in names)
+    assert continuous == discrete | {"env_kwargs": {"continuous_actions": True}}
+    assert methods.differences(discrete, continuous) == ["env_kwargs.continuous_actions: None, now True"]
+    # Runs that were stored before environments had arguments.
+    without = {name: value for name, value in discrete.items() if name != "env_kwargs"}
+    assert methods.differences(without, discrete) == []
+
+
+def test_a_model_free_method_is_run_with_continuous_actions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(methods.model_free, "train", lambda *names, **options: asked.append((names, options)))
+    ModelFree("ippo").train(CONTINUOUS, 0, tmp_path, lambda *_: None)
+    ((names, options),) = asked
+    assert names == ("ippo", SPREAD.env)
+    assert options["env_kwargs"] == {"continuous_actions": True}
+
+
 def test_references_are_shown_once(tmp_path: Path) -> None:
     for scripted, environment, expected in (
         (False, MOCK, ["RandomActions"]),
         (True, grid.ENVIRONMENTS["simple_spread"], ["SpreadScript"]),
+        (False, CONTINUOUS, ["RandomActions"]),
+        (True, grid.ENVIRONMENTS["simple_spread_continuous"], ["SpreadScript"]),
         (True, MOCK, []),
     ):
         shown: list[tuple[int, str]] = []

@@ -97,6 +97,21 @@ def test_command_prints_sampled_and_greedy_returns(
     assert all("hunter" in line and "prey" in line for line in lines)
 
 
+def test_the_command_hands_arguments_to_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(model_free, "prepare_process", lambda **_: None)
+    settings = replace(model_free.BOX_METHODS["ippo"], num_cells=(16,), frames_per_batch=20, epochs=1)
+    monkeypatch.setattr(model_free, "BOX_METHODS", {"ippo": settings})
+    options = ["--method", "ippo", "--environment", "mock", "--total-steps", "20", "--every", "20", "--episodes", "10"]
+    model_free.main([*options, "--env-kwargs", "continuous=true", "episode_length=3"])
+    printed = capsys.readouterr().out
+    assert str(asdict(settings)) in printed and "20 steps, " in printed
+    with pytest.raises(SystemExit, match="2"):
+        model_free.main([*options, "--env-kwargs", "continuous"])
+    assert "expected NAME=VALUE" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--total-steps", "--every", "--episodes"])
 def test_the_command_refuses_less_than_one(option: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):

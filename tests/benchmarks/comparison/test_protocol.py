@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torchrl.envs import Transform, TransformedEnv
 from torchrl.envs.utils import ExplorationType, exploration_type
 
+from matwm_rl.box_actions import BoxActions
 from matwm_rl.envs import make_env
 from matwm_rl.evaluation import Matches, RandomActions, Returns
 
@@ -165,7 +167,38 @@ def test_where_groups_compete_each_plays_against_random_others(name: str, matche
 @pytest.mark.parametrize("name", [name for name, environment in ENVIRONMENTS.items() if environment.script])
 def test_every_environment_is_played_by_its_script(name: str) -> None:
     environment = ENVIRONMENTS[name]
-    env = make_env(environment.env, seed=0)
+    env = environment.make(seed=0)
     assert environment.script is not None
     action = env.rollout(2, environment.script(env.layout))["agents", "action"]
-    assert action.shape[-1] == env.num_agents
+    expected = (env.num_agents, *env.layout.actions.action_shape)
+    assert action.shape[-len(expected) :] == expected
+
+
+def test_continuous_environments_are_others_by_their_arguments_alone() -> None:
+    continuous = {name: environment for name, environment in ENVIRONMENTS.items() if environment.is_continuous}
+    assert [*ENVIRONMENTS][-4:] == [*continuous]
+    for name, environment in continuous.items():
+        discrete = ENVIRONMENTS[name.removesuffix("_continuous")]
+        assert replace(environment, env_kwargs={}) == discrete
+        # Runs that are stored without arguments stay comparable.
+        assert environment.protocol == discrete.protocol | {"env_kwargs": {"continuous_actions": True}}
+
+
+@pytest.mark.parametrize("name", ["simple_tag_continuous", "simple_spread_continuous"])
+def test_continuous_actions_are_evaluated_as_discrete_ones_are(name: str) -> None:
+    few = replace(ENVIRONMENTS[name], episodes=2, num_envs=2)
+    layout = few.make().layout
+    assert isinstance(layout.actions, BoxActions)
+    expected = CROSS_PLAY if "tag" in name else {"return"}
+    kinds = ("sampled", "greedy")
+    found = evaluate_policy(few, RandomActions(layout.actions))
+    assert set(found) == {f"{match}/{kind}{se}" for match in expected for kind in kinds for se in ("", "/se")}
+
+
+def test_arguments_of_an_environment_are_read_as_json() -> None:
+    given = ["continuous_actions=true", "max_cycles=50", "render_mode=human", "text=a=b"]
+    values = [("continuous_actions", True), ("max_cycles", 50), ("render_mode", "human"), ("text", "a=b")]
+    assert [*map(protocol.env_argument, given)] == values
+    for wrong in ("", "name", "name=", "=value"):
+        with pytest.raises(ArgumentTypeError, match="expected NAME=VALUE"):
+            protocol.env_argument(wrong)

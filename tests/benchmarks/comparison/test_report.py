@@ -162,6 +162,15 @@ def test_the_targets_text_tells_the_number_of_seeds(monkeypatch: pytest.MonkeyPa
             assert f"Median (min to max) over {seeds} seeds. In the cross-play" in section(results, NOWHERE)
 
 
+def test_continuous_environments_are_named_once_there_are_runs() -> None:
+    runs = [run for run in full_grid() if run["environment"] in ("simple_tag", "balance")]
+    assert "_continuous" not in report.long_section(Results(runs), NOWHERE)
+    runs += full_grid(environments=["simple_tag_continuous"])
+    text = report.long_section(Results(runs), NOWHERE)
+    assert "simple_push, simple_tag_continuous, actions are sampled" in text
+    assert "\n\nsimple_tag_continuous:\n\n" in text
+
+
 def test_runs_of_other_settings_are_named() -> None:
     runs = [run for run in full_grid() if run["environment"] == "simple_tag" and run["method"] in ("matwm", "iql")]
     assert report.other_settings(Results(runs)) == []

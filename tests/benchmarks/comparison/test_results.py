@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import tables
-from protocol import ENVIRONMENTS, SEEDS
+from protocol import SEEDS
 from results import Measure, Results, interquartile_mean, measures
 
 from tests.benchmarks.comparison.stored_grid import (
     CHASED,
+    DISCRETE,
     FLEEING_EVADER,
     RANDOM_EVADER,
     REFERENCES,
@@ -135,15 +136,15 @@ def test_a_single_run_has_no_interval() -> None:
 def test_methods_are_compared_over_the_same_environments() -> None:
     runs = full_grid()
     results = Results(runs)
-    assert results.common_environments(tables.STEPS) == list(ENVIRONMENTS)
-    found = results.aggregate(list(ENVIRONMENTS), "isac", 25_000)
+    assert results.common_environments(tables.STEPS) == DISCRETE
+    found = results.aggregate(DISCRETE, "isac", 25_000)
     assert found is not None
-    by_run = [[score("isac", 25_000, seed) for seed in SEEDS]] * len(ENVIRONMENTS)
+    by_run = [[score("isac", 25_000, seed) for seed in SEEDS]] * len(DISCRETE)
     assert found[0] == pytest.approx(slow_interquartile_mean(by_run))
     # One method that has not played all leaves fewer to compare all by; one that was never run does not.
     some = [run for run in runs if (run["environment"], run["method"]) != ("simple_tag", "iql")]
     assert "simple_tag" not in Results(some).common_environments(tables.STEPS)
     none = [run for run in runs if run["method"] != "iql"]
-    assert Results(none).common_environments(tables.STEPS) == list(ENVIRONMENTS)
+    assert Results(none).common_environments(tables.STEPS) == DISCRETE
     assert parsed(tables.aggregate_table(Results(none)))["IQL"] == {"": "IQL", "10K": "–", "25K": "–"}
     assert Results([]).common_environments(tables.STEPS) == []

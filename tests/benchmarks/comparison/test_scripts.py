@@ -65,8 +65,9 @@ def test_spread_takes_the_assignment_with_the_least_way_to_go() -> None:
     assert len(chosen) == 6
 
 
-def test_spread_plays_far_better_than_chance() -> None:
-    env = make_env(SPREAD, num_envs=5, seed=0)
+@pytest.mark.parametrize("continuous", [False, True])
+def test_spread_plays_far_better_than_chance(continuous: bool) -> None:
+    env = make_env(SPREAD, num_envs=5, seed=0, continuous_actions=continuous)
     returns = evaluate(env, SpreadScript(env.layout), episodes=10, exploration=ExplorationType.DETERMINISTIC)
     # Random agents have -26, agents that overshoot -13.
     assert returns.values.mean() > -10

@@ -110,6 +110,19 @@ def test_every_method_stands_in_the_tables_of_its_environments() -> None:
     assert "scripted" not in parsed(tables.methods_table(results, "wheel"))
 
 
+def test_continuous_environments_have_tables_of_their_own() -> None:
+    names = ["simple_tag_continuous", "balance_continuous"]
+    runs = full_grid()
+    results, without = Results([*runs, *full_grid(environments=names)]), Results(runs)
+    assert results.environments == [*without.environments, *names]
+    table = parsed(tables.methods_table(results, "balance_continuous"))
+    assert [*table] == ["random", "MATWM", "MAPPO", "IPPO", "ISAC"]
+    assert len(parsed(tables.methods_table(results, "simple_tag_continuous"))["MATWM"]) == 1 + 3 * 2
+    # The score and the targets are of discrete actions.
+    assert tables.aggregate_table(results) == tables.aggregate_table(without)
+    assert tables.targets_table(results) == tables.targets_table(without)
+
+
 def test_long_runs_stand_beside_the_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     results = Results(full_grid())
     monkeypatch.setitem(tables.LONG_RUNS, "simple_spread", ("isac", "iql"))
