@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from learners import LEARNERS, Group, Learner, PPOLearner, PPOSettings, ReplayLearner, ReplaySettings, Settings
+from learners import LEARNERS, METHODS, Group, Learner, PPOLearner, PPOSettings, ReplayLearner, ReplaySettings, Settings
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -19,23 +19,21 @@ from torchrl.objectives import SACLoss
 
 from matwm_rl.envs import AgentLayout
 
-
-@dataclass(frozen=True, kw_only=True)
-class BoxPPOSettings(PPOSettings):
-    initial_scale: float = 1.0  # of the normal distribution before tanh, where the network's output is 0
+LEAST_SCALE = 0.01
+"""Of the normal distribution: densities and gradients stay finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoxISACSettings(ReplaySettings):
+    batch_size: int = 256
     updates_per_step: float = 0.25
-    initial_scale: float = 1.0
-    initial_temperature: float = 1.0
-    target_entropy: float = -1.0  # for each number of an action, in nats; uniform actions have log 2
+    initial_temperature: float = 0.1
+    target_entropy: float = 0.0  # for each number of an action, in nats; uniform actions have log 2
 
 
 BOX_METHODS: dict[str, Settings] = {
-    "mappo": BoxPPOSettings(central_critic=True),
-    "ippo": BoxPPOSettings(central_critic=False),
+    "mappo": METHODS["mappo"],
+    "ippo": METHODS["ippo"],
     "isac": BoxISACSettings(),
 }
 
@@ -55,10 +53,12 @@ class BoxGroup(Group):
         """Return the group's actions padded with zeros, ``[*batch, n, A]``."""
         return pad(action, (0, self.layout.num_actions - self.num_actions))
 
-    def actor(self, settings: BoxPPOSettings | BoxISACSettings) -> ProbabilisticActor:  # type: ignore[override]
-        """Return a policy that samples from a normal distribution and takes the tanh of it."""
-        to_normal = NormalParamExtractor(f"biased_softplus_{settings.initial_scale}", scale_lb=0.01)
-        network = nn.Sequential(self.mlp(settings, 2 * self.num_actions), to_normal)
+    def actor(self, settings: Settings) -> ProbabilisticActor:
+        """Return a policy that samples from a normal distribution, at first a standard one, and takes the tanh of it.
+
+        Agents that cannot act draw too; environments do not look at their actions.
+        """
+        network = nn.Sequential(self.mlp(settings, 2 * self.num_actions), NormalParamExtractor(scale_lb=LEAST_SCALE))
         return ProbabilisticActor(
             TensorDictModule(network, in_keys=["observation"], out_keys=["loc", "scale"]),
             in_keys=["loc", "scale"],
@@ -86,7 +86,7 @@ class BoxISACLearner(ReplayLearner):
 
 
 BOX_LEARNERS: dict[type[Settings], Callable[[BoxGroup, Any], Learner]] = {
-    BoxPPOSettings: PPOLearner,
+    PPOSettings: PPOLearner,
     BoxISACSettings: BoxISACLearner,
 }
 

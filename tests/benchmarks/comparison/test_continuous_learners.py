@@ -123,8 +123,8 @@ def test_the_temperature_falls_where_there_is_too_much_entropy() -> None:
         assert loss.target_entropy == target * A
 
 
-@pytest.mark.parametrize("method", BOX_METHODS)
-def test_every_method_learns(method: str) -> None:
+@pytest.mark.parametrize("method", ["ippo", "isac"])
+def test_methods_learn(method: str) -> None:
     # Reward grows with the numbers of an action: 12 + 12 + 36 at best, 18 for random actions.
     env, found = make_env("mock", seed=1, **CONTINUOUS), []
 
@@ -151,7 +151,7 @@ def test_q_learning_refuses_continuous_actions() -> None:
 def test_settings_for_other_actions_are_refused() -> None:
     with pytest.raises(ValueError, match="IQLSettings are not settings of a method for continuous actions"):
         make_learners(layout(), METHODS["iql"])
-    with pytest.raises(ValueError, match="BoxPPOSettings are not settings of a method for discrete actions"):
-        make_learners(make_env("mock").layout, BOX_METHODS["ippo"])
+    with pytest.raises(ValueError, match="BoxISACSettings are not settings of a method for discrete actions"):
+        make_learners(make_env("mock").layout, BOX_METHODS["isac"])
     assert method_settings("isac", continuous=False) is METHODS["isac"]
     assert method_settings("isac", continuous=True) is BOX_METHODS["isac"]
