@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.distributions.constraints import Constraint, independent, interval
+from torch.distributions.constraints import Constraint
 from torchrl.modules import MaskedCategorical
 
 from matwm_rl.checks import check_shape, check_type
@@ -104,17 +104,16 @@ class BoxDistribution(Distribution):
         self.mask = check_shape(mask, "'action_mask' is read", (*logits.shape[:-1], size))
         self.logits = logits
         self.loc, self.scale = box_parameters(logits)
+        # The bounds, in standard deviations from the location; one is at most 0, the other at least 0.
+        self._low, self._high = (-1 - self.loc) / self.scale, (1 - self.loc) / self.scale
+        self._erf_low, self._erf_high = (torch.erf(bound * INVERSE_ROOT_2) for bound in (self._low, self._high))
+        self._mass = 0.5 * (self._erf_high - self._erf_low)  # Z, a sum of two positive terms
         super().__init__(logits.shape[:-1], torch.Size([size]))
-
-    @property
-    def support(self) -> Constraint:  # type: ignore[override]
-        """Vectors of numbers from -1 to 1."""
-        return independent(interval(-1.0, 1.0), 1)
 
     @property
     def mode(self) -> Tensor:
         """The likeliest actions ``[*batch, A]``."""
-        return self.loc * self.mask
+        return torch.where(self.mask, self.loc, 0.0)
 
     @property
     def deterministic_sample(self) -> Tensor:
@@ -124,18 +123,18 @@ class BoxDistribution(Distribution):
     @property
     def mean(self) -> Tensor:
         """Mean actions ``[*batch, A]``."""
-        low, high = self._standard_bounds()
-        return self.mask * (self.loc + self.scale * (_phi(low) - _phi(high)) / self._mass(low, high))
+        shift = self.scale * (_phi(self._low) - _phi(self._high)) / self._mass
+        return torch.where(self.mask, self.loc + shift, 0.0)
 
     def sample(self, sample_shape: torch.Size | Sequence[int] | None = None) -> Tensor:
         """Draw actions ``[*sample_shape, *batch, A]``, by the inverse of the cumulative distribution."""
         with torch.no_grad():
-            low, high = (torch.erf(bound * INVERSE_ROOT_2) for bound in self._standard_bounds())
+            low, high = self._erf_low, self._erf_high
             uniform = torch.rand(*(sample_shape or ()), *low.shape, dtype=low.dtype, device=low.device)
             # erfinv is infinite at 1, which is what erf is rounded to above 4.
             limit = 1 - torch.finfo(low.dtype).eps
             standard = torch.erfinv((low + uniform * (high - low)).clamp(-limit, limit)) / INVERSE_ROOT_2
-            return (self.loc + self.scale * standard).clamp(-1.0, 1.0) * self.mask
+            return torch.where(self.mask, (self.loc + self.scale * standard).clamp(-1.0, 1.0), 0.0)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-densities ``[*batch]`` of actions ``[*batch, A]``, in nats; actions are taken to be in the bounds."""
@@ -145,24 +144,13 @@ class BoxDistribution(Distribution):
 
     def log_probs(self, value: Tensor) -> Tensor:
         """Log-densities ``[*batch, A]`` of each number of actions ``[*batch, A]``, 0 where the mask forbids it."""
-        mass = self._mass(*self._standard_bounds())
         standard = (value - self.loc) / self.scale
-        return torch.where(self.mask, -0.5 * standard.square() - LOG_ROOT_2_PI - (self.scale * mass).log(), 0.0)
+        return torch.where(self.mask, -0.5 * standard.square() - LOG_ROOT_2_PI - (self.scale * self._mass).log(), 0.0)
 
     def entropy(self) -> Tensor:
         """Differential entropies ``[*batch]`` in nats; at most log 2 for every number."""
-        low, high = self._standard_bounds()
-        mass = self._mass(low, high)
-        edge = (low * _phi(low) - high * _phi(high)) / (2 * mass)
-        return torch.where(self.mask, 0.5 + LOG_ROOT_2_PI + (self.scale * mass).log() + edge, 0.0).sum(-1)
-
-    def _standard_bounds(self) -> tuple[Tensor, Tensor]:
-        return (-1 - self.loc) / self.scale, (1 - self.loc) / self.scale
-
-    @staticmethod
-    def _mass(low: Tensor, high: Tensor) -> Tensor:
-        """Probability between two bounds, the lower at most 0 and the upper at least 0: nothing cancels."""
-        return 0.5 * (torch.erf(high * INVERSE_ROOT_2) - torch.erf(low * INVERSE_ROOT_2))
+        edge = (self._low * _phi(self._low) - self._high * _phi(self._high)) / (2 * self._mass)
+        return torch.where(self.mask, 0.5 + LOG_ROOT_2_PI + (self.scale * self._mass).log() + edge, 0.0).sum(-1)
 
 
 def box_parameters(logits: Tensor) -> tuple[Tensor, Tensor]:

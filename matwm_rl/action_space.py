@@ -30,8 +30,9 @@ ILLEGAL_LOGIT = -1e9
 class ActionSpace(ABC):
     """The actions of N agents, padded to one size.
 
-    The layout of the agents owns it (:attr:`matwm_rl.envs.AgentLayout.actions`). Everything that stores, draws, checks,
-    embeds, predicts or scores actions asks it. Another kind of action is another subclass, and no caller changes::
+    The layout of the agents owns it (:attr:`matwm_rl.envs.AgentLayout.actions`). Everything that draws, checks, embeds,
+    predicts or scores actions asks it. Replay, which does not know it, takes actions of floating-point numbers from -1
+    to 1, and indices. Another kind of action is another subclass::
 
         class Angles(ActionSpace, kind="angles"): ...
 

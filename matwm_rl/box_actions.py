@@ -19,6 +19,7 @@ from matwm_rl.action_distribution import BoxDistribution, box_parameters
 from matwm_rl.action_space import ILLEGAL_LOGIT, ActionSpace
 from matwm_rl.arguments import check_ints, check_switches
 from matwm_rl.checks import check_shape, check_type
+from matwm_rl.functional import at_least_float32
 
 TOLERANCE = 1e-5
 """How far an action may lie outside the bounds, by rounding."""
@@ -30,13 +31,13 @@ GRID = 61
 class BoxActions(ActionSpace, kind="box"):
     """Continuous actions: each agent takes a vector, every number of which lies from -1 to 1.
 
-    -1 and 1 stand for the bounds of the environment's own action space, to which :class:`~matwm_rl.envs.MultiAgentEnv`
-    scales. Numbers that an agent does not have, as others have more, are 0. The
+    -1 and 1 stand for the bounds of the environment's own action space. :class:`~matwm_rl.envs.MultiAgentEnv` scales
+    actions between the two. Numbers that an agent does not have, as others have more, are 0. The
     action mask says which numbers an agent has; those of agents that cannot act are none.
 
     Agents act, and teammates are predicted, by a :class:`~matwm_rl.action_distribution.BoxDistribution`: a truncated
     normal for every number, whose 2 A parameters, locations and then scales, take the place of logits. It is bounded,
-    its entropy needs no samples, and a teammate's action on a bound has a finite likelihood.
+    its entropy has a closed form, and a teammate's action on a bound has a finite likelihood.
 
     Args:
         low: of each of the N agents, what -1 stands for in each number of its action, in the environment's units.
@@ -132,7 +133,7 @@ class BoxActions(ActionSpace, kind="box"):
 
     def random(self, mask: Tensor) -> Tensor:
         """See the base class."""
-        return (2 * torch.rand(mask.shape, device=mask.device) - 1) * mask
+        return (2 * torch.rand(mask.shape, dtype=self.dtype, device=mask.device) - 1) * mask
 
     def allow_one_(self, mask: Tensor) -> Tensor:
         """See the base class: an action without numbers is an action."""
@@ -176,8 +177,8 @@ class BoxActions(ActionSpace, kind="box"):
         weight = mask.unsqueeze(-1).to(action)
         count = weight.sum(0).clamp(min=1)
         mean, square = ((value * weight).sum(0) / count for value in (action, action.square()))
-        raw_loc = torch.linspace(-0.999, 0.999, GRID, device=action.device).atanh().view(-1, 1)
-        share = torch.linspace(0.001, 0.999, GRID, device=action.device).view(1, -1)
+        grid = torch.linspace(0.001, 0.999, GRID, dtype=action.dtype, device=action.device)
+        raw_loc, share = (2 * grid - 1).atanh().view(-1, 1), grid.view(1, -1)
         raw = torch.stack(torch.broadcast_tensors(raw_loc, share.logit() - 2), -1).view(-1, 2)
         dist = BoxDistribution(logits=raw, mask=torch.ones_like(raw[:, :1], dtype=torch.bool))
         at_loc = dist.log_prob(dist.loc)
@@ -194,7 +195,7 @@ class BoxActions(ActionSpace, kind="box"):
 
 def _present(parameters: Tensor) -> Tensor:
     """Return which numbers :meth:`BoxActions.mask_parameters` has left, bool ``[..., A]``."""
-    return parameters.chunk(2, -1)[0] > ILLEGAL_LOGIT / 2
+    return ~(parameters.chunk(2, -1)[0] <= ILLEGAL_LOGIT / 2)  # NaN is no missing number
 
 
 @lru_cache(maxsize=128)
@@ -241,7 +242,9 @@ class ActionVectors(nn.Module):
         """Return the embeddings ``[N, *batch, F]`` of actions ``[N, *batch, A]``."""
         check_type(action, "a box agent's action is read", torch.float32)
         check_shape(action, "actions are read", (self.num_agents, *[None] * (action.ndim - 2), self.weight.shape[1]))
-        rows = action.reshape(self.num_agents, -1, action.shape[-1]).to(self.weight)
-        maps = (part.expand(self.num_agents, *part.shape[1:]) for part in (self.weight, self.bias.unsqueeze(1)))
-        weight, bias = maps
-        return torch.baddbmm(bias, rows, weight).view(*action.shape[:-1], -1)
+        rows = action.flatten(1, -2).to(self.weight)
+        weight = self.weight.expand(self.num_agents, -1, -1)
+        bias = self.bias.unsqueeze(1).expand(self.num_agents, -1, -1)
+        # In float32 under autocast, as the rows of discrete actions are.
+        embedded = at_least_float32(torch.baddbmm(bias, rows, weight))
+        return embedded.view(*action.shape[:-1], self.weight.shape[-1])

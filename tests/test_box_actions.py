@@ -176,6 +176,13 @@ def test_predictions_of_missing_numbers_count_as_certain() -> None:
     assert torch.equal(BOXES.mode(masked), loc * BOXES.legal().unsqueeze(1))
 
 
+def test_a_missing_number_adds_nothing_to_the_best_constant_prediction() -> None:
+    action = BOXES.random(BOXES.legal().expand(2_000, 3, 2))
+    constant = BOXES.mask_parameters(BOXES.fit_constant(action, torch.ones(2_000, 3, dtype=torch.bool)), BOXES.legal())
+    error = BOXES.negative_log_likelihood(constant.expand(2_000, 3, 4), action).mean(0)
+    torch.testing.assert_close(error, torch.tensor([2.0, 2.0, 1.0]) * math.log(2), rtol=0, atol=0.05)
+
+
 def test_no_constant_prediction_is_better_than_the_fitted_one() -> None:
     action = torch.cat([(0.5 * torch.randn(400, 1) + 0.4).clamp(-1, 1), 0.1 * torch.rand(400, 1) - 1], -1)
     mask = torch.rand(400) < 0.7
@@ -191,7 +198,7 @@ def test_no_constant_prediction_is_better_than_the_fitted_one() -> None:
         optimizer.zero_grad()
         mean_error(best).backward()
         optimizer.step()
-    assert mean_error(fitted) < mean_error(best) + 0.01
+    assert mean_error(fitted) < mean_error(best) + 0.03
 
 
 @pytest.mark.parametrize("scaled", [True, False])

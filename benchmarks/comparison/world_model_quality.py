@@ -3,10 +3,10 @@
     python benchmarks/comparison/world_model_quality.py runs/NAME/policy.pt
 
 Prints the open-loop errors of observations, rewards and teammates' actions, and those of trivial predictors (last
-observation, mean reward, action frequencies), on fresh episodes of the policy with sampled actions, as in training. On
-simple_tag it also prints the average precision with which the predicted rewards of pursuers rank steps with contact,
-given the true and the sampled next latent, on those episodes and on episodes of random and scripted agents in all
-pairings.
+observation, mean reward, best constant distribution of actions), on fresh episodes of the policy with sampled actions,
+as in training. On simple_tag it also prints the average precision with which the predicted rewards of pursuers rank
+steps with contact, given the true and the sampled next latent, on those episodes and on episodes of random and scripted
+agents in all pairings.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def _check_actions(td: TensorDictBase) -> None:
     action, mask, alive = td.get(ACTION), td.get(ACTION_MASK), td.get(ALIVE)
     count = mask.shape[-1]
     if action.is_floating_point():
-        _check_vectors(action, mask)
+        _check_vectors(action, mask, alive)
         return
     if (outside := (action < 0) | (action >= count)).any():
         index = _first(outside)
@@ -165,17 +165,19 @@ def _check_actions(td: TensorDictBase) -> None:
         )
 
 
-def _check_vectors(action: Tensor, mask: Tensor) -> None:
-    """Check continuous actions ``[*batch, N, A]``; those of agents that cannot act may be anything."""
+def _check_vectors(action: Tensor, mask: Tensor, alive: Tensor) -> None:
+    """Check continuous actions ``[*batch, N, A]`` of living agents."""
     if action.shape != mask.shape:
         raise ValueError(
             f"replay got actions of {action.shape[-1]} numbers, of which {ACTION_MASK!r} has {mask.shape[-1]} entries"
         )
-    if (outside := ~(action.abs() <= 1 + TOLERANCE)).any():  # of NaN this is false
-        index = _first(outside)[:-1]
+    inside = action.abs() <= mask * (1 + TOLERANCE)  # of NaN this is false
+    if (wrong := alive & ~inside.all(-1)).any():
+        index = _first(wrong)
         raise ValueError(
             f"replay got the action {action[tuple(index)].tolist()} {_place(index)}; expected numbers from -1 to 1, "
-            "which stand for the bounds of the environment's actions"
+            f"which stand for the bounds of the environment's actions, and 0 where {ACTION_MASK!r} is false, "
+            f"{mask[tuple(index)].tolist()}"
         )
 
 

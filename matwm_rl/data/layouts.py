@@ -137,7 +137,7 @@ def _of_teammates(entry: Tensor, dim: int) -> Tensor:
     num_agents = entry.shape[dim]
     agent = torch.arange(num_agents, device=entry.device).unsqueeze(-1)
     other = torch.arange(num_agents - 1, device=entry.device)
-    return entry.movedim(dim, 0)[other + (other >= agent).long()].movedim((0, 1), (dim, dim + 1))
+    return entry.movedim(dim, 0)[other + (other >= agent).long()].movedim((0, 1), (dim, dim + 1)).contiguous()
 
 
 def _to_rows(td: TensorDictBase) -> TensorDictBase:

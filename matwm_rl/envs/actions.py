@@ -181,10 +181,11 @@ def read_stored_actions(
             have no ``action_bounds``.
     """
     action = rollout.get((group, "action"))
-    if action.is_floating_point():
-        return _stored_boxes(action, rollout, group, action_bounds)
     mask_key = action_mask_key(set(rollout.keys(True, True)), group)
     mask = None if mask_key is None else rollout.get(mask_key)
+    # Only discrete actions have masks: those may be one-hot vectors that are stored as floats.
+    if action.is_floating_point() and (mask is None or group in action_bounds):
+        return _stored_boxes(action, rollout, group, action_bounds)
     is_one_hot = _stored_one_hot(action, rollout)
     if is_one_hot:
         count = action.shape[-1]

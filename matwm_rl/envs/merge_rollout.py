@@ -73,7 +73,7 @@ def merge_rollout(rollout: TensorDictBase, layout: AgentLayout, *, max_steps: in
         ends = count_as_truncated(ends, _steps_so_far(ends.done) >= max_steps)
     left = torch.zeros_like(ends.alive) if ends.left is None else ends.left
     now = reader.agents(rollout, alive, reader.legal_actions(rollout, alive), alive | _before(left))
-    now.set("action", _stored_actions(rollout, layout, groups))
+    now.set("action", _stored_actions(rollout, layout, groups, alive))
     after = reader.agents(following, ends.alive, reader.legal_actions(following, ends.alive), ends.alive | left)
     after.set("reward", reader.reward(following))
     if agents_die:
@@ -100,18 +100,22 @@ def _check_rollout(rollout: TensorDictBase, layout: AgentLayout) -> None:
             read_entry(rollout, ("next", group, "reward"), reader)
         action = read_entry(rollout, (group, "action"), reader)
         read_entry(rollout, (group, "action"), reader, (*shape, *[None] * (action.ndim > len(shape))))
-        if action.is_floating_point() != layout.actions.dtype.is_floating_point:
+        size, is_vector = layout.action_counts[layout.agent_names.index(names[0])], bool(layout.actions.action_shape)
+        is_continuous = action.is_floating_point() and action.ndim > len(shape)
+        is_one_hot = not is_vector and action.shape == (*shape, size)  # and may be stored as floats
+        if is_continuous != is_vector and not is_one_hot:
             raise ValueError(f"stored actions of group {group!r} are {action.dtype}; the layout has {layout.actions}.")
-        if layout.actions.action_shape:
-            size = layout.action_counts[layout.agent_names.index(names[0])]
+        if is_vector:
             read_entry(rollout, (group, "action"), reader, (*shape, size))
 
 
-def _stored_actions(rollout: TensorDictBase, layout: AgentLayout, groups: list[Group]) -> Tensor:
+def _stored_actions(rollout: TensorDictBase, layout: AgentLayout, groups: list[Group], alive: Tensor) -> Tensor:
     parts = [group.actions.to_dense(rollout.get((group.name, "action"))) for group in groups]
     if layout.actions.action_shape:
         parts = [pad(part, (0, layout.num_actions - part.shape[-1])) for part in parts]
     action = torch.cat(parts, rollout.ndim)
+    if layout.actions.action_shape:
+        action = torch.where(alive.unsqueeze(-1), action, 0.0)  # what is stored of the dead may be anything
     problem = layout.actions.problem(action)
     if problem is not None and layout.actions.action_shape:
         raise ValueError(f"stored actions, scaled to the bounds of {layout.actions}: {problem}; correct the layout.")

@@ -84,7 +84,7 @@ class MultiAgentEnv(_WithLayout, TransformedEnv):
     beyond an agent's own numbers. A is then the most numbers in an agent's action, and ``"action_mask"`` tells which of
     them an agent has: none if it is dead. All agents must have one kind of actions.
 
-    A death does not end the episode: the dead agent observes zeros and has exactly one legal action, which is ignored.
+    A death does not end the episode: the dead agent observes zeros and has one legal action, which is ignored.
     Agents may also join late, leave, and return: ``"alive"`` tells. An episode is ``truncated`` if a time limit ended
     it for some living agent, else ``terminated``; never both. VMAS reports its ``max_steps`` as a termination; here it
     is a truncation, as are limits of transforms around ``env``, such as ``StepCounter``. Agents that end together with

@@ -12,7 +12,6 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from matwm_rl import keys
-from matwm_rl.action_space import ActionSpace
 from matwm_rl.arguments import check_ints
 from matwm_rl.data import add_agent_entries
 from matwm_rl.functional import agents_first, agents_last, segment_ids
@@ -122,7 +121,8 @@ def open_loop_errors(
     """Compare the errors of :func:`open_loop` at every step ahead with those of trivial predictors.
 
     The model's prediction is the mean of several imagined futures. The trivial predictors are the last real
-    observation, the mean reward, and the frequencies of each teammate's actions. The last two are computed from the
+    observation, the mean reward, and the likeliest constant distribution of each teammate's actions, which are
+    frequencies if they are discrete. The last two are computed from the
     steps that they are tested on, so no constant is better.
 
     Args:
@@ -137,7 +137,8 @@ def open_loop_errors(
 
         - ``("model" | "trivial", "observation")``: squared error, summed over an observation (images from 0 to 1);
         - ``("model" | "trivial", "reward")``: squared error;
-        - ``("model" | "trivial", "teammate")``: negative log-probability of a living teammate's action, in nats
+        - ``("model" | "trivial", "teammate")``: negative log-likelihood of a living teammate's action, in nats;
+          of continuous actions it may be below 0
           (absent without teammate predictor);
         - ``"count"``: number of these windows.
 
@@ -182,7 +183,7 @@ def open_loop_errors(
     }
     if likelihoods:
         mixture = torch.stack(likelihoods).logsumexp(0) - math.log(num_samples)
-        model["teammate"], trivial["teammate"] = _teammate_errors(world_model.actions, -mixture, real, running)
+        model["teammate"], trivial["teammate"] = _teammate_errors(world_model, -mixture, real, running)
     return TensorDict({"model": model, "trivial": trivial, "count": running.sum(0)}, batch_size=running.shape[1:])
 
 
@@ -193,12 +194,15 @@ def still_running(real: TensorDictBase) -> Tensor:
 
 
 def _teammate_errors(
-    actions: ActionSpace, error: Tensor, real: TensorDictBase, running: Tensor
+    world_model: WorldModel, error: Tensor, real: TensorDictBase, running: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return means ``[H, N]`` of the model's errors ``[B, H, N, N-1]`` and of the best constant prediction's."""
-    action = real.get(keys.TEAMMATE_ACTION)
+    action, actions = real.get(keys.TEAMMATE_ACTION), world_model.actions
+    agents = range(actions.num_agents)
+    legal = torch.stack([actions.legal()[[other for other in agents if other != agent]] for agent in agents])
     mask = running.unsqueeze(-1) & real.get(keys.TEAMMATE_ALIVE, torch.ones_like(running).unsqueeze(-1))
     constant = actions.fit_constant(action.flatten(0, 1), mask.expand_as(error).flatten(0, 1))
+    constant = actions.mask_parameters(constant, legal.to(action.device))
     trivial = actions.negative_log_likelihood(constant.expand(*error.shape, -1), action)
     means = (
         torch.where(mask, value, 0.0).sum((0, -1)) / mask.expand_as(error).sum((0, -1)) for value in (error, trivial)

@@ -54,7 +54,8 @@ class StateMLP(nn.Module):
 
     Args:
         world_model: gives the sizes; no reference to it is kept.
-        out_features: number of outputs; they start at zero, so that a policy starts uniform and a value at 0.
+        out_features: number of outputs; they start at zero, so that a policy starts uniform (a
+            continuous one broad, see :class:`~matwm_rl.action_distribution.BoxDistribution`) and a value at 0.
         config: sizes.
 
     Examples:
@@ -204,7 +205,7 @@ def read_action(outputs: TensorDictBase, actor: nn.Module, actions: ActionSpace,
     if action.is_floating_point() != actions.dtype.is_floating_point:
         name = type(actor).__name__
         raise ValueError(f"{name} must write {keys.ACTION!r} as {actions.dtype}, found {action.dtype}; {note}")
-    return action
+    return action.to(actions.dtype) if action.is_floating_point() else action
 
 
 def check_logits(outputs: TensorDictBase, actions: ActionSpace, mask: Tensor, actor: nn.Module) -> None:

@@ -27,8 +27,8 @@ class WorldModelPolicy(StateEstimator):
         history_length: W, steps of history that the policy sees at most.
 
     Keys read: ``("agents", "observation" | "action_mask")`` and the history W steps back, ``("history", "code")``
-    ``[*batch, N, W, K]``, ``("history", "action")`` ``[*batch, N, W]``, ``("history", "length")`` ``[*batch, N]``;
-    optional ``("agents", "alive")``, without which all agents live.
+    ``[*batch, N, W, K]``, ``("history", "action")`` ``[*batch, N, W, *action_shape]``, ``("history", "length")``
+    ``[*batch, N]``; optional ``("agents", "alive")``, without which all agents live.
     Keys written: ``("agents", "action")``, ``("agents", "logits")`` if the actor writes them, and the history under
     ``"next"``.
 

@@ -185,7 +185,7 @@ class StackedMLP(StackedSequential):
         for _ in range(depth):
             layers += [StackedLinear(in_features, num_cells, stack_index), StackedNormSiLU(num_cells, stack_index)]
             in_features = num_cells
-        # Zero: the policy starts uniform and the value at 0, whatever the seed.
+        # Zero: the policy starts uniform (broad, if continuous) and the value at 0, whatever the seed.
         layers.append(StackedLinear(in_features, out_features, stack_index, zero_init=True))
         super().__init__(*layers)
 

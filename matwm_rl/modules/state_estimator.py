@@ -78,7 +78,7 @@ class StateEstimator(TensorDictModuleBase):
         history_length: W, steps of history that are seen at most.
 
     Keys read: ``("agents", "observation")`` and the history, ``("history", "code")`` ``[*batch, N, W, K]``,
-    ``("history", "action")`` ``[*batch, N, W]``, ``("history", "length")`` ``[*batch, N]``; optional
+    ``("history", "action")`` ``[*batch, N, W, *action_shape]``, ``("history", "length")`` ``[*batch, N]``; optional
     ``("agents", "alive")`` ``[*batch, N]``.
     Keys written: ``("agents", "latent" | "hidden" | "teammate_logits")``, without gradient; shapes in
     :mod:`matwm_rl.keys`.

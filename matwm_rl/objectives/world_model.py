@@ -30,7 +30,7 @@ class WorldModelLossWeights(Settings):
         reconstruction: of L_rec, the squared error of the decoded observation.
         reward: of L_rew, the two-hot cross-entropy of the reward.
         continuation: of L_con, the binary cross-entropy of the continuation.
-        teammate: of L_team, the cross-entropy of the others' actions.
+        teammate: of L_team, the negative log-likelihood of the others' actions.
         mask: b1 of L_mask, the binary cross-entropy of the legal actions.
         dynamics: b1 of L_dyn, the KL term that moves the prior.
         representation: b2 of L_rep, the KL term that moves the posterior.
@@ -60,8 +60,8 @@ class WorldModelLoss(KeyedLoss):
     Args:
         world_model: any module with the keys of :class:`~matwm_rl.modules.WorldModel`. One that does not write
             ``("next", "agents", "dynamics_kl" | "representation_kl")`` must write posterior and prior as
-            log-probabilities ``[..., K, C]``. The actions of one without an attribute ``actions``, an
-            :class:`~matwm_rl.action_space.ActionSpace`, are discrete.
+            log-probabilities ``[..., K, C]``. If it has no attribute ``actions``, an
+            :class:`~matwm_rl.action_space.ActionSpace`, its actions are taken to be discrete.
         two_hot: turns rewards into targets of the logits; by default ``world_model.two_hot``, else TorchRL's
             ``SymExpTwoHot``.
         weights: weights of the terms.

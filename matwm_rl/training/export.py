@@ -36,7 +36,7 @@ def export_policy(policy: WorldModelPolicy, path: str | Path) -> None:
     input                       shape, type
     ==========================  ==================  ==========================================================
     ``observation``             ``[E, N, D]``       as ``("agents", "observation")``: padded with zeros, or images
-    ``action_mask``             ``[E, N, A]`` bool  legal actions, at least one of every agent
+    ``action_mask``             ``[E, N, A]`` bool  legal actions, as ``("agents", "action_mask")``
     ``alive``                   ``[E, N]`` bool     an agent that is not alive forgets its history
     ``history_code``            ``[E, N, W, K]``    zeros at the start of an episode, then what came out
     ``history_action``          ``[E, N, W]``       the same, int64; of continuous actions ``[E, N, W, A]`` float32

@@ -115,7 +115,7 @@ def test_cross_play_of_tag_takes_each_side_from_the_right_policy(monkeypatch: py
         return Returns(policy(env.reset())["agents", "action"].unsqueeze(0), env.layout)
 
     monkeypatch.setattr(simple_tag, "evaluate", remember)
-    monkeypatch.setattr(simple_tag, "RandomActions", lambda: Constant(1))
+    monkeypatch.setattr(simple_tag, "RandomActions", lambda actions: Constant(1))
     monkeypatch.setattr(simple_tag, "TagScript", lambda layout: Constant(2))
     matches = evaluate_tag(env, Constant(4), episodes=7)
     assert [episodes for _, episodes in policies] == [7] * 4

@@ -217,7 +217,7 @@ def test_new_episodes_begin_where_the_environment_does_not_repeat_itself() -> No
         (lambda state: state.pop("carrier"), "carrier is missing"),
         (lambda state: state["carrier"].pop("agents.observation"), "carrier.agents.observation is missing"),
         (lambda state: state["carrier"].update({"agents.alive": torch.ones(7)}), "carrier.agents.alive has shape"),
-        (lambda state: state.update(actions=torch.zeros(2)), "actions must be an int64 tensor"),
+        (lambda state: state.update(actions=torch.zeros(2)), "actions must be a torch.int64 tensor"),
         (lambda state: state.update(actions=torch.zeros(8, 5, dtype=torch.int64)), r"shape \[\*, 3\], found \[8, 5\]"),
         (lambda state: state["actions"].fill_(99), "99"),
         (lambda state: state.update(frames=-5), "has the actions of 8 steps; expected those of the steps from 0 to -5"),

@@ -66,7 +66,7 @@ class _Drawable(GameAround):
         picture = self.game.render()
         if not self._is_drawn:
             self._is_drawn = True
-            # After EGL's own call at exit was registered, thus before it is made: what is drawn on needs EGL to close.
+            # Registered after EGL's exit handler, so that it runs before: the viewer must close while EGL is still up.
             atexit.register(_close, ref(self))
         return picture
 

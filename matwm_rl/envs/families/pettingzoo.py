@@ -29,7 +29,7 @@ from matwm_rl.torchrl_internals import simulator
 MPE_MAX_CYCLES = 25
 """Length of an episode of mpe2 unless ``max_cycles`` is given."""
 MULTIWALKER_MAX_CYCLES = 500
-"""Length of an episode of multiwalker unless ``max_cycles`` is given, as it has it."""
+"""Length of an episode of multiwalker unless ``max_cycles`` is given: the environment's own default."""
 
 
 def make_mpe(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
@@ -60,7 +60,8 @@ def make_butterfly(task: str, *, num_envs: int, device: torch.device | str | Non
 def make_sisl(task: str, *, num_envs: int, device: torch.device | str | None, **kwargs: Any) -> EnvBase:
     """Make an environment of a module of ``pettingzoo.sisl``; see :func:`wrap_pettingzoo` for ``group_map``.
 
-    Multiwalker reports its time limit as a termination, from which values do not bootstrap. Another takes its place.
+    Multiwalker reports its time limit as a termination, from which values do not bootstrap. It is replaced by a limit
+    that truncates.
 
     Raises:
         ValueError: if there is no such module.
@@ -115,7 +116,7 @@ def _module(package: ModuleType, task: str, family: str) -> ModuleType:
 
 
 class GameAround:
-    """What is around a parallel environment, and has all that the environment has.
+    """Base class of wrappers of a parallel environment. Other attributes are read from the environment.
 
     Args:
         game: the parallel environment.
