@@ -18,7 +18,7 @@ from matwm_rl.functional import sample_index, softmax_over_few
 INVERSE_ROOT_2 = math.sqrt(0.5)
 LOG_ROOT_2_PI = 0.5 * math.log(2 * math.pi)
 LEAST_SCALE, LARGEST_SCALE = 0.1, 1.0
-"""Bounds of the scale of :class:`BoxDistribution`, as of DreamerV3's bounded normal (arXiv:2301.04104)."""
+"""Bounds of the scale of :class:`BoxDistribution`: those of DreamerV3's bounded normal distribution."""
 
 
 class ActionDistribution(MaskedCategorical):
@@ -140,12 +140,9 @@ class BoxDistribution(Distribution):
         """Log-densities ``[*batch]`` of actions ``[*batch, A]``, in nats; actions are taken to be in the bounds."""
         check_type(value, what := "a box agent's action is read", self.logits.dtype)
         shape = (*value.shape[: value.ndim - self.mask.ndim], *self.mask.shape)
-        return self.log_probs(check_shape(value, what, shape)).sum(-1)
-
-    def log_probs(self, value: Tensor) -> Tensor:
-        """Log-densities ``[*batch, A]`` of each number of actions ``[*batch, A]``, 0 where the mask forbids it."""
-        standard = (value - self.loc) / self.scale
-        return torch.where(self.mask, -0.5 * standard.square() - LOG_ROOT_2_PI - (self.scale * self._mass).log(), 0.0)
+        standard = (check_shape(value, what, shape) - self.loc) / self.scale
+        density = -0.5 * standard.square() - LOG_ROOT_2_PI - (self.scale * self._mass).log()
+        return torch.where(self.mask, density, 0.0).sum(-1)
 
     def entropy(self) -> Tensor:
         """Differential entropies ``[*batch]`` in nats; at most log 2 for every number."""

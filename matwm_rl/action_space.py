@@ -21,7 +21,7 @@ from torchrl.data import Categorical, TensorSpec
 from matwm_rl.action_distribution import ActionDistribution
 from matwm_rl.arguments import check_ints, read_index
 from matwm_rl.checks import check_type
-from matwm_rl.functional import random_index, softmax_over_few
+from matwm_rl.functional import first_entries, random_index, softmax_over_few
 
 ILLEGAL_LOGIT = -1e9
 """Logit of an action that an agent does not have."""
@@ -31,8 +31,8 @@ class ActionSpace(ABC):
     """The actions of N agents, padded to one size.
 
     The layout of the agents owns it (:attr:`matwm_rl.envs.AgentLayout.actions`). Everything that draws, checks, embeds,
-    predicts or scores actions asks it. Replay, which does not know it, takes actions of floating-point numbers from -1
-    to 1, and indices. Another kind of action is another subclass::
+    predicts or scores actions asks it. Replay does not know it: it takes indices, and vectors of numbers from -1 to 1.
+    Another kind of action is another subclass::
 
         class Angles(ActionSpace, kind="angles"): ...
 
@@ -98,6 +98,12 @@ class ActionSpace(ABC):
     def legal(self) -> Tensor:
         """Return which of the A entries of the action mask belong to an action that the agent has, bool ``[N, A]``."""
 
+    def legal_of_teammates(self) -> Tensor:
+        """Return :meth:`legal` of every agent's teammates in agent order, bool ``[N, N-1, A]``."""
+        agents = range(self.num_agents)
+        others = [[other for other in agents if other != agent] for agent in agents]
+        return self.legal()[torch.tensor(others, dtype=torch.long).view(self.num_agents, self.num_agents - 1)]
+
     @abstractmethod
     def spec(self, shape: Sequence[int], device: torch.device | str | None = None) -> TensorSpec:
         """TorchRL's spec of actions of batch ``shape``, ``[*shape, N, *action_shape]``."""
@@ -142,7 +148,7 @@ class ActionSpace(ABC):
 
     @abstractmethod
     def are_drawable(self, parameters: Tensor, mask: Tensor) -> Tensor:
-        """Whether a legal action can be drawn, bool ``[...]``, by ``parameters [..., P]`` and ``mask [..., A]``."""
+        """Return where ``parameters [..., P]`` let a legal action under ``mask [..., A]`` be drawn, bool ``[...]``."""
 
     @abstractmethod
     def mode(self, parameters: Tensor) -> Tensor:
@@ -233,7 +239,7 @@ class DiscreteActions(ActionSpace, kind="discrete"):
 
     def legal(self) -> Tensor:
         """See the base class."""
-        return torch.arange(self.num_actions) < torch.tensor(self.counts).unsqueeze(-1)
+        return first_entries(self.counts)
 
     def spec(self, shape: Sequence[int], device: torch.device | str | None = None) -> TensorSpec:
         """See the base class; the spec's own mask holds the padding of agents with fewer actions, and no more."""

@@ -19,12 +19,12 @@ from matwm_rl.action_distribution import BoxDistribution, box_parameters
 from matwm_rl.action_space import ILLEGAL_LOGIT, ActionSpace
 from matwm_rl.arguments import check_ints, check_switches
 from matwm_rl.checks import check_shape, check_type
-from matwm_rl.functional import at_least_float32
+from matwm_rl.functional import at_least_float32, first_entries
 
 TOLERANCE = 1e-5
-"""How far an action may lie outside the bounds, by rounding."""
+"""By how much rounding may move an action out of its bounds."""
 GRID = 61
-"""Locations, and as many scales, among which :meth:`BoxActions.fit_constant` looks for the best."""
+""":meth:`BoxActions.fit_constant` tries so many locations, and so many scales with each."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class BoxActions(ActionSpace, kind="box"):
 
     def legal(self) -> Tensor:
         """See the base class."""
-        return _own_numbers(self.sizes)
+        return first_entries(self.sizes)
 
     def spec(self, shape: Sequence[int], device: torch.device | str | None = None) -> TensorSpec:
         """See the base class."""
@@ -145,11 +145,11 @@ class BoxActions(ActionSpace, kind="box"):
 
     def mask_parameters(self, parameters: Tensor, legal: Tensor, fill: float = ILLEGAL_LOGIT) -> Tensor:
         """See the base class."""
-        return parameters.masked_fill(~torch.cat([legal, legal], -1), fill)
+        return parameters.masked_fill(~_for_both(legal), fill)
 
     def are_drawable(self, parameters: Tensor, mask: Tensor) -> Tensor:
         """See the base class: both parameters of every number must be finite."""
-        return (parameters.isfinite() | ~torch.cat([mask, mask], -1)).all(-1)
+        return (parameters.isfinite() | ~_for_both(mask)).all(-1)
 
     def mode(self, parameters: Tensor) -> Tensor:
         """See the base class."""
@@ -170,7 +170,7 @@ class BoxActions(ActionSpace, kind="box"):
         return -self._predicted(parameters).log_prob(action)
 
     def fit_constant(self, action: Tensor, mask: Tensor) -> Tensor:
-        """See the base class: of a grid of locations and scales the likeliest, for every number apart.
+        """See the base class. It takes the likeliest of a grid of locations and scales, separately for every number.
 
         The likelihood depends on the actions by their means and mean squares alone.
         """
@@ -186,11 +186,14 @@ class BoxActions(ActionSpace, kind="box"):
         best = raw[(at_loc - 0.5 * distance / dist.scale.mT.square()).argmax(-1)]
         return torch.cat([best[..., 0], best[..., 1]], -1)
 
-    def _predicted(self, parameters: Tensor) -> BoxDistribution:
-        mask = _present(parameters)
-        both = torch.cat([mask, mask], -1)
-        # A missing number's parameters would give the distribution no scale.
-        return BoxDistribution(logits=parameters.masked_fill(~both, 0.0), mask=mask)
+    @staticmethod
+    def _predicted(parameters: Tensor) -> BoxDistribution:
+        return BoxDistribution(logits=parameters, mask=_present(parameters))
+
+
+def _for_both(mask: Tensor) -> Tensor:
+    """Return a mask ``[..., A]`` for locations and scales ``[..., 2 A]``."""
+    return torch.cat([mask, mask], -1)
 
 
 def _present(parameters: Tensor) -> Tensor:
@@ -200,13 +203,8 @@ def _present(parameters: Tensor) -> Tensor:
 
 @lru_cache(maxsize=128)
 def _limits(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return how large numbers may be, ``[N, A]``, as a tensor that nobody may write into."""
-    return (1 + TOLERANCE) * _own_numbers(sizes).to(device)
-
-
-def _own_numbers(sizes: Sequence[int]) -> Tensor:
-    """Return which numbers each agent has, bool ``[N, A]``."""
-    return torch.arange(max(sizes)) < torch.tensor(list(sizes)).unsqueeze(-1)
+    """Return the largest absolute value of each number of an action, ``[N, A]``. It is shared: do not write to it."""
+    return (1 + TOLERANCE) * first_entries(sizes).to(device)
 
 
 class ActionVectors(nn.Module):
@@ -234,7 +232,7 @@ class ActionVectors(nn.Module):
         check_ints(1, num_agents=num_agents, size=size, features=features)
         self.num_agents = num_agents
         maps = num_agents if scaled else 1
-        # Drawn as the rows of discrete actions are, by nn.Embedding.
+        # From the standard normal distribution, as nn.Embedding draws the rows of discrete actions.
         self.weight = nn.Parameter(torch.randn(maps, size, features))
         self.bias = nn.Parameter(torch.randn(maps, features))
 

@@ -6,6 +6,7 @@ agents, T time, F features, A actions, K code dimensions, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -193,6 +194,22 @@ def softmax_over_few(logits: Tensor) -> Tensor:
                 [0.2500, 0.2500, 0.2500, 0.2500]])
     """
     return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1)
+
+
+def first_entries(counts: Sequence[int]) -> Tensor:
+    """Mark the first entries of every row, as many as ``counts`` say.
+
+    Args:
+        counts: of each of N rows; the largest is A.
+
+    Returns:
+        bool ``[N, A]``.
+
+    Examples:
+        >>> first_entries([2, 1]).tolist()
+        [[True, True], [True, False]]
+    """
+    return torch.arange(max(counts)) < torch.tensor(list(counts)).unsqueeze(-1)
 
 
 def random_index(mask: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ GLIDE = 0.2
 class _Script(TensorDictModuleBase):
     """Reads ``("agents", "observation")``, writes ``("agents", "action")``.
 
-    Continuous actions of mpe2 have a number for each discrete one: 1 for the action that is chosen, -1, which means
-    nothing, for the others.
+    Continuous actions of mpe2 have a number for each discrete action: 1 for the chosen one, and -1, which has no
+    effect, for the others.
     """
 
     def __init__(self, layout: AgentLayout, expected: dict[str, int]) -> None:

@@ -133,7 +133,7 @@ def _end_lives(td: TensorDictBase) -> None:
 
 
 def _of_teammates(entry: Tensor, dim: int) -> Tensor:
-    """Give each agent the others' entries, in agent order: N in ``dim`` becomes N, N-1."""
+    """Give each agent the others' entries, in agent order: in place of ``dim``, of size N, are two of sizes N, N-1."""
     num_agents = entry.shape[dim]
     agent = torch.arange(num_agents, device=entry.device).unsqueeze(-1)
     other = torch.arange(num_agents - 1, device=entry.device)

@@ -9,7 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -18,10 +20,22 @@ from torchrl.data import Bounded, Categorical, OneHot, TensorSpec
 
 from matwm_rl.action_space import ActionSpace, DiscreteActions
 from matwm_rl.box_actions import TOLERANCE, BoxActions
+from matwm_rl.checks import read_entry
 from matwm_rl.envs.entries import action_mask_key
 
 Bound = float | Sequence[float]
-"""Of all numbers of an action, or one for each."""
+"""One bound for all numbers of an action, or one for each number."""
+
+
+def to_simulator(action: Any) -> Any:
+    """Return one agent's action as simulators take it: an index as a Python integer, a vector as it is.
+
+    Examples:
+        >>> import numpy as np
+        >>> to_simulator(np.int64(3)), to_simulator(np.zeros(2))
+        (3, array([0., 0.]))
+    """
+    return action if np.ndim(action) else int(action)
 
 
 class GroupActions(ABC):
@@ -41,7 +55,7 @@ class GroupActions(ABC):
 
     @abstractmethod
     def to_dense(self, action: Tensor) -> Tensor:
-        """Convert actions in the environment's form to the dense group's."""
+        """Convert actions in the environment's form to the form of the dense group."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +132,7 @@ class BoxGroupActions(GroupActions):
 
 @lru_cache(maxsize=128)
 def _on_device(bound: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
-    """Return bounds as a tensor that nobody may write into; kept, since a GPU would wait for it at every step."""
+    """Return bounds as a tensor. It is shared, as a GPU would wait for a copy at every step: do not write to it."""
     return torch.tensor(bound, dtype=torch.float64, device=device)
 
 
@@ -225,12 +239,25 @@ def _stored_boxes(
 
 
 def stored_group_actions(rollout: TensorDictBase, group: str, actions: ActionSpace, rows: slice) -> GroupActions:
-    """Describe a group's stored actions by what the dense group's ``actions`` say of its agents ``rows``."""
+    """Describe a group's stored actions by what the dense group's ``actions`` say of its agents ``rows``.
+
+    Raises:
+        ValueError: if actions of this kind are not stored in this form.
+    """
     action = rollout.get((group, "action"))
+    stored: GroupActions
     if isinstance(actions, BoxActions):
-        return BoxGroupActions(actions.low[rows], actions.high[rows], action.dtype)
-    counts: list[int] = actions.legal()[rows].sum(-1).tolist()
-    return DiscreteGroupActions(counts, _stored_one_hot(action, rollout))
+        stored = BoxGroupActions(actions.low[rows], actions.high[rows], action.dtype)
+        fits = action.is_floating_point()
+    else:
+        stored = DiscreteGroupActions(actions.legal()[rows].sum(-1).tolist(), _stored_one_hot(action, rollout))
+        # One-hot vectors may be stored as floating-point numbers.
+        fits = not (action.is_floating_point() and stored.is_one_hot) or action.shape[-1] == stored.num_actions
+    if not fits:
+        raise ValueError(f"stored actions of group {group!r} are {action.dtype}; the layout has {actions}.")
+    if isinstance(stored, BoxGroupActions):
+        read_entry(rollout, (group, "action"), "merge_rollout", (*action.shape[: rollout.ndim + 1], stored.num_actions))
+    return stored
 
 
 def _stored_one_hot(action: Tensor, rollout: TensorDictBase) -> bool:

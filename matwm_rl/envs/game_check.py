@@ -10,7 +10,24 @@ from typing import Any
 import numpy as np
 
 
-class CheckedGame:
+class GameWrapper:
+    """Base class of wrappers of a parallel environment. Other attributes are read from the environment.
+
+    Args:
+        game: the parallel environment.
+    """
+
+    def __init__(self, game: Any) -> None:
+        self.game = game
+
+    def __getattr__(self, name: str) -> Any:
+        # While this is being copied, the game is not there yet.
+        if name == "game" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.game, name)
+
+
+class CheckedGame(GameWrapper):
     """A PettingZoo parallel environment whose rewards, observations and masks are looked at before they are used.
 
     It also lets actions begin at ``Discrete(n, start)``'s start, which TorchRL leaves out. Everything else is the
@@ -21,19 +38,13 @@ class CheckedGame:
     """
 
     def __init__(self, game: Any) -> None:
-        self.game = game
+        super().__init__(game)
         self._step = 0
         self._shapes = {agent: dict(_boxes(game.observation_space(agent))) for agent in game.possible_agents}
         spaces = {agent: game.action_space(agent) for agent in game.possible_agents}
         discrete = {agent: space for agent, space in spaces.items() if type(space).__name__ == "Discrete"}
         self._starts = {agent: int(space.start) for agent, space in discrete.items() if space.start}
         self._counts = {agent: int(space.n) for agent, space in discrete.items()}
-
-    def __getattr__(self, name: str) -> Any:
-        # While this is being copied, the game is not there yet.
-        if name == "game" or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.game, name)
 
     def reset(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Reset the environment.

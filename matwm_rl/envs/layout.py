@@ -60,13 +60,13 @@ class AgentLayout:
 
     @property
     def action_counts(self) -> list[int]:
-        """For each agent the number of its actions, or of the numbers of its action: how many of A entries it has."""
+        """For each agent the number of its actions or, if they are continuous, the length of its action."""
         counts: list[int] = self.actions.legal().sum(-1).tolist()
         return counts
 
     @property
     def num_actions(self) -> int:
-        """The number A of actions, or of the numbers of an action, of the agent that has most."""
+        """A: the most actions of an agent or, if they are continuous, the length of the longest action."""
         return self.actions.num_actions
 
     def to_dict(self) -> dict[str, Any]:

@@ -100,13 +100,6 @@ def _check_rollout(rollout: TensorDictBase, layout: AgentLayout) -> None:
             read_entry(rollout, ("next", group, "reward"), reader)
         action = read_entry(rollout, (group, "action"), reader)
         read_entry(rollout, (group, "action"), reader, (*shape, *[None] * (action.ndim > len(shape))))
-        size, is_vector = layout.action_counts[layout.agent_names.index(names[0])], bool(layout.actions.action_shape)
-        is_continuous = action.is_floating_point() and action.ndim > len(shape)
-        is_one_hot = not is_vector and action.shape == (*shape, size)  # and may be stored as floats
-        if is_continuous != is_vector and not is_one_hot:
-            raise ValueError(f"stored actions of group {group!r} are {action.dtype}; the layout has {layout.actions}.")
-        if is_vector:
-            read_entry(rollout, (group, "action"), reader, (*shape, size))
 
 
 def _stored_actions(rollout: TensorDictBase, layout: AgentLayout, groups: list[Group], alive: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from matwm_rl import keys
+from matwm_rl.action_space import ActionSpace
 from matwm_rl.arguments import check_ints
 from matwm_rl.data import add_agent_entries
 from matwm_rl.functional import agents_first, agents_last, segment_ids
@@ -183,7 +184,7 @@ def open_loop_errors(
     }
     if likelihoods:
         mixture = torch.stack(likelihoods).logsumexp(0) - math.log(num_samples)
-        model["teammate"], trivial["teammate"] = _teammate_errors(world_model, -mixture, real, running)
+        model["teammate"], trivial["teammate"] = _teammate_errors(world_model.actions, -mixture, real, running)
     return TensorDict({"model": model, "trivial": trivial, "count": running.sum(0)}, batch_size=running.shape[1:])
 
 
@@ -194,15 +195,13 @@ def still_running(real: TensorDictBase) -> Tensor:
 
 
 def _teammate_errors(
-    world_model: WorldModel, error: Tensor, real: TensorDictBase, running: Tensor
+    actions: ActionSpace, error: Tensor, real: TensorDictBase, running: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return means ``[H, N]`` of the model's errors ``[B, H, N, N-1]`` and of the best constant prediction's."""
-    action, actions = real.get(keys.TEAMMATE_ACTION), world_model.actions
-    agents = range(actions.num_agents)
-    legal = torch.stack([actions.legal()[[other for other in agents if other != agent]] for agent in agents])
+    action = real.get(keys.TEAMMATE_ACTION)
     mask = running.unsqueeze(-1) & real.get(keys.TEAMMATE_ALIVE, torch.ones_like(running).unsqueeze(-1))
     constant = actions.fit_constant(action.flatten(0, 1), mask.expand_as(error).flatten(0, 1))
-    constant = actions.mask_parameters(constant, legal.to(action.device))
+    constant = actions.mask_parameters(constant, actions.legal_of_teammates().to(action.device))
     trivial = actions.negative_log_likelihood(constant.expand(*error.shape, -1), action)
     means = (
         torch.where(mask, value, 0.0).sum((0, -1)) / mask.expand_as(error).sum((0, -1)) for value in (error, trivial)

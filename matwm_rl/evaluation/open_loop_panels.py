@@ -91,8 +91,8 @@ def _draw_futures(axis: Any, steps: range, imagined: Tensor) -> None:
 def draw_teammates(axis: Any, scene: Scene, agent: int) -> None:
     """Draw the predicted probability, a mean over the futures, of the action that each teammate took.
 
-    Continuous actions have densities in place of probabilities: these are drawn as how many times as likely the action
-    was by the prediction as by a uniform guess, the geometric mean over the numbers of the action.
+    Continuous actions have densities in place of probabilities. What is drawn is the predicted density of the action
+    divided by the density of a uniform guess, as a geometric mean over the numbers of the action.
     """
     logits = scene.result["imagined", *keys.TEAMMATE_LOGITS][:, :, agent]
     others = [index for index in range(scene.layout.num_agents) if index != agent]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from matwm_rl.action_space import ActionSpace
@@ -67,9 +66,7 @@ class TeammatePredictorBase(nn.Module):
         self.actions = actions
         self.num_agents, self.num_parameters = actions.num_agents, actions.num_parameters
         self.num_outputs = (self.num_agents - 1) * self.num_parameters
-        others = [[j for j in range(self.num_agents) if j != i] for i in range(self.num_agents)]
-        legal = actions.legal()[torch.tensor(others, dtype=torch.long).view(self.num_agents, self.num_agents - 1)]
-        self.register_buffer("legal", legal, persistent=False)
+        self.register_buffer("legal", actions.legal_of_teammates(), persistent=False)
 
     def logits(self, latent: Tensor) -> Tensor:
         """Predict from the present latent alone, ``[N, *batch, Z]`` to ``[N, *batch, (N-1) * P]``.

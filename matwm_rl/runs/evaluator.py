@@ -41,7 +41,7 @@ class Evaluator:
         self.last: Matches | None = None
         self.last_steps = 0
         self.random: dict[str, dict[str, float]] = {}
-        # Known returns are of an environment as it is without further arguments.
+        # The known returns were measured in the environment without further arguments.
         self._known = {} if cfg.env_kwargs else find_evaluation(cfg.env).references
         self._cfg, self._env, self._log, self._time, self._stop = cfg, env, log, time_left, stop
         self._every = cfg.evaluation.every or max(1, cfg.total_steps // EVALUATIONS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from math import prod
 from typing import Any
 
 import torch
@@ -170,7 +169,7 @@ class ResumableCollector(Collector):
             found = f"{actions.dtype} tensor" if isinstance(actions, Tensor) else type(actions).__name__
             raise ValueError(f"{source} actions must be a {space.dtype} tensor, found a {found}")
         check_shape(actions, f"{source} actions must be", shape)
-        steps = actions.numel() // prod(shape[self.env.ndim + 1 :])
+        steps = actions.shape[: self.env.ndim + 1].numel()
         if not 0 <= state["seeded_at"] <= int(state["frames"]) == state["seeded_at"] + steps:
             raise ValueError(
                 f"{source} has the actions of {steps} steps; expected those of the steps from {state['seeded_at']} to "

@@ -130,7 +130,7 @@ class Learner:
     def _optimizer(self, loss: LossModule, lr: float) -> torch.optim.Optimizer:
         trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
         capturable = self.config.cuda_graphs and trained[0].device.type == "cuda"
-        # A graph always reads the learning rate from the same memory, so that it has to be a tensor.
+        # A graph always reads the learning rate from the same memory, so the rate has to be a tensor.
         rate = torch.tensor(lr, device=trained[0].device) if capturable else lr
         return torch.optim.Adam(trained, lr=rate, fused=True, capturable=capturable)
 

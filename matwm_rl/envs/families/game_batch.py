@@ -12,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
 from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 
+from matwm_rl.envs.actions import to_simulator
 from matwm_rl.envs.episode_ends import end_by_agents
 from matwm_rl.envs.registry import register_end_rule, register_renderer
 from matwm_rl.envs.render import render_game
@@ -76,7 +77,7 @@ class GameBatch(EnvBase):
         ends = {name: np.zeros(len(self.games), dtype=bool) for name in ("terminated", "truncated")}
         for index, game in enumerate(self.games):
             actions = {
-                agent: action if (action := chosen[group][index, number]).ndim else int(action)
+                agent: to_simulator(chosen[group][index, number])
                 for group, names in self.group_map.items()
                 for number, agent in enumerate(names)
             }

@@ -1,4 +1,4 @@
-"""The family ``"mamujoco"``: robots of MuJoCo whose joints are shared out among agents."""
+"""The family ``"mamujoco"``: robots of MuJoCo whose joints are divided among agents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from torchrl.envs import EnvBase, MarlGroupMapType
 from matwm_rl.envs.families.game_batch import GameBatch
 from matwm_rl.envs.families.named import construct, unknown_environment
 from matwm_rl.envs.families.packages import import_package
-from matwm_rl.envs.families.pettingzoo import GameAround, wrap_pettingzoo
+from matwm_rl.envs.families.pettingzoo import wrap_pettingzoo
+from matwm_rl.envs.game_check import GameWrapper
 from matwm_rl.envs.registry import register_family
 
 PARTITIONS = {
@@ -34,14 +35,16 @@ PARTITIONS = {
     "Swimmer": ("2x1",),
     "Walker2d": ("2x3",),
 }
-"""The robots that have a partition, and the ways in which their joints are shared out."""
+"""The robots that have a partition, and the ways in which their joints are divided."""
 SEGMENTED = {"ManySegmentAnt": "many_segment_ant", "ManySegmentSwimmer": "many_segment_swimmer"}
 """Robots of any number of agents and of segments for each, ``NxM``, and the modules that generate them."""
 MODULE = "gymnasium_robotics.envs.multiagent_mujoco"
 
 
-class _Drawable(GameAround):
-    """A robot that can be drawn without a screen, and says that it can be drawn, which MaMuJoCo's class does not.
+class _Drawable(GameWrapper):
+    """A robot that can be drawn without a screen.
+
+    Unlike MaMuJoCo's class, it has a ``render_mode``, which tells that it can be drawn.
 
     Args:
         game: the parallel environment.
@@ -62,7 +65,7 @@ class _Drawable(GameAround):
         _choose_screen()
         viewer = self.game.single_agent_env.unwrapped.mujoco_renderer.viewer
         if viewer is not None:
-            viewer.make_context_current()  # in place of another robot's, which has been drawn meanwhile
+            viewer.make_context_current()  # another robot may have been drawn since
         picture = self.game.render()
         if not self._is_drawn:
             self._is_drawn = True
@@ -128,10 +131,10 @@ def _make(
     render_mode: str | None = "rgb_array",
     **kwargs: Any,
 ) -> _Drawable:
-    """Make the robot and share its joints out.
+    """Make the robot, and divide its joints among the agents.
 
-    MaMuJoCo would make the robot too. It keeps the segmented ones for a moment in a file of its package, which other
-    processes overwrite and remove, and drops the arguments of the coupled one.
+    MaMuJoCo can make the robot itself. It then writes the file of a segmented robot into its own package, where other
+    processes overwrite and remove it, and it drops the arguments of the coupled robot.
     """
     gymnasium = importlib.import_module("gymnasium")
     make = partial(gymnasium.make, max_episode_steps=max_episode_steps, render_mode=render_mode)
@@ -147,7 +150,7 @@ def _make(
             body = make(f"{robot.removeprefix('ManySegment')}-v5", xml_file=file, **kwargs)
     else:
         body = make(f"{robot}-v5", **kwargs)
-    # Of shadows and of smooth edges; a processor draws eight times as fast without.
+    # Without shadows and smooth edges, a processor draws eight times as fast.
     quality = body.unwrapped.model.vis.quality
     quality.shadowsize = quality.offsamples = 0
     game = importlib.import_module(f"{MODULE}.mujoco_multi").parallel_env(
@@ -163,7 +166,7 @@ def _make(
 
 
 def _choose_screen() -> None:
-    """Let Gymnasium draw through EGL where there is no screen, on which it fails with errors of its own."""
+    """Let Gymnasium draw by EGL if there is no screen. It would otherwise fail with an unclear error."""
     if "MUJOCO_GL" in os.environ or os.environ.get("DISPLAY") or not sys.platform.startswith("linux"):
         return
     try:

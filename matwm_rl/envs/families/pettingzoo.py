@@ -22,7 +22,7 @@ from matwm_rl.arguments import check_ints
 from matwm_rl.envs.families.game_batch import GameBatch
 from matwm_rl.envs.families.named import construct, unknown_environment
 from matwm_rl.envs.families.packages import import_package
-from matwm_rl.envs.game_check import CheckedGame
+from matwm_rl.envs.game_check import CheckedGame, GameWrapper
 from matwm_rl.envs.registry import register_family
 from matwm_rl.torchrl_internals import simulator
 
@@ -115,24 +115,7 @@ def _module(package: ModuleType, task: str, family: str) -> ModuleType:
         return importlib.import_module(f"{package.__name__}.{task}")
 
 
-class GameAround:
-    """Base class of wrappers of a parallel environment. Other attributes are read from the environment.
-
-    Args:
-        game: the parallel environment.
-    """
-
-    def __init__(self, game: Any) -> None:
-        self.game = game
-
-    def __getattr__(self, name: str) -> Any:
-        # While this is being copied, the game is not there yet.
-        if name == "game" or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.game, name)
-
-
-class _TimeLimit(GameAround):
+class _TimeLimit(GameWrapper):
     """Truncates episodes after ``max_cycles`` steps.
 
     Args:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from matwm_rl.envs.actions import to_simulator
+
 
 class TupleGame:
     """A Gymnasium environment of several agents, with the methods of a PettingZoo parallel environment.
@@ -75,8 +77,7 @@ class TupleGame:
 
     def step(self, actions: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
         """Take a step with the actions of all agents; those of agents that left are passed on too."""
-        chosen = [actions[agent] for agent in self.possible_agents]
-        joint = tuple(action if np.ndim(action) else int(action) for action in chosen)
+        joint = tuple(to_simulator(actions[agent]) for agent in self.possible_agents)
         observations, rewards, terminated, truncated, info = self._parts(self.env.step(joint), 5)
         acting = self.agents
         seen = self._of(acting, self._each("observations", observations))
