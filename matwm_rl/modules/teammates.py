@@ -121,6 +121,7 @@ class TeammatePredictor(TeammatePredictorBase):
         dropout: dropout of the transformer.
 
     Examples:
+        >>> import torch
         >>> from matwm_rl.action_space import DiscreteActions
         >>> sizes = {"features": 8, "num_layers": 1, "num_heads": 2, "dropout": 0.0}
         >>> predictor = TeammatePredictor(
