@@ -231,6 +231,7 @@ def make_primed(primer: Transform, episode_length: int) -> TransformedEnv:
     return TransformedEnv(make_env("mock", episode_length=episode_length), primer)
 
 
+@pytest.mark.slow
 def test_workers_fill_replay_themselves() -> None:
     """With whole episodes; the primer has to be in their environments, which TorchRL here tries without its own."""
     env = make_env("mock")

@@ -124,6 +124,7 @@ def test_workers_in_step_with_batched_environments(sent: list[int]) -> None:
     assert_unbroken(replay)
 
 
+@pytest.mark.slow
 def test_workers_at_their_own_pace() -> None:
     # The length of an episode tells whose it is.
     make = [partial(make_env, "mock", episode_length=length) for length in (4, 6)]

@@ -28,8 +28,8 @@ def run_example(name: str, capsys: pytest.CaptureFixture[str], **sizes: Any) -> 
     return [line for line in capsys.readouterr().out.splitlines() if "[torchrl]" not in line]
 
 
-def run_script(name: str, *words: str) -> None:
-    """Run a script as on the command line, from the folder of the tests."""
+def run_script(name: str, *words: str, pictures: bool = False) -> None:
+    """Run a script as on the command line, from the folder of the tests; pictures take half the time of a tiny run."""
     script = str(EXAMPLES / f"{name}.py")
     # What it would set is the whole process's, and there are other tests in this one.
     changed = [
@@ -40,6 +40,8 @@ def run_script(name: str, *words: str) -> None:
         patch.dict(sys.modules),
         patch.dict("os.environ", HYDRA_FULL_ERROR="1"),
     ]
+    if not pictures:
+        changed.append(patch("matwm_rl.runs.training_run.draw_pictures"))
     with ExitStack() as stack:
         for change in changed:
             stack.enter_context(change)

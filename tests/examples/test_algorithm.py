@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import ast
 import runpy
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -16,7 +14,7 @@ from matwm_rl.envs import make_env
 from matwm_rl.evaluation import Matches
 from matwm_rl.modules import WorldModelPolicy
 from matwm_rl.training import load_policy
-from tests.examples.helpers import EXAMPLES
+from tests.examples.helpers import EXAMPLES, run_script
 
 SMALL = ["env=mock", "num_envs=2", "init_random_steps=40", "frames_per_batch=20", "num_threads=1"]
 SMALL += ["matmul_precision=highest", "world_model_warmup=3", "critic_warmup=2"]
@@ -49,8 +47,7 @@ def test_it_trains_agents_with_continuous_actions_as_well() -> None:
 def test_it_trains_the_very_weights_of_the_script(tmp_path: Path) -> None:
     # The script has `Learner`, and also evaluates halfway.
     settings = [*SMALL, "preset=tiny", "total_steps=120", "updates_per_batch=2"]
-    script = [sys.executable, "examples/simple_tag.py", *settings, f"run_dir={tmp_path}", "progress=false"]
-    subprocess.run(script, cwd=EXAMPLES.parent, check=True, capture_output=True)
+    run_script("simple_tag", *settings, f"run_dir={tmp_path}", "progress=false")
     ours = train(*settings)[0].state_dict()
     theirs = load_policy(tmp_path / "policy.pt", layout=make_env("mock").layout).state_dict()
     assert ours.keys() == theirs.keys()

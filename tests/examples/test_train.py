@@ -15,7 +15,7 @@ from joblib.externals.loky import get_reusable_executor
 
 from matwm_rl.envs import MockEnv, make_env
 from matwm_rl.evaluation import evaluate_matches, read_metrics
-from matwm_rl.runs import evaluator, training_run
+from matwm_rl.runs import evaluator
 from matwm_rl.training import load_policy
 from tests.examples.helpers import EXAMPLES, run_script
 
@@ -38,7 +38,6 @@ def test_a_sweep_leaves_one_folder_with_a_table_and_a_picture_over_seeds(
             super().__init__(**kwargs)
 
     monkeypatch.setattr("matwm_rl.envs.MockEnv", Recorded)
-    monkeypatch.setattr(training_run, "draw_pictures", lambda *_, **__: None)  # those of a run: test_simple_tag.py
     settings = [*TINY, "env=matwm_rl.envs:MockEnv", "env_kwargs.episode_length=3", "evaluation.every=20"]
     sweep = tmp_path / "sweep"
     run_script("train", "-m", "seed=0,1", *settings, "total_steps=60", f"run_dir={sweep}")
@@ -103,7 +102,6 @@ def signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return evaluate_matches(*args, **kwargs)
 
     monkeypatch.setattr(evaluator, "evaluate_matches", evaluate)
-    monkeypatch.setattr(training_run, "draw_pictures", lambda *_, **__: None)
     yield pressed
     assert not pressed
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +51,31 @@ def make_learner(
     return Learner(model, make_actor(model, SIZES), critic, settings or LearnerConfig(horizon=2))
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a learner that was updated once."""
+    folder = tmp_path_factory.mktemp("original")
     learner, replay = make_learner(), mock_replay()
     update(learner, replay)
-    save_checkpoint(tmp_path, learner=learner, replay=replay, env_steps=40, extra={"due": 1})
-    return tmp_path
+    save_checkpoint(folder, learner=learner, replay=replay, env_steps=40, extra={"due": 1})
+    return folder
+
+
+@pytest.fixture
+def saved(original: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, for one test to damage."""
+    return shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+
+
+@cache
+def unchanged() -> tuple[Learner, Any]:
+    """What tests try to load into; it stays as it is, which :func:`refused` checks."""
+    return make_learner(), mock_replay()
 
 
 def refused(run_dir: Path, message: str, learner: Learner | None = None, replay: Any = None) -> None:
     """The newest checkpoint is refused with this message; learner, replay, random state and files stay."""
-    learner, replay = learner or make_learner(), replay or mock_replay()
+    learner, replay = learner or unchanged()[0], replay or unchanged()[1]
     before = [snapshot(learner), TensorDict(replay.state_dict()["rows"]).clone(), replay.state_dict()["writer"]]
     random, files = torch.get_rng_state(), {path: path.lstat() for path in run_dir.rglob("*")}
     with pytest.raises(ValueError, match=message):
