@@ -14,6 +14,8 @@ import torch
 from tensordict import TensorDictBase, is_tensor_collection
 from torch import Tensor, nn
 
+from matwm_rl.torchrl_internals import is_batched
+
 
 def is_finite(value: Tensor) -> bool:
     """Return whether all numbers of a tensor are finite; integers and flags always are.
@@ -41,12 +43,7 @@ def is_readable(value: Tensor) -> bool:
         >>> is_readable(torch.ones(2))
         True
     """
-    # PyTorch has no public way to ask whether vmap is at work.
-    return (
-        value.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_batchedtensor(value)
-    )
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(value)
 
 
 def first_non_finite(value: Tensor) -> tuple[list[int], float]:

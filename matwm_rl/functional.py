@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from matwm_rl.torchrl_internals import is_batched
+
 
 def keep_random_state(device: torch.device | None) -> AbstractContextManager[None]:
     """Restore torch's random states, of the CPU and of a device, after the block.
@@ -173,8 +175,7 @@ def may_need_gradient(value: Tensor) -> bool:
         >>> may_need_gradient(torch.ones(2)), may_need_gradient(torch.ones(2, requires_grad=True))
         (False, True)
     """
-    # PyTorch has no public way to ask.
-    return value.requires_grad or (torch.is_grad_enabled() and torch._C._functorch.is_batchedtensor(value))
+    return value.requires_grad or (torch.is_grad_enabled() and is_batched(value))
 
 
 def softmax_over_few(logits: Tensor) -> Tensor:

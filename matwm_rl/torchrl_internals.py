@@ -1,4 +1,4 @@
-"""All private parts of TorchRL and VMAS that this package uses, each with the reason why there is no public way.
+"""All private parts of PyTorch, TorchRL and VMAS in use, each with the reason why there is no public way.
 
 They may change with any release. ``tests/test_torchrl_internals.py`` and ``tests/test_simulator_internals.py`` fail
 then; the fix belongs here and nowhere else. Methods with a leading underscore that TorchRL asks its subclasses to
@@ -21,6 +21,16 @@ from torchrl.data.replay_buffers import RoundRobinWriter, Sampler, Storage
 from torchrl.envs import EnvBase
 from torchrl.modules import PercentileValueNorm
 from torchrl.objectives import LossModule
+
+
+def is_batched(value: Tensor) -> bool:
+    """Return whether ``torch.vmap`` is at work on a tensor, which PyTorch has no public way to ask.
+
+    Examples:
+        >>> is_batched(torch.ones(2)), torch.vmap(lambda row: row + is_batched(row))(torch.zeros(2, 1)).tolist()
+        (False, [[1.0], [1.0]])
+    """
+    return torch._C._functorch.is_batchedtensor(value)
 
 
 def attached_entities(storage: Storage) -> Sequence[Any]:

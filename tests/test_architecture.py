@@ -10,8 +10,9 @@ Read top down, every room may import from the levels below its own, and from no 
     box_actions
     action_space
     action_distribution  state_files
-    checks  files  finite  keys  loss_functions  settings  torchrl_internals
+    checks  files  finite  keys  loss_functions  settings
     arguments  functional  processes
+    torchrl_internals
 
 so a loss, above all, never knows which network it trains. ``matwm_rl/__init__.py`` gathers the public names: it may
 import any room of the package, and only ``examples`` and ``benchmarks`` may import from it.
@@ -38,11 +39,9 @@ LEVELS = (
     (f"{PACKAGE}.box_actions",),
     (f"{PACKAGE}.action_space",),
     (f"{PACKAGE}.action_distribution", f"{PACKAGE}.state_files"),
-    tuple(
-        f"{PACKAGE}.{name}"
-        for name in ("checks", "files", "finite", "keys", "loss_functions", "settings", "torchrl_internals")
-    ),
+    tuple(f"{PACKAGE}.{name}" for name in ("checks", "files", "finite", "keys", "loss_functions", "settings")),
     (f"{PACKAGE}.arguments", f"{PACKAGE}.functional", f"{PACKAGE}.processes"),
+    (f"{PACKAGE}.torchrl_internals",),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # The public face stands between the scripts that use it and the rooms that it gathers.

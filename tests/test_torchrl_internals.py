@@ -36,7 +36,6 @@ from matwm_rl.torchrl_internals import (
 )
 
 PACKAGE = Path(__file__).parents[1] / "matwm_rl"
-ROOMS = ("data", "envs", "evaluation", "modules", "objectives", "training")
 
 
 def data(steps: int) -> TensorDict:
@@ -113,7 +112,9 @@ def test_shown_out_keys_are_a_part_of_all():
 def test_no_other_private_attribute_is_read():
     """Only what a class of ours defines itself may begin with an underscore."""
     sources = {
-        path: ast.parse(path.read_text(encoding="utf-8")) for room in ROOMS for path in (PACKAGE / room).rglob("*.py")
+        path: ast.parse(path.read_text(encoding="utf-8"))
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "torchrl_internals.py"
     }
     nodes = [(path, node) for path, tree in sources.items() for node in ast.walk(tree)]
     ours = {node.name for _, node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
@@ -126,7 +127,7 @@ def test_no_other_private_attribute_is_read():
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.endswith("__")
+    return name.startswith("_") and not name.endswith("__") and name != "_exit"  # os._exit is public
 
 
 def test_the_carrier_is_what_a_collector_acts_on_next() -> None:

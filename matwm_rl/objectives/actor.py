@@ -67,10 +67,11 @@ class ActorLossConfig(Settings):
     mean_policy_entropy_coeff: float = setting(0.0, minimum=0)
     signalling_coeff: float = setting(0.0, minimum=0)
 
-    def arguments(self, actions: ActionSpace) -> dict[str, Any]:
+    def arguments(self, actions: ActionSpace, regularizers: Sequence[Regularizer] = ()) -> dict[str, Any]:
         """Return the keyword arguments of :class:`ActorLoss` for agents with these actions.
 
-        Bonuses are objects; those with a weight of 0, and those that do not fit the actions, are left out.
+        Bonuses are objects; those of the settings with a weight of 0, and those that do not fit the actions, are left
+        out. ``regularizers`` of your own are added to them.
         """
         bonuses = [MeanPolicyEntropy(self.mean_policy_entropy_coeff), Signalling(self.signalling_coeff)]
         return {
@@ -78,7 +79,7 @@ class ActorLossConfig(Settings):
             "entropy_coeff": self.entropy_coeff,
             "advantage": self.advantage,
             "objective": self.objective,
-            "regularizers": [bonus for bonus in bonuses if bonus.coeff and actions.has_probs],
+            "regularizers": [*(bonus for bonus in bonuses if bonus.coeff and actions.has_probs), *regularizers],
         }
 
 

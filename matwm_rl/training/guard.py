@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from matwm_rl import keys
 from matwm_rl.finite import find_source, first_non_finite, is_finite, non_finite_entries, shorten
 from matwm_rl.loss_functions import clip_grad_norm_per_agent_
+from matwm_rl.modules import StackedLinear, StackedNormSiLU
 
 
 class Gradient(NamedTuple):
@@ -81,15 +82,16 @@ def backward(
     return Gradient(terms, clip_(parameters, max_norm), optimizer)
 
 
-def clip_agents_(parameters: list[Tensor], max_norm: float) -> Tensor:
-    """Clip each network of a stack on its own; networks that are no stack, all in one."""
-    clip_ = clip_grad_norm_per_agent_ if _is_stack(parameters) else torch.nn.utils.clip_grad_norm_
-    return clip_(parameters, max_norm)
+def clipping_of(network: nn.Module) -> Callable[[list[Tensor], float], Tensor]:
+    """Return the function that clips a network's gradient.
 
-
-def _is_stack(parameters: Sequence[Tensor]) -> bool:
-    """Return whether all hold networks along their first dimension; a bias of an ordinary layer has but one."""
-    return all(parameter.ndim > 1 and len(parameter) == len(parameters[0]) for parameter in parameters)
+    A network whose layers are all :class:`~matwm_rl.modules.StackedLinear` or
+    :class:`~matwm_rl.modules.StackedNormSiLU` is a stack of agents' or groups' networks. Each of these is clipped on
+    its own, any other network as one.
+    """
+    layers = [module for module in network.modules() if any(True for _ in module.parameters(recurse=False))]
+    is_stack = all(isinstance(layer, StackedLinear | StackedNormSiLU) for layer in layers)
+    return clip_grad_norm_per_agent_ if is_stack else nn.utils.clip_grad_norm_
 
 
 def step(gradients: Sequence[Gradient], diagnosis: Diagnosis) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from matwm_rl.objectives import (
     CriticLoss,
     LambdaReturn,
     PolicyObjective,
+    Regularizer,
     WorldModelLoss,
 )
 from matwm_rl.processes import largest_of_processes, learning_together
@@ -48,6 +49,7 @@ class Learner:
         actor: actors of all agents; see :func:`~matwm_rl.modules.make_actor` for what they read and write.
         critic: critics of all agents; see :func:`~matwm_rl.modules.make_critic`.
         config: settings; by default the paper's.
+        regularizers: bonuses of your own on what the actors do, beside those of ``config.actor``.
 
     Attributes:
         world_model_loss: holds the world model's parameters, alone.
@@ -87,6 +89,8 @@ class Learner:
         actor: ProbabilisticTensorDictSequential,
         critic: TensorDictModuleBase,
         config: LearnerConfig | None = None,
+        *,
+        regularizers: Sequence[Regularizer] = (),
     ) -> None:
         self.config = cfg = LearnerConfig() if config is None else config
         check_kinds(LearnerConfig, config=cfg)
@@ -99,7 +103,7 @@ class Learner:
         horizon = cfg.horizon or horizon_by_agents(agents)
         self.imagination = Imagination(world_model, actor, horizon=horizon, precision=cfg.precision)
         self.returns = LambdaReturn(critic, gamma=cfg.gamma, lmbda=cfg.lmbda, reward_norm=world_model.two_hot.norm)
-        self.actor_loss = ActorLoss(actor, **cfg.actor.arguments(world_model.actions))
+        self.actor_loss = ActorLoss(actor, **cfg.actor.arguments(world_model.actions, regularizers))
         self.critic_loss = CriticLoss(critic)
         device = next(world_model.parameters()).device
         for loss in (self.actor_loss, self.critic_loss):
@@ -229,17 +233,17 @@ class Learner:
             problem = shorten(list(guard.bad_entries(imagined, diagnosis.agents)))
             raise FloatingPointError(diagnosis.explain(f"what was imagined is not finite: {problem}"))
         metrics = TensorDict({"imagined_reward": masked_mean(imagined["next", "agents", "reward"], None)})
-        learning = [(self.actor_loss, self.actor_optimizer)] if train_actors else []
-        learning.append((self.critic_loss, self.critic_optimizer))
+        learning = [(self.actor_loss, self.actor_optimizer, guard.clipping_of(self.actor))] if train_actors else []
+        learning.append((self.critic_loss, self.critic_optimizer, guard.clipping_of(self.critic)))
         # Minibatch i of n has the starts i, i + n, i + 2n and so on. If several processes have equal parts of the
         # starts, their i-th minibatches together are the i-th minibatch of one process that has all starts.
         count = min(cfg.agent_minibatches, len(imagined))
         for part in cfg.agent_epochs * [imagined[first::count] for first in range(count)]:
             gradients = []
-            for loss, optimizer in learning:
+            for loss, optimizer, clip_ in learning:
                 with self._autocast():
                     losses = self._losses(loss, part)
-                gradients.append(guard.backward(losses, optimizer, guard.clip_agents_, cfg.actor_critic_clip))
+                gradients.append(guard.backward(losses, optimizer, clip_, cfg.actor_critic_clip))
                 metrics.update(losses.detach())
             guard.step(gradients, diagnosis)
         self.target_updater.step()

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from matwm_rl import keys
+from matwm_rl.loss_functions import per_agent_mean
 from matwm_rl.modules import (
     CoordinateEncoderConfig,
     GaussianLatentConfig,
     ObservationRewardConfig,
 )
-from matwm_rl.objectives import ActorLossConfig, MeanPolicyEntropy, Signalling, WorldModelLossWeights
+from matwm_rl.objectives import ActorLossConfig, MeanPolicyEntropy, Regularizer, Signalling, WorldModelLossWeights
+from matwm_rl.training import Learner, guard
 from tests.helpers import grads, make_learner, make_model, mock_replay, random_batch, randomize, total
 from tests.training.helpers import OPTIONS, assert_same, changed_parts, learn_from, snapshot, update
 
@@ -113,6 +116,31 @@ def test_each_networks_gradient_is_clipped_on_its_own(share_by_group: bool) -> N
         for n in range(len(parameters[0])):
             norm = sum(float(p.grad[n].square().sum()) for p in parameters) ** 0.5
             assert norm == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_network_of_ordinary_layers_is_clipped_as_one() -> None:
+    """Whatever the shapes of its weights are."""
+    network = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    network(torch.randn(5, 3)).square().sum().backward()
+    guard.clipping_of(network)(list(network.parameters()), 1e-3)
+    norm = torch.stack([p.grad.square().sum() for p in network.parameters()]).sum().sqrt()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_bonus_of_ones_own_changes_what_actors_learn() -> None:
+    class FirstAction(Regularizer):
+        def forward(self, tensordict, dist, weight, valid):
+            return per_agent_mean(dist.probs[..., 0], weight, valid)
+
+    shares = []
+    for regularizers in ([], [FirstAction(100.0)]):
+        first, replay = make_learner(actor_lr=1e-2), mock_replay()
+        learner = Learner(first.world_model, first.actor, first.critic, first.config, regularizers=regularizers)
+        for _ in range(10):
+            update(learner, replay)
+        imagined = learner.imagination(replay.starts.sample())
+        shares.append(learner.actor.get_dist(imagined).probs[..., 0].mean())
+    assert shares[1] > shares[0] + 0.2
 
 
 def test_a_group_with_huge_rewards_leaves_the_update_of_the_other_alone() -> None:
