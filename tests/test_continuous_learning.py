@@ -275,7 +275,7 @@ def test_open_loop_errors_know_the_best_constant_prediction() -> None:
     assert (trivial_error < model_error).all(), "the model has learnt nothing"
 
 
-@pytest.mark.parametrize("name", ["mpe2/simple_tag_v3", "vmas/simple_tag"])
+@pytest.mark.parametrize("name", ["mpe2/simple_tag_v3", pytest.param("vmas/simple_tag", marks=pytest.mark.slow)])
 def test_scripts_and_matches_play_continuous_simple_tag(name: str) -> None:
     env = make_env(name, seed=0, num_envs=2, continuous_actions=True)
     script, random = TagScript(env.layout), RandomActions(env.layout.actions)

@@ -154,6 +154,7 @@ def test_workers_at_their_own_pace() -> None:
     assert_unbroken(replay)
 
 
+@pytest.mark.slow
 def test_workers_fill_replay_in_an_actor(tmp_path: Path) -> None:
     make = [partial(make_env, "mock", episode_length=length) for length in (4, 6)]
     env = make[0]()

@@ -241,7 +241,7 @@ def test_an_ensemble_gives_what_its_members_give(kind: str, latent: str) -> None
     [
         ("world_model", "categorical"),
         ("imagination", "categorical"),
-        ("policy", "gaussian"),
+        pytest.param("policy", "gaussian", marks=pytest.mark.slow),
         ("returns", "categorical"),
     ],
 )

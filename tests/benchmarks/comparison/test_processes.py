@@ -77,6 +77,7 @@ def test_a_killed_run_loses_no_other_and_leaves_no_training(tmp_path: Path) -> N
     wait_for(lambda: free(folder), seconds=10)
 
 
+@pytest.mark.slow
 def test_nothing_goes_on_when_the_grid_is_terminated(tmp_path: Path) -> None:
     process = start_apart(tmp_path, 3, 4, jobs=1)
     try:
