@@ -60,7 +60,7 @@ def main(cfg: presets.TrainConfig) -> tuple[WorldModelPolicy, Matches]:
             parts = [imagined[first :: hyper.agent_minibatches] for first in range(hyper.agent_minibatches)]
             for part in hyper.agent_epochs * parts:  # PPO's steps, each on a part of the starts
                 for loss in [actor_loss, critic_loss] if updates >= cfg.critic_warmup else [critic_loss]:
-                    learn(loss, part)  # every agent in its own dreams alone
+                    learn(loss, part)  # each agent learns from its own imagined rollouts only
             slow_critic.step()
             updates += 1
     return policy, evaluate_matches(cfg.env, test_env, policy, episodes=cfg.evaluation.final_episodes)

@@ -26,7 +26,7 @@ def main(steps: int = 4_000, updates: int = 500, folder: Path = Path("runs/offli
     folder.mkdir(parents=True, exist_ok=True)
     save_dataset(folder / "data.pt", buffer[:])
 
-    # From here on there is the file alone. It may be a stranger's: `buffer.loads` would execute what a folder holds.
+    # From here on only the file is used. It may be untrusted; `buffer.loads` would execute what a folder holds.
     stored = load_dataset(folder / "data.pt")
     layout = AgentLayout.from_rollout(stored, num_actions={"adversary": 5, "agent": 5})
     data = merge_rollout(stored, layout)

@@ -57,7 +57,7 @@ def read_entry(
 
 
 def batch_shape(tensordict: TensorDictBase, key: NestedKey, event_dims: int, reader: object) -> torch.Size:
-    """Batch size of what a module is given: a tensordict's own, and where tensors came by keyword, an entry's.
+    """Return the batch size of what a module is given: a tensordict's or, for tensors given by keyword, an entry's.
 
     Args:
         tensordict: given to ``reader``.
@@ -134,7 +134,7 @@ def read_output(
 
 
 def check_shape(value: Tensor, what: str, shape: Sequence[int | None], note: str = "") -> Tensor:
-    """The tensor itself, which must be of a certain shape.
+    """Check a tensor's shape and return the tensor.
 
     Args:
         value: to be checked.
@@ -218,7 +218,7 @@ def _entry(
 
 
 def check_type(value: Tensor, what: str, dtype: torch.dtype) -> Tensor:
-    """The tensor itself, which must hold the same kind of numbers: truth values, whole, real or complex numbers.
+    """Check which kind of numbers a tensor holds (truth values, whole, real or complex) and return the tensor.
 
     Args:
         value: to be checked.

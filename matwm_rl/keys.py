@@ -22,7 +22,7 @@ key                                            shape after batch dims    meaning
 ``("agents", "state_value")``                  ``[N, 1]``                V(s_t)
 ``("agents", "slow_value")``                   ``[N, 1]``                V(s_t) of the critics' EMA copy
 ``("agents", "lambda_return")``                ``[N, 1]``                G_t
-``("agents", "weight")``                       ``[N, 1]``                probability that the dream has not ended
+``("agents", "weight")``                       ``[N, 1]``                chance that the imagined episode has not ended
 ``("next", "agents", "observation")``          as the observation        o_{t+1}; at an episode's end its true last
 ``("next", "agents", "reward")``               ``[N, 1]``                reward of the step
 ``("next", "agents", "alive")``                ``[N]``                   the agent lives after the step

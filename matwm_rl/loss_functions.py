@@ -1,8 +1,8 @@
 """The maths of the losses: divergences, returns, means over valid steps, and clipping of gradients.
 
 Functions on tensors, with no modules and no keys. If several processes learn together, the means are those over the
-batches of all of them, see ``matwm_rl.processes``. Dimension letters: N agents, H horizon, K code dimensions, C
-classes.
+batches of all of them, see ``matwm_rl.processes``. Dimension letters: N agents, H horizon, K latent
+dimensions, C classes.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _BalancedKL(torch.autograd.Function):
 
 
 def balanced_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """The two KL terms of the world-model loss, before free nats are taken off: one value with different gradients.
+    """Return the two KL terms of the world-model loss, before free nats: one value with different gradients.
 
     Args:
         log_q: posterior log-probabilities of z_{t+1}, ``[..., K, C]``.

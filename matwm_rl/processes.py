@@ -43,7 +43,7 @@ def learning_together(group: dist.ProcessGroup | None) -> Iterator[None]:
 
 
 def sum_over_processes(*values: Tensor) -> tuple[Tensor, ...]:
-    """Sums of tensors over all processes, for a loss that is the same number in every process.
+    """Sum tensors over all processes, for a loss that is the same number in every process.
 
     After DistributedDataParallel has averaged the gradients, they are those of the whole batch's loss. For this, every
     process has to compute the same number from a sum. So a sum must not enter the terms of another sum, since these

@@ -83,7 +83,7 @@ class Settings:
     """
 
     def __new__(cls, *args: Any, **entries: Any) -> Any:
-        """Name the entries there are, where Python would only refuse one that there is not."""
+        """List the known entries when an unknown one is given."""
         for name in entries:
             if name not in _entries(cls):
                 raise TypeError(_unknown(cls, name))

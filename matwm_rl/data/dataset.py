@@ -42,7 +42,9 @@ def save_dataset(path: str | Path, data: TensorDictBase) -> None:
 
 
 def load_dataset(path: str | Path) -> TensorDict:
-    """Read what :func:`save_dataset` wrote. The file may be a stranger's: no code of it is run, and no link followed.
+    """Read what :func:`save_dataset` wrote.
+
+    Safe for untrusted files: loading runs no code and follows no links.
 
     Args:
         path: the file. Its tensors stay in it until they are read, so that it may be larger than the memory; changing

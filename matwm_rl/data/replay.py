@@ -205,8 +205,8 @@ class Replay:
     def loads(self, path: str | Path) -> None:
         """Restore what :meth:`dumps` wrote: both buffers draw exactly the batches that would have come next.
 
-        If the next rollout does not continue the last one stored, call :meth:`end_episodes` in between. The folder may
-        be a stranger's: no code of it is run, no link followed, and nothing is changed in it.
+        If the next rollout does not continue the last one stored, call :meth:`end_episodes` in between. Safe for
+        untrusted folders: loading runs no code, follows no links and changes nothing in the folder.
 
         Raises:
             FileNotFoundError: If there is no such folder, or it holds no replay.

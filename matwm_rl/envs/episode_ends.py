@@ -85,8 +85,8 @@ def combine_agent_ends(
         truncated: bool ``[*E, N]``.
         done: bool ``[*E, 1]``, whether the episode is over.
         alive: bool ``[*E, N]``, who lived before the step.
-        acting: bool ``[*E, N]``, who acts next, as the environment says; by default those of the living that have not
-            ended. So agents join, and those that left return.
+        acting: bool ``[*E, N]``, who acts next, as the environment says. This is how agents join or return. By
+            default those of the living that have not ended.
         imposed: bool ``[*E, 1]``, see :func:`imposed_limit`; by default never.
 
     Examples:

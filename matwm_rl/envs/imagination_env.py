@@ -28,8 +28,8 @@ from matwm_rl.torchrl_internals import lock_batch
 class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
     """The world model as a TorchRL environment, in which any multi-agent policy and loss can be trained.
 
-    The batch is S imagined episodes ("dreams"). Each begins at a replayed start, with the C real steps before it as its
-    context, and goes on by what the world model predicts, as in :class:`~matwm_rl.modules.Imagination`: with the same
+    The batch is S imagined episodes. Each begins at a replayed start, with the C real steps before it as its context,
+    and goes on by what the world model predicts, as in :class:`~matwm_rl.modules.Imagination`: with the same
     random state, starts and actor, and with an ``end_threshold``, ``env.rollout(H, actor)`` gives the same steps. No
     gradient flows through it. Keys and shapes are those of :class:`MultiAgentEnv`, and the state:
 
@@ -38,7 +38,7 @@ class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
     ======================================  ======================  ===================================================
     ``("agents", "action")``                ``[S, N]`` int64        or, of continuous actions, ``[S, N, A]`` float32
     ``("agents", "action_mask")``           ``[S, N, A]`` bool      predicted legal actions
-    ``("agents", "alive")``                 ``[S, N]`` bool         the agent's dream goes on
+    ``("agents", "alive")``                 ``[S, N]`` bool         the agent's imagined episode goes on
     ``("agents", "latent")``                ``[S, N, Z]``           z_t
     ``("agents", "hidden")``                ``[S, N, F]``           h_t
     ``("agents", "teammate_logits")``       ``[S, N, N-1, P]``      p_t
@@ -70,19 +70,19 @@ class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
             ``replay.starts``, or a callable. It is asked once here, for sizes, and at every reset, partial ones
             included, of which only the rows to be reset are used. Keys read: ``("agents", "observation" | "action")``,
             ``("next", "agents", "done")``, optionally ``("agents", "alive")``: agents dead at the start stay so.
-        max_steps: steps after which a dream is truncated.
+        max_steps: steps after which an imagined episode is truncated.
         decode: whether to give observations.
         layout: that of the real environment; decoded observations then are exactly zero where the agent's own are
             padded, and the environment has the same ``layout``.
-        end_threshold: the dream of an agent ends when its predicted continuation falls below this; 0: never. With
-            ``None`` it ends by chance, with the predicted probability, which is right on average for ends that cannot
-            be foreseen too.
+        end_threshold: an agent's imagined episode ends when its predicted continuation falls below this; 0: never.
+            With ``None`` it ends by chance, with the predicted probability, which is right on average for ends that
+            cannot be foreseen too.
 
     Raises:
         ValueError: if an argument or the starts do not fit the world model or each other; by a step, if actions have
-            another shape or are not the agents' own, or if some dreams alone are to be stepped.
+            another shape or are not the agents' own, or if only some of the unfinished rows are to be stepped.
         TypeError: if ``starts`` neither has ``sample()`` nor can be called.
-        RuntimeError: by a step or a partial reset, if no dream has begun.
+        RuntimeError: by a step or a partial reset, if no imagined episode has begun.
         FloatingPointError: by a step on a CPU, if a predicted reward or continuation is not finite.
 
     Examples:
@@ -125,7 +125,7 @@ class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
         if example.ndim != 2:
             raise ValueError(f"starts must be of batch size [S, context + 1], got {tuple(example.batch_size)}")
         super().__init__(world_model, device=world_model.legal.device, batch_size=example.batch_size[:1])
-        # The base class steps any tensordict that it is given; here there are S dreams, and they are in this object.
+        # The base class steps any tensordict that it is given; this object holds S imagined episodes, and steps those.
         lock_batch(self)
         self._sample: Callable[[], TensorDictBase] = sample
         self._starts_size = example.batch_size
@@ -152,7 +152,7 @@ class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
 
     @torch.no_grad()
     def _make_specs(self, starts: TensorDictBase) -> None:
-        """Read the shapes of all entries off a first dream, and forgets it."""
+        """Begin imagined episodes once to read the shapes of all entries; discard them."""
         self._begin(starts)
         example = self._output(~self._ended)
         hidden = self._state.hidden
@@ -182,10 +182,10 @@ class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
         """Return each agent's own actions, bool ``[S, N, A]``."""
         return self.world_model.legal.expand(*self.batch_size, -1, -1)
 
-    # ------------------------------------------------------------------ dreams
+    # ------------------------------------------------------------------ imagined episodes
 
     def _set_seed(self, seed: int | None) -> None:
-        """Seed PyTorch's global random state, from which dreams are drawn, as the actions of policies are."""
+        """Seed PyTorch's global random state, from which imagined episodes and the actions of policies are drawn."""
         if seed is not None:
             torch.manual_seed(seed)
 
@@ -211,16 +211,16 @@ class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
         return self._output(~self._ended)
 
     def _begin(self, starts: TensorDictBase) -> None:
-        """Begin all dreams."""
+        """Begin all imagined episodes."""
         starts = self._checked(starts)
-        # Rows that are reset later begin at the cache's present position. With room for twice the longest dream, the
-        # positions that nobody sees any more are dropped once in max_steps steps.
+        # Rows that are reset later begin at the cache's present position. With room for twice the longest imagined
+        # episode, the positions that nobody sees any more are dropped once in max_steps steps.
         self._state, self._caches = self.world_model.start_from(starts, 2 * self.max_steps)
         self._ended = self._dead(starts)
         self._steps = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
 
     def _begin_anew(self, starts: TensorDictBase, rows: Tensor) -> None:
-        """Begin the dreams of some rows ``[S]`` anew, beside the others."""
+        """Begin the imagined episodes of some rows ``[S]`` anew, beside the others."""
         starts = self._checked(starts)[rows]
         state, caches = self.world_model.start_from(starts)
         self._state = self._state.replace_rows(rows, state)
@@ -232,7 +232,7 @@ class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
         if starts.batch_size != self._starts_size:
             raise ValueError(
                 f"got starts of batch size {tuple(starts.batch_size)}; expected [S, context + 1] = "
-                f"{tuple(self._starts_size)}, as when this environment was made: the number of its dreams is fixed"
+                f"{tuple(self._starts_size)}, as when this environment was made: its number of episodes is fixed"
             )
         return starts.to(self.device)
 
@@ -263,8 +263,8 @@ class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
             if is_readable(value) and not is_finite(value):
                 index, number = first_non_finite(value)
                 raise FloatingPointError(
-                    f"the world model gave {number} as {name} of agent {index[-1]} in dream {index[0]}; its "
-                    "weights, its starts or what a part of your own gives are not finite"
+                    f"the world model gave {number} as {name} of agent {index[-1]} in imagined episode "
+                    f"{index[0]}; its weights, its starts or what a part of your own gives are not finite"
                 )
         threshold = torch.rand_like(continuation) if self.end_threshold is None else self.end_threshold
         self._ended = self._ended | (continuation < threshold)
@@ -285,18 +285,19 @@ class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
             raise ValueError(f"{problem}. Sample under {ACTION_MASK}, or with env.rand_action")
 
     def _check_going(self, going: Tensor | None) -> None:
-        """Rows that are over may be stepped on unseen (``break_when_all_done``), dreams cannot be held back."""
+        """Refuse a ``_step`` mask that leaves out an unfinished row."""
         over = self._ended.all(-1) | (self._steps >= self.max_steps)
         if going is not None and not (going.reshape(self.batch_size) | over).all():
-            raise ValueError(f"got the `_step` mask {going.tolist()}; dreams that are not over are stepped together")
+            raise ValueError(f"got the `_step` mask {going.tolist()}; all unfinished rows must be stepped together")
 
     # ------------------------------------------------------------------ outputs
 
     def _output(self, alive: Tensor, continuation: Tensor | None = None) -> TensorDictBase:
-        """The present states by keys, for agents ``alive [S, N]`` and their last steps' ``continuation [S, N]``."""
+        """Return present states by keys, for agents ``alive [S, N]`` and their last steps' ``continuation [S, N]``."""
         state, model = self._state, self.world_model
         legal = agents_last(model.legal_actions(state.latent)) & alive.unsqueeze(-1)
-        # As in the real environment: who cannot act has the first action left, so that distributions can be made.
+        # As in the real environment, the first action stays legal for agents that cannot act, so that distributions
+        # can be made.
         self.world_model.actions.allow_one_(legal)
         if continuation is None:
             continuation = torch.ones(alive.shape, dtype=state.hidden.dtype, device=self.device)
@@ -311,7 +312,7 @@ class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
         return output.set(OBSERVATION, self._observation(alive)) if self.decode else output
 
     def _observation(self, alive: Tensor) -> Tensor:
-        """Decoded, ``[S, N, *O]``, as real observations are: zero where padded or dead, images as bytes."""
+        """Decode observations ``[S, N, *O]``, in the form of real ones: zero where padded or dead, images as bytes."""
         decoded = self.world_model.decode(self._state.latent)
         decoded = agents_last(decoded, decoded.ndim - 2)
         if self._is_image:
@@ -322,7 +323,7 @@ class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
 
 
 def _spec(value: Tensor) -> TensorSpec:
-    """The spec of entries that are like an example."""
+    """Return the spec of entries that are like an example."""
     if value.dtype == torch.bool:
         return Categorical(2, shape=value.shape, dtype=torch.bool, device=value.device)
     if value.dtype == torch.uint8:

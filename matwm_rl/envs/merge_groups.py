@@ -199,7 +199,7 @@ class MergeGroups(Transform):
         if not self._agents_die:
             return output.set(AGENTS, self._reader.agents(tensordict, ends.alive, legal))
         left = torch.zeros_like(ends.alive) if ends.left is None else ends.left
-        # Who leaves by a time limit is seen once more, because its value bootstraps from what it sees.
+        # An agent removed by a time limit keeps its last observation; its value bootstraps from it.
         agents = self._reader.agents(tensordict, ends.alive, legal, seen=ends.alive | left)
         return output.set(AGENTS, agents.set("truncated", left.unsqueeze(-1)))
 

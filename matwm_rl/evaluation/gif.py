@@ -55,7 +55,7 @@ def record_gif(
 
     Below each picture stand the episode, the step, each group's mean return so far, and what happened in the step:
     large rewards, who is out, and how the episode ended. Rewards and penalties are large from half of the greatest of
-    these episodes on; where these have as many sizes as there are steps, as distances do, none is an event.
+    these episodes on. Rewards that differ at every step, such as distances, are not shown as events.
 
     Files are small: pictures have at most 320 pixels a side and 64 colours, and of an episode of more than 100 steps
     every second, third, ... step is shown.

@@ -44,7 +44,7 @@ class Progress:
 
     @contextmanager
     def task(self, name: str, unit: str) -> Iterator[Tell]:
-        """Show what takes time and no env steps of the run."""
+        """Show the progress of work that takes no env steps."""
         yield lambda done, total, detail: None
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from matwm_rl.modules.world_model import WorldModel
 
 
 class Imagination(TensorDictModuleBase):
-    """Let every agent dream alone from replayed starts, with teammates as predicted behaviour (Algorithm 1).
+    """Imagine a rollout for each agent separately, from replayed starts; teammates are only predicted (Algorithm 1).
 
     No gradient flows through the rollout. Actions are sampled, whatever the exploration type outside.
 

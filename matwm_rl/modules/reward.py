@@ -209,7 +209,7 @@ class ObservationReward(RewardHead):
 
 @dataclass(kw_only=True)
 class RewardConfig(Settings):
-    """Settings of a reward head; a subclass for each kind. Yours can be another subclass.
+    """Settings of a reward head. Subclass it for a reward head of your own.
 
     Examples:
         >>> @dataclass(kw_only=True)

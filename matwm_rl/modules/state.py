@@ -52,7 +52,7 @@ class State:
         }
 
     def replace_rows(self, rows: Tensor, new: State) -> State:
-        """Return a copy in which some rows are others.
+        """Return a copy with the given rows replaced.
 
         Args:
             rows: bool ``[S]``, which rows of the state ``[N, S]``.

@@ -105,7 +105,7 @@ def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 def _score_bias(mask: Tensor, like: Tensor) -> Tensor:
-    """Added to the scores of every head, ``[..., 1, T, T]``: nothing is attended to but ``mask [..., T, T]``."""
+    """Return what is added to every head's scores, ``[..., 1, T, T]``, to attend to ``mask [..., T, T]`` only."""
     return like.new_zeros(()).masked_fill(~mask, MASKED).unsqueeze(-3)
 
 
@@ -156,7 +156,7 @@ class TransformerBlock(nn.Module):
         self.feedforward = nn.Sequential(nn.Linear(features, feedforward), nn.SiLU(), nn.Linear(feedforward, features))
 
     def project(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[..., D]`` to query, key and value ``[..., h, D/h]``, the first two rotated to their positions."""
+        """Turn ``[..., D]`` into query, key and value ``[..., h, D/h]``, the first two rotated to their positions."""
         qkv = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.num_heads, -1))
         query, key = _rotate(qkv[..., :2, :, :], rotary).unbind(-3)
         return query, key, qkv[..., 2, :, :]
@@ -231,7 +231,7 @@ class Transformer(nn.Module):
         return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).to(like.dtype)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Parallel pass over whole sequences.
+        """Run whole sequences in parallel.
 
         Args:
             x: ``[M, T, D]``.
@@ -247,7 +247,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def empty_cache(self, num_sequences: int, length: int) -> KVCache:
-        """Cache for exactly ``length`` positions, with none written."""
+        """Make a cache for exactly ``length`` positions, with none written."""
         weight = next(self.parameters())
         shape = (len(self.blocks), length, num_sequences, self.num_heads, self.features // self.num_heads)
         # Made by the weight's method, so that under vmap the cache is an ensemble's too.

@@ -71,7 +71,7 @@ class TwoHot(SymExpTwoHot):
             self.norm.update(agents_first(target.unsqueeze(-1)), agents_first(valid, 0))
 
     def encode(self, target: Tensor) -> Tensor:
-        """Two-hot probabilities ``[..., num_bins]`` of raw targets ``[...]``.
+        """Return two-hot probabilities ``[..., num_bins]`` of raw targets ``[...]``.
 
         The same as TorchRL's, which takes twice as long and fails under ``torch.vmap``.
         """
@@ -81,7 +81,7 @@ class TwoHot(SymExpTwoHot):
         return probs.scatter_(-1, torch.stack([upper - 1, upper], -1), torch.stack([1 - weight, weight], -1))
 
     def decode(self, logits: Tensor) -> Tensor:
-        """Raw scalars ``[...]`` of logits ``[..., num_bins]``."""
+        """Return raw scalars ``[...]`` of logits ``[..., num_bins]``."""
         value = super().decode(logits)
         value = value if self.interpolation == Interpolation.raw else symexp(value)
         if self.norm is None:
@@ -89,14 +89,14 @@ class TwoHot(SymExpTwoHot):
         return torch.addcmul(self.norm.agent_mean.squeeze(-1), value, self.norm.agent_scale.squeeze(-1))
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy ``[...]`` of logits ``[..., num_bins]`` against raw targets, ``[...]`` or ``[..., 1]``.
+        """Return the cross-entropy ``[...]`` of logits ``[..., num_bins]`` and raw targets, ``[...]`` or ``[..., 1]``.
 
         The same as TorchRL's over the two bins alone: the other bins' targets are zeros, and this takes half the time.
         """
         return self.joint_loss(logits, target)
 
     def joint_loss(self, logits: Tensor, *targets: Tensor) -> Tensor:
-        """Sum of the cross-entropies against several targets, see :meth:`loss`, in one pass over the logits."""
+        """Return the sum of cross-entropies with several targets, see :meth:`loss`, in one pass over the logits."""
         targets = tuple(target.squeeze(-1) if target.ndim == logits.ndim else target for target in targets)
         for shape in (tuple(target.shape) for target in targets if target.shape != logits.shape[:-1]):
             raise ValueError(f"targets of shape {shape} do not fit logits of shape {tuple(logits.shape)}")
@@ -110,7 +110,7 @@ class TwoHot(SymExpTwoHot):
         return (target - self.norm.agent_mean.squeeze(-1)) / self.norm.agent_scale.squeeze(-1)
 
     def _place(self, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The upper one of the two bins of raw targets ``[...]``, and its weight."""
+        """Return the upper one of the two bins of raw targets ``[...]``, and its weight."""
         bins = self.bins.to(dtype)
         target = target if self.interpolation == Interpolation.raw else symlog(target)
         target = target.to(dtype).clamp(bins[0], bins[-1]).contiguous()

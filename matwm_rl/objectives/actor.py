@@ -1,4 +1,4 @@
-"""The actors' loss, of all agents at once and each on its own dreams alone."""
+"""The actors' losses of all agents; each learns from its own imagined rollouts only."""
 
 from __future__ import annotations
 

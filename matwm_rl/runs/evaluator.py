@@ -55,7 +55,7 @@ class Evaluator:
         }
 
     def is_due(self, env_steps: int, new_steps: int) -> bool:
-        """Return whether there is an evaluation after a batch, or before the first step; the final one is no such."""
+        """Return whether to evaluate now, after a batch or before the first step; the final evaluation is separate."""
         return env_steps < self._cfg.total_steps and due(self._every, env_steps, new_steps)
 
     def evaluate(self, policy: TensorDictModuleBase, env_steps: int, *, final: bool = False) -> Matches | None:

@@ -207,7 +207,7 @@ def _over_seeds(setting: str, name: str, members: Sequence[SweepRun]) -> str:
     values = [run.row[name] for run in members if name in run.row]
     if not values or isinstance(values[0], str):
         return ""
-    kind = type(values[0])  # a count stays one
+    kind = type(values[0])  # keep integers as integers
     low, middle, high = (_text(kind(value)) for value in (min(values), median(values), max(values)))
     return middle if low == high else f"{middle} ({low} to {high})"
 

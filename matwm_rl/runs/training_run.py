@@ -171,7 +171,7 @@ class TrainingRun:
                 self.log.write(self.env_steps)
             if not self._ends():
                 self._evaluate_if_due(new_steps)
-            # Last: what is resumed from a checkpoint lacks nothing of before.
+            # Saved last, so that the checkpoint includes everything logged before it.
             if (ends := self._ends()) or due(cfg.checkpoint_every, self.env_steps, new_steps):
                 self._save()
             if self._stop:
@@ -181,7 +181,7 @@ class TrainingRun:
         self._collector.shutdown()
 
     def _evaluate_if_due(self, new_steps: int) -> None:
-        # Before the first update, every evaluation would be that of before the first step.
+        # Before the first update, nothing has been learnt since the first evaluation.
         if self._evaluator.is_due(self.env_steps, new_steps) and (self._learner.updates or not self.env_steps):
             matches = self._evaluator.evaluate(self.policy, self.env_steps)
             if matches is not None and self.env_steps:

@@ -136,8 +136,8 @@ def load_checkpoint(
 
     With a collector, a run goes on bit by bit as if it had not been interrupted (on a CPU). Without one, or where
     environments do not repeat themselves, they begin new episodes, and the newest stored step of each is marked as the
-    end of its own. Everything is checked before anything is changed. The
-    files may be a stranger's: no code of theirs is run, no link followed.
+    end of its own. Everything is checked before anything is changed.
+    Safe for untrusted files: loading runs no code and follows no links.
 
     Args:
         run_dir: folder of the run.

@@ -87,7 +87,7 @@ class LearnerConfig(Settings):
 
 
 def horizon_by_agents(num_agents: int) -> int:
-    """The paper's number of imagined steps H (Table C.6).
+    """Return the paper's number of imagined steps H (Table C.6).
 
     Args:
         num_agents: N.

@@ -54,7 +54,7 @@ def load_world_model(
 ) -> WorldModel:
     """Build the world model that :func:`save_world_model` or :func:`save_policy` saved, in ``eval`` mode.
 
-    The file may be a stranger's: no code of it is run, and no link followed.
+    Safe for untrusted files: loading runs no code and follows no links.
 
     Args:
         path: the file.
@@ -127,7 +127,7 @@ def load_policy(
     """Build the policy that :func:`save_policy` saved, ready to act; or one of those that come with the package.
 
     ``policy.make_env()`` makes its environment; to another one append ``policy.make_tensordict_primer()``.
-    ``policy.world_model`` is the world model. The file may be a stranger's: no code of it is run, and no link followed.
+    ``policy.world_model`` is the world model. Safe for untrusted files: loading runs no code and follows no links.
 
     Args:
         path: the file; or a name from the table in docs/policies.md, such as ``"simple_spread"``.

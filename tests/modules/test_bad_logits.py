@@ -78,7 +78,8 @@ def test_a_dream_with_such_numbers_is_refused(part: str) -> None:
     env: ImaginationEnv = make_dreams()
     env.reset()
     getattr(env.world_model, part).register_forward_hook(lambda module, inputs, output: output * NAN)
-    with pytest.raises(FloatingPointError, match=f"the world model gave nan as {part} of agent 0 in dream 0"):
+    message = f"the world model gave nan as {part} of agent 0 in imagined episode 0"
+    with pytest.raises(FloatingPointError, match=message):
         random_rollout(env, 2)
 
 

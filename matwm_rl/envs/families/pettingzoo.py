@@ -96,7 +96,7 @@ def _make(
     # pygame opens a window at import otherwise, which fails on a machine without a screen.
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     module = _module(import_package(package, extra=extra), task, family)
-    # So that it can be drawn; nothing is, unless asked, but some of butterfly never draw what their agents observe.
+    # Allow rendering. Some butterfly games also need it to produce observations.
     kwargs.setdefault("render_mode", "rgb_array")
     game = construct(f"{family}/{task}", module.parallel_env, kwargs)
     game = game if limit is None else _TimeLimit(game, limit)

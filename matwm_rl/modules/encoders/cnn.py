@@ -26,7 +26,7 @@ class CNNEncoder(nn.Module):
 
     Args:
         image_shape: ``[channels, S, S]``.
-        out_features: ``encoder_size`` of the latent code.
+        out_features: ``encoder_size`` of the latent space.
         channels: channels of the first layer, doubled by each of the next.
         depth: number of convolutions.
 

@@ -96,7 +96,7 @@ class MLPDecoder(nn.Module):
 
 @dataclass(kw_only=True)
 class EncoderConfig(Settings):
-    """Settings of encoder and decoder of vector observations; a subclass for each kind. Yours can be another subclass.
+    """Settings of encoder and decoder of vector observations. Subclass it for an encoder and decoder of your own.
 
     Attributes:
         linear: whether z holds coordinates of the observation. The dynamics predictor then gets a linear map beside its

@@ -30,8 +30,8 @@ class LatentSpace(nn.Module):
         dynamics_size: number of outputs that the dynamics predictor must deliver.
         num_classes: C, where z is K one-hot vectors of C classes; first layers then look rows of their weights up.
             ``None`` for any other z.
-        coordinate_scale: factor on coordinates of an observation that dimensions of z can hold as they are; ``None``
-            where a dimension is no number.
+        coordinate_scale: scale at which a latent dimension stores a coordinate of an observation; ``None`` if
+            dimensions are not real numbers.
         code_dtype: type in which z is stored (:meth:`to_code`).
 
     Raises:
@@ -116,7 +116,7 @@ class LatentSpace(nn.Module):
 
 @dataclass(kw_only=True)
 class LatentConfig(Settings):
-    """Settings of a latent space; a subclass for each kind. Yours can be another subclass.
+    """Settings of a latent space. Subclass it for a latent space of your own.
 
     Examples:
         >>> from matwm_rl.modules import CategoricalLatentConfig

@@ -78,11 +78,11 @@ class GaussianLatent(LatentSpace):
         return balanced_gaussian_kl(posterior, prior)
 
     def to_code(self, latent: Tensor) -> Tensor:
-        """The numbers themselves."""
+        """Return z as it is."""
         return latent
 
     def from_code(self, code: Tensor) -> Tensor:
-        """The numbers themselves."""
+        """Return the code as it is."""
         return code
 
 
