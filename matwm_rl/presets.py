@@ -141,7 +141,7 @@ def paper() -> TrainConfig:
 def vectors() -> TrainConfig:
     """Return what learns environments of short vector observations in minutes on one core.
 
-    It is small and quick, and departs from the paper in the switches that docs/presets.md lists, each with its reason.
+    It is small and quick, and departs from the paper in the settings that docs/presets.md lists, each with its reason.
 
     Examples:
         >>> vectors().world_model.latent
