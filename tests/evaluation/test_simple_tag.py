@@ -85,6 +85,7 @@ def test_scripted_pursuers_and_evader_reach_the_known_returns_in_mpe2() -> None:
     assert fleeing < nobody
 
 
+@pytest.mark.slow
 def test_scripted_pursuers_beat_random_ones_in_vmas() -> None:
     layout = make_env(VMAS).layout
     script, random = TagScript(layout), RandomActions()

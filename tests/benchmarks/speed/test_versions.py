@@ -59,6 +59,7 @@ def test_each_version_measures_its_own_paper_parts(tmp_path: Path, old: bool) ->
     assert row["note"].endswith("--threads 1")
 
 
+@pytest.mark.slow
 def test_the_loop_of_this_version_runs() -> None:
     small = [
         "init_random_steps=100",
