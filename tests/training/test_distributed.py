@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from matwm_rl.training import distribute
+from matwm_rl.training import distribute, distributed
+from tests.helpers import make_learner
 from tests.training import processes
 from tests.training.helpers import leaves
 
@@ -52,6 +54,21 @@ def test_after_every_update_the_state_is_the_same_in_every_process(results: list
     first, second = (result["learn_in_parts"][name]["checksums"] for result in results)
     assert first == second
     assert len(set(first)) == 2 * processes.UPDATES  # and every update has changed it
+
+
+def test_a_group_outlives_the_learners_that_use_it() -> None:
+    """Otherwise PyTorch's destructors wait for each other, now and then for ever."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    try:
+        learner = distribute(make_learner())
+        assert learner.group is not None
+        del learner
+        gc.collect()
+        kept = [one for one in distributed._groups if one is group]
+        assert len(kept) == 1
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_number_that_is_not_finite_in_one_process_is_an_error_in_all_of_them(results: list[dict[str, Any]]) -> None:
