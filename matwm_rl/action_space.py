@@ -21,7 +21,7 @@ from torchrl.data import Categorical, TensorSpec
 from matwm_rl.action_distribution import ActionDistribution
 from matwm_rl.arguments import check_ints, read_index
 from matwm_rl.checks import check_type
-from matwm_rl.functional import first_entries, random_index, softmax_over_few
+from matwm_rl.functional import first_entries, of_teammates, random_index, softmax_over_few
 
 ILLEGAL_LOGIT = -1e9
 """Logit of an action that an agent does not have."""
@@ -100,9 +100,7 @@ class ActionSpace(ABC):
 
     def legal_of_teammates(self) -> Tensor:
         """Return :meth:`legal` of every agent's teammates in agent order, bool ``[N, N-1, A]``."""
-        agents = range(self.num_agents)
-        others = [[other for other in agents if other != agent] for agent in agents]
-        return self.legal()[torch.tensor(others, dtype=torch.long).view(self.num_agents, self.num_agents - 1)]
+        return of_teammates(self.legal())
 
     @abstractmethod
     def spec(self, shape: Sequence[int], device: torch.device | str | None = None) -> TensorSpec:
@@ -148,7 +146,7 @@ class ActionSpace(ABC):
 
     @abstractmethod
     def are_drawable(self, parameters: Tensor, mask: Tensor) -> Tensor:
-        """Return where ``parameters [..., P]`` let a legal action under ``mask [..., A]`` be drawn, bool ``[...]``."""
+        """Return where ``parameters [..., P]`` can draw an action that ``mask [..., A]`` allows, bool ``[...]``."""
 
     @abstractmethod
     def mode(self, parameters: Tensor) -> Tensor:

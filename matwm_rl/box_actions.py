@@ -192,7 +192,7 @@ class BoxActions(ActionSpace, kind="box"):
 
 
 def _for_both(mask: Tensor) -> Tensor:
-    """Return a mask ``[..., A]`` for locations and scales ``[..., 2 A]``."""
+    """Repeat a mask ``[..., A]`` for locations and for scales, ``[..., 2 A]``."""
     return torch.cat([mask, mask], -1)
 
 

@@ -1,7 +1,7 @@
 """Pure functions on tensors: the layout of agents, precision, the episodes of a sequence, and sampling.
 
 They use no modules and no keys. The maths of the losses is in :mod:`matwm_rl.loss_functions`. Dimension letters: N
-agents, T time, F features, A actions, K code dimensions, C classes.
+agents, T time, F features, A actions, K latent dimensions, C classes.
 """
 
 from __future__ import annotations
@@ -195,6 +195,26 @@ def softmax_over_few(logits: Tensor) -> Tensor:
                 [0.2500, 0.2500, 0.2500, 0.2500]])
     """
     return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1)
+
+
+def of_teammates(entry: Tensor, dim: int = 0) -> Tensor:
+    """Give each agent the entries of its teammates, in agent order.
+
+    Args:
+        entry: ``[..., N, ...]``.
+        dim: the agents' dimension, counted from the front.
+
+    Returns:
+        ``[..., N, N-1, ...]``.
+
+    Examples:
+        >>> of_teammates(torch.tensor([10, 11, 12])).tolist()
+        [[11, 12], [10, 12], [10, 11]]
+    """
+    num_agents = entry.shape[dim]
+    agent = torch.arange(num_agents, device=entry.device).unsqueeze(-1)
+    other = torch.arange(num_agents - 1, device=entry.device)
+    return entry.movedim(dim, 0)[other + (other >= agent).long()].movedim((0, 1), (dim, dim + 1)).contiguous()
 
 
 def first_entries(counts: Sequence[int]) -> Tensor:

@@ -1,8 +1,8 @@
 """The maths of the losses: divergences, returns, means over valid steps, and clipping of gradients.
 
 Functions on tensors, with no modules and no keys. If several processes learn together, the means are those over the
-batches of all of them, see ``matwm_rl.processes``. Dimension letters: N agents, H horizon, K latent
-dimensions, C classes.
+batches of all of them, see ``matwm_rl.processes``. Dimension letters: N agents, H horizon, K latent dimensions, C
+classes.
 """
 
 from __future__ import annotations

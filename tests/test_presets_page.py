@@ -1,4 +1,4 @@
-"""docs/presets.md tells the truth: where `vectors` departs from `paper`, and which settings the paper has."""
+"""Compare docs/presets.md with the presets: where `vectors` departs from `paper`, and which settings the paper has."""
 
 from __future__ import annotations
 

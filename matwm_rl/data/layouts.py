@@ -22,15 +22,14 @@ from __future__ import annotations
 
 import math
 
-import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torch import Tensor
 from torchrl.envs.transforms import Transform
 
 from matwm_rl.arguments import check_ints
 from matwm_rl.checks import read_entry
 from matwm_rl.data.continuity import Continuity
 from matwm_rl.data.entry_check import check_rollout
+from matwm_rl.functional import of_teammates
 from matwm_rl.keys import (
     ACTION,
     ACTION_MASK,
@@ -103,10 +102,10 @@ def add_agent_entries(td: TensorDictBase) -> TensorDictBase:
             f"one dimension of agents, actions being {'vectors, which have one more' if own else 'categorical'}."
         )
     td, num_agents = td.copy(), action.shape[td.ndim]
-    td.set(TEAMMATE_ACTION, _of_teammates(action, td.ndim))
+    td.set(TEAMMATE_ACTION, of_teammates(action, td.ndim))
     alive = td.get(ALIVE, default=None)
     if alive is not None:
-        td.set(TEAMMATE_ALIVE, _of_teammates(alive, td.ndim))
+        td.set(TEAMMATE_ALIVE, of_teammates(alive, td.ndim))
     for root_key, agent_key in ((DONE, AGENT_DONE), (TERMINATED, AGENT_TERMINATED)):
         root = td.get(root_key, default=None)
         if root is not None:
@@ -130,14 +129,6 @@ def _end_lives(td: TensorDictBase) -> None:
         done = done.bool() | (~alive & after).unsqueeze(-1)
     if done is not None:
         td.set(AGENT_DONE, done)
-
-
-def _of_teammates(entry: Tensor, dim: int) -> Tensor:
-    """Give each agent the others' entries, in agent order: in place of ``dim``, of size N, are two of sizes N, N-1."""
-    num_agents = entry.shape[dim]
-    agent = torch.arange(num_agents, device=entry.device).unsqueeze(-1)
-    other = torch.arange(num_agents - 1, device=entry.device)
-    return entry.movedim(dim, 0)[other + (other >= agent).long()].movedim((0, 1), (dim, dim + 1)).contiguous()
 
 
 def _to_rows(td: TensorDictBase) -> TensorDictBase:

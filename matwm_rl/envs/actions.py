@@ -245,19 +245,18 @@ def stored_group_actions(rollout: TensorDictBase, group: str, actions: ActionSpa
         ValueError: if actions of this kind are not stored in this form.
     """
     action = rollout.get((group, "action"))
-    stored: GroupActions
     if isinstance(actions, BoxActions):
-        stored = BoxGroupActions(actions.low[rows], actions.high[rows], action.dtype)
-        fits = action.is_floating_point()
+        if action.is_floating_point():
+            boxes = BoxGroupActions(actions.low[rows], actions.high[rows], action.dtype)
+            shape = (*action.shape[: rollout.ndim + 1], boxes.num_actions)
+            read_entry(rollout, (group, "action"), "merge_rollout", shape)
+            return boxes
     else:
-        stored = DiscreteGroupActions(actions.legal()[rows].sum(-1).tolist(), _stored_one_hot(action, rollout))
-        # One-hot vectors may be stored as floating-point numbers.
-        fits = not (action.is_floating_point() and stored.is_one_hot) or action.shape[-1] == stored.num_actions
-    if not fits:
-        raise ValueError(f"stored actions of group {group!r} are {action.dtype}; the layout has {actions}.")
-    if isinstance(stored, BoxGroupActions):
-        read_entry(rollout, (group, "action"), "merge_rollout", (*action.shape[: rollout.ndim + 1], stored.num_actions))
-    return stored
+        discrete = DiscreteGroupActions(actions.legal()[rows].sum(-1).tolist(), _stored_one_hot(action, rollout))
+        # Floating-point numbers must be one-hot vectors.
+        if not (action.is_floating_point() and discrete.is_one_hot) or action.shape[-1] == discrete.num_actions:
+            return discrete
+    raise ValueError(f"stored actions of group {group!r} are {action.dtype}; the layout has {actions}.")
 
 
 def _stored_one_hot(action: Tensor, rollout: TensorDictBase) -> bool:

@@ -323,7 +323,7 @@ class ImaginationEnv(LegalRandomActions, ModelBasedEnvBase):
 
 
 def _spec(value: Tensor) -> TensorSpec:
-    """Return the spec of entries that are like an example."""
+    """Return the spec of entries with the shape and type of an example."""
     if value.dtype == torch.bool:
         return Categorical(2, shape=value.shape, dtype=torch.bool, device=value.device)
     if value.dtype == torch.uint8:

@@ -66,7 +66,7 @@ class AgentLayout:
 
     @property
     def num_actions(self) -> int:
-        """A: the most actions of an agent or, if they are continuous, the length of the longest action."""
+        """A: the largest number of actions of an agent or, if they are continuous, the length of the longest."""
         return self.actions.num_actions
 
     def to_dict(self) -> dict[str, Any]:

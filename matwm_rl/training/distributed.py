@@ -22,7 +22,7 @@ from matwm_rl.training.learner_state import check_built
 # In PyTorch 2.13, DistributedDataParallel hangs now and then when it is dropped with the last reference to its process
 # group: its destructor holds the GIL and waits for a thread of the group that needs the GIL. So there is always another
 # reference. A group that is not used any more costs an idle thread.
-_groups: list[dist.ProcessGroup] = []
+_groups: set[dist.ProcessGroup] = set()
 
 
 def distribute(learner: Learner, group: dist.ProcessGroup | None = None) -> Learner:
@@ -91,8 +91,7 @@ class LearnerGroup:
     def __init__(self, learner: Learner, group: dist.ProcessGroup) -> None:
         self.size = group.size()
         self._group = group
-        if not any(group is kept for kept in _groups):
-            _groups.append(group)
+        _groups.add(group)
         self._device = next(learner.world_model.parameters()).device
         # The state is the same already. Buffers are statistics over all processes, never those of the first.
         options: dict[str, Any] = {"process_group": group, "forward_sync_buffers": False, "init_sync": False}

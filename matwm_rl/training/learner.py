@@ -109,6 +109,7 @@ class Learner:
         for loss in (self.actor_loss, self.critic_loss):
             loss.to(device)
         world_model.eval()  # but for its own updates
+        self._clip_actor_, self._clip_critic_ = guard.clipping_of(actor), guard.clipping_of(critic)
         self.updates = 0
         self.group: LearnerGroup | None = None
         self._graphs: dict[object, CudaGraphModule] = {}
@@ -233,8 +234,8 @@ class Learner:
             problem = shorten(list(guard.bad_entries(imagined, diagnosis.agents)))
             raise FloatingPointError(diagnosis.explain(f"what was imagined is not finite: {problem}"))
         metrics = TensorDict({"imagined_reward": masked_mean(imagined["next", "agents", "reward"], None)})
-        learning = [(self.actor_loss, self.actor_optimizer, guard.clipping_of(self.actor))] if train_actors else []
-        learning.append((self.critic_loss, self.critic_optimizer, guard.clipping_of(self.critic)))
+        learning = [(self.actor_loss, self.actor_optimizer, self._clip_actor_)] if train_actors else []
+        learning.append((self.critic_loss, self.critic_optimizer, self._clip_critic_))
         # Minibatch i of n has the starts i, i + n, i + 2n and so on. If several processes have equal parts of the
         # starts, their i-th minibatches together are the i-th minibatch of one process that has all starts.
         count = min(cfg.agent_minibatches, len(imagined))

@@ -27,12 +27,20 @@ class Case:
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
     package: str
-    low: list[list[float]]
-    high: list[list[float]]
+    sizes: list[int]
+    low_of_all: float = -1
 
     def make(self, **kwargs: Any) -> Any:
         pytest.importorskip(self.package, reason=f"{self.package} is not installed")
         return make_env(self.name, **self.kwargs, **kwargs)
+
+    @property
+    def low(self) -> list[list[float]]:
+        return [[self.low_of_all] * size for size in self.sizes]
+
+    @property
+    def high(self) -> list[list[float]]:
+        return [[1] * size for size in self.sizes]
 
     @property
     def is_vmas(self) -> bool:
@@ -53,52 +61,44 @@ class Case:
         return importlib.import_module(f"{package}.{task}").parallel_env(**self.kwargs)
 
 
-def same(bound: float, sizes: list[int]) -> list[list[float]]:
-    return [[bound] * size for size in sizes]
-
-
 CASES = {
     "mpe2 tag": Case(
         name="mpe2/simple_tag_v3",
         kwargs={"max_cycles": 7} | CONTINUOUS,
         package="mpe2",
-        low=same(0, [5] * 4),
-        high=same(1, [5] * 4),
+        sizes=[5] * 4,
+        low_of_all=0,
     ),
     "mpe2 speaker": Case(
         name="mpe2/simple_speaker_listener_v4",
         kwargs={"max_cycles": 7} | CONTINUOUS,
         package="mpe2",
-        low=same(0, [3, 5]),
-        high=same(1, [3, 5]),
+        sizes=[3, 5],
+        low_of_all=0,
     ),
     "vmas tag": Case(
         name="vmas/simple_tag",
         kwargs={"max_steps": 7} | CONTINUOUS,
         package="vmas",
-        low=same(-1, [2] * 4),
-        high=same(1, [2] * 4),
+        sizes=[2] * 4,
     ),
     "vmas balance": Case(
         name="vmas/balance",
         kwargs={"max_steps": 7} | CONTINUOUS,
         package="vmas",
-        low=same(-1, [2] * 3),
-        high=same(1, [2] * 3),
+        sizes=[2] * 3,
     ),
     "multiwalker": Case(
         name="sisl/multiwalker_v9",
         kwargs={"max_cycles": 7},
         package="Box2D",
-        low=same(-1, [4] * 3),
-        high=same(1, [4] * 3),
+        sizes=[4] * 3,
     ),
     "half cheetah": Case(
         name="mamujoco/HalfCheetah-2x3",
         kwargs={"max_episode_steps": 7},
         package="gymnasium_robotics",
-        low=same(-1, [3] * 2),
-        high=same(1, [3] * 2),
+        sizes=[3] * 2,
     ),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

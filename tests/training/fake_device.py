@@ -58,7 +58,7 @@ def move(*modules: nn.Module) -> None:
 
 def act_and_learn(preset: str) -> None:
     cfg = presets.PRESETS[preset]()
-    cfg.learner.horizon = 2  # every operation occurs, and not often
+    cfg.learner.horizon = 2  # two steps hold every operation
     env = make_env("mock", seed=0, num_envs=2)
     world_model = WorldModel.from_env(env, cfg.world_model)
     actor, critic = (make(world_model, cfg.actor_critic) for make in (make_actor, make_critic))

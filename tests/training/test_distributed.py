@@ -65,8 +65,7 @@ def test_a_group_outlives_the_learners_that_use_it() -> None:
         assert learner.group is not None
         del learner
         gc.collect()
-        kept = [one for one in distributed._groups if one is group]
-        assert len(kept) == 1
+        assert len([one for one in distributed._groups if one is group]) == 1
     finally:
         dist.destroy_process_group()
 
