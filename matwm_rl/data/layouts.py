@@ -89,6 +89,7 @@ def add_agent_entries(td: TensorDictBase) -> TensorDictBase:
         ValueError: If discrete actions do not have one dimension more than the batch, or continuous ones two.
 
     Examples:
+        >>> import torch
         >>> td = TensorDict({"agents": {"action": torch.tensor([[0, 1, 2]])}, "next": {"done": torch.ones(1, 1)}}, [1])
         >>> td = add_agent_entries(td)
         >>> td["agents", "teammate_action"].tolist(), td["next", "agents", "done"].shape
@@ -170,6 +171,7 @@ class FocalSlices(Transform):
             legal; on ``sample``, if the sampler draws no slices.
 
     Examples:
+        >>> import torch
         >>> from torchrl.data import LazyTensorStorage, RoundRobinWriter, TensorDictReplayBuffer
         >>> from matwm_rl.data import RecencySliceSampler
         >>> rb = TensorDictReplayBuffer(
